@@ -1,0 +1,1295 @@
+"""Perturbation data: read any AnnData file, label, preprocess, split, sample, write, simulate.
+
+A file becomes a `Dataset` in six steps, all in `load()`: read the matrix and the labels with h5py alone; turn every
+spelling of a condition into one canonical name; drop what fails quality control; split by condition, never by cell;
+choose genes on training and control cells only; log-normalise. Nothing here is fitted on a test cell.
+
+    python data.py norman.h5ad                          what is in this file, and will it load
+    python data.py norman.h5ad --json --split additive  the same as one JSON object, with the parts of a split
+    python data.py norman.h5ad --out norman.h5          log-normalised, cells grouped by condition, quick to read
+    python data.py demo --out demo.h5ad                 simulated counts with a known truth (--cells, --genes, --cell-types)
+
+Units: `counts` are raw UMI counts; everything a method sees is log1p of counts per 10,000 ("log1p CP10k").
+Names: a condition is its perturbations sorted and joined by '+', or 'control'; a group is a condition within one
+combination of covariates, written CONDITION@cov1,cov2 where covariates are used.
+"""
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import re
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import h5py
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+CONTROL = "control"
+PERT_KEYS = ("condition", "perturbation", "perturbation_name", "pert", "gene", "target_gene", "guide_identity",
+             "guide_ids", "perturbations", "drug", "treatment", "cov_drug")
+CONTROL_LABELS = ("control", "ctrl", "non-targeting", "non_targeting", "NT", "NegCtrl", "DMSO", "vehicle",
+                  "unperturbed", "PBS")
+GENE_KEYS = ("gene_name", "gene_symbol", "gene_symbols", "feature_name", "symbol")
+MISSING = {"", "nan", "NaN", "<NA>"}
+PARTS = ("train", "val", "test")
+LOG_MAX = 15.0        # log1p CP10k cannot exceed log(10001) = 9.2; other target sums reach 14 (specs/data.md, section 3)
+LOG_LOG_MAX = 2.33    # log1p(log1p(10,000)): what a log taken twice cannot exceed
+BLOCK_NNZ = 4_000_000  # stored values touched at once: bounds temporary memory to about 100 MB
+
+
+class DataError(Exception):
+    """Bad input or usage. The message says what is wrong, where, and what to do; scripts print it and exit with 2."""
+
+
+@dataclass
+class DataConfig:
+    """How a file is read and prepared. The flags of data.py, and the data flags of every method."""
+    layer: str = ""             # matrix to use: '' for X, a layer's name, or 'raw' for raw/X
+    pert_key: str = ""          # obs column of the perturbation; two columns as Drug1,Drug2; '' to search
+    control_label: str = ""     # the value that marks control cells; '' to search the usual ones
+    gene_key: str = ""          # var column with gene names; '' for the index, or the column that holds the perturbed genes
+    covariates: str = ""        # obs columns, comma-separated, within which controls are matched (cell_type,...)
+    dose_key: str = ""          # obs column of the dose: each dose of a drug becomes a perturbation 'drug:dose'
+    counts: bool = False        # declare the values raw counts
+    lognorm: bool = False       # declare the values log-normalised
+    min_genes: int = 0          # drop cells with fewer detected genes
+    min_cells: int = 10         # drop genes detected in fewer training and control cells (perturbed genes stay)
+    hvg: int = 0                # highly variable genes to keep (scanpy's 'seurat'), plus the perturbed ones; 0 keeps all
+    hvg_on: typing.Literal["train", "all"] = "train"  # cells that choose them; 'all' leaks the test, as the papers do
+    eval_genes: int = 1000      # genes that are evaluated: highest mean in training control cells
+    control_split: str = ""     # share of control cells in train,val,test (PerturBench: 0.5,0.25,0.25); '' shares them all
+    cache_gb: float = 8.0       # keep the matrix dense on the device up to this size, else densify each batch
+
+
+# ------------------------------------------------------------------------------------------------ reading AnnData
+
+@contextlib.contextmanager
+def _open(path):
+    """Open an AnnData file for reading; every way in which it is something else becomes one clear DataError."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file; check the path (README, section 'Data', says where to get data sets)")
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; give the .h5ad file inside it")
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(512)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    if not head:
+        raise DataError(f"{path}: is empty (0 bytes); download it again")
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.I):
+        raise DataError(f"{path}: is a web page, not data; the link needs a login or has moved: download it again")
+    if head[:2] == b"\x1f\x8b" or head[:2] == b"PK":
+        raise DataError(f"{path}: is a compressed archive; unpack it first")
+    if not h5py.is_hdf5(path):
+        raise DataError(f"{path}: is not an HDF5 file; AnnData (.h5ad) is needed")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error}); the file is truncated or damaged: download it again") from None
+    with file:
+        keys = sorted(file)
+        if "matrix" in file and isinstance(file["matrix"], h5py.Group):
+            raise DataError(f"{path}: is a 10x Cell Ranger matrix, which has no perturbation labels; join it with the "
+                            "guide calls and save it as .h5ad")
+        if {"row_attrs", "col_attrs"} <= set(keys):
+            raise DataError(f"{path}: is a loom file; convert it to .h5ad (anndata.read_loom, then write_h5ad)")
+        if any(isinstance(file[k], h5py.Group) and {"barcodes", "indptr"} <= set(file[k]) for k in keys):
+            raise DataError(f"{path}: is a 10x Cell Ranger 2 matrix, which has no perturbation labels; join it with the "
+                            "guide calls and save it as .h5ad")
+        if not {"obs", "var"} <= set(keys):
+            raise DataError(f"{path}: is HDF5 but not AnnData: it holds {', '.join(keys[:8]) or 'nothing'}, "
+                            "where obs, var and X are expected")
+        if not isinstance(file["obs"], h5py.Group) or not isinstance(file["var"], h5py.Group):
+            raise DataError(f"{path}: was written by anndata before 0.7; read and write it once with a newer anndata")
+        try:
+            yield file
+        except (OSError, KeyError, RuntimeError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); the file is damaged, or compressed with an HDF5 plugin "
+                            "that is not installed: download it again or re-write it with anndata") from None
+
+
+def _attr(node, name, default=""):
+    value = node.attrs.get(name, default)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _values(dataset):
+    """A 1-D dataset as numpy: strings become an object array of str, numbers stay numbers."""
+    if h5py.check_string_dtype(dataset.dtype) is not None:
+        return dataset.asstr(errors="replace")[...].astype(object)
+    return dataset[...]
+
+
+def _column(frame, name):
+    """A column of obs or var in any layout of anndata 0.7 to 0.12; missing entries become '' (text) or NaN."""
+    node = frame[name]
+    if isinstance(node, h5py.Dataset):
+        values, legacy = _values(node), frame.get("__categories")
+        if legacy is None or name not in legacy:
+            return values
+        codes, categories = values, _values(legacy[name])
+    elif "categories" in node:
+        codes, categories = node["codes"][...], _values(node["categories"])
+    else:                                           # nullable integer, boolean, string: values and mask
+        values = _values(node["values"]).astype(object)
+        values[node["mask"][...]] = ""
+        return values
+    out = np.append(categories.astype(object), "")  # code -1 (missing) picks the last entry
+    return out[codes]
+
+
+def _text(values):
+    """Any column as stripped text; missing values as ''."""
+    if values.dtype != object:
+        unique, inverse = np.unique(values, return_inverse=True)
+        text = [("" if isinstance(v, np.floating) and np.isnan(v) else f"{v:g}" if isinstance(v, np.floating) else str(v))
+                for v in unique]
+    else:
+        unique, inverse = _factorise(values)
+        text = [f"{v:g}" if isinstance(v, float) and v == v else str(v).strip() for v in unique]
+    text = np.array([("" if t in MISSING else t) for t in text], dtype=object)
+    return text[inverse] if len(text) else np.empty(0, dtype=object)
+
+
+def _factorise(values):
+    """Unique values in order of appearance, and the index of each entry (np.unique cannot sort mixed objects)."""
+    index = {}
+    inverse = np.fromiter((index.setdefault(v, len(index)) for v in values), dtype=np.int64, count=len(values))
+    return list(index), inverse
+
+
+def _names(frame):
+    return _text(_values(frame[_attr(frame, "_index", "_index")]))
+
+
+def _columns(frame):
+    index = _attr(frame, "_index", "_index")
+    return [k for k in frame if k not in (index, "__categories")]
+
+
+def _matrix(node, shape, where):
+    """X or a layer as CSR float32, checked for consistency. Reads dense, CSR and CSC, chunked or not."""
+    if isinstance(node, h5py.Dataset):
+        if node.shape != shape:
+            raise DataError(f"{where}: has shape {node.shape}, but obs and var say {shape}; the file is damaged")
+        rows = max(1, BLOCK_NNZ // max(1, shape[1]))
+        blocks = [sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in range(0, shape[0], rows)]
+        return sp.vstack(blocks, format="csr")
+    layout = (_attr(node, "encoding-type") or _attr(node, "h5sparse_format")).removesuffix("_matrix")
+    if layout not in ("csr", "csc") or not {"data", "indices", "indptr"} <= set(node):
+        raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; dense, CSR and CSC matrices can be read")
+    stored = tuple(int(s) for s in node.attrs.get("shape", node.attrs.get("h5sparse_shape", ())))
+    indptr, indices = node["indptr"][...], node["indices"]
+    n, width = shape if layout == "csr" else shape[::-1]
+    sound = (stored == shape and len(indptr) == n + 1 and indptr[0] == 0 and np.all(np.diff(indptr) >= 0)
+             and indptr[-1] == len(indices) == len(node["data"]))
+    if sound:
+        indices = indices.astype(np.int32)[...]
+        sound = len(indices) == 0 or (indices.min() >= 0 and indices.max() < width)
+    if not sound:
+        raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(indptr)} pointers, "
+                        f"{len(indices)} indices, {len(node['data'])} values for {shape}); the file is damaged: write it again")
+    data = np.empty(len(indices), dtype=np.float32)
+    if len(data):
+        node["data"].read_direct(data)
+    if indptr[-1] < 2**31:                          # int32 pointers let scipy keep the int32 indices
+        indptr = indptr.astype(np.int32)
+    build = sp.csr_matrix if layout == "csr" else sp.csc_matrix
+    X = build((data, indices, indptr), shape=shape, copy=False).tocsr()
+    X.sum_duplicates()                              # no-op on canonical input; log1p needs one entry per value
+    X.eliminate_zeros()                             # from here on a stored value is a detected gene
+    return X
+
+
+def _uns(group):
+    """The arrays, strings and numbers of uns; anything deeper is left alone."""
+    out = {}
+    for key, node in group.items():
+        if isinstance(node, h5py.Dataset) and node.dtype.names is None:
+            value = _values(node)
+            out[key] = value if value.ndim else value.item()
+    return out
+
+
+@dataclass
+class Cells:
+    """One AnnData file in memory. n cells, G genes; `condition` and `covariate` are canonical per cell."""
+    path: str
+    X: sp.csr_matrix            # (n, G) float32, in the unit that `scale` says
+    genes: list
+    names: np.ndarray           # (n,) cell names
+    condition: np.ndarray       # (n,) 'A', 'A+B' or 'control'
+    covariate: np.ndarray       # (n,) 'cov1,cov2', or '' without covariates
+    scale: str                  # 'counts' or 'lognorm'
+    uns: dict
+    canonical: typing.Callable  # label -> canonical condition, by the rules found for this file
+    spelling: dict              # canonical condition -> its first spelling in sorted order
+    pert_key: str
+    controls: list              # labels that were taken for control
+    kept: np.ndarray            # (n,) rows of the file that these cells are
+    notes: list = field(default_factory=list)  # what was dropped or renamed, to be printed
+
+    def take(self, rows):
+        """Keep only these rows (boolean mask or indices)."""
+        self.X = self.X[rows]
+        for name in ("names", "condition", "covariate", "kept"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def keep_genes(self, keep):
+        """Keep only these genes (boolean mask)."""
+        self.X = keep_columns(self.X, keep)
+        self.genes = [g for g, k in zip(self.genes, keep) if k]
+
+    def obs(self, column):
+        """Another obs column of the file, as text, for these cells."""
+        with _open(self.path) as file:
+            if column not in file["obs"]:
+                raise DataError(f"{self.path}: obs has no column '{column}'; it has {', '.join(_columns(file['obs']))}")
+            return _text(_column(file["obs"], column))[self.kept]
+
+
+def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True):
+    """Read an AnnData file: matrix, gene names, canonical conditions and covariates per cell.
+
+    config: DataConfig (layer, keys, scale). control_required: an error when the file holds no control cells.
+    perturbed_required: an error when it holds nothing else; if False, a file without labels is all control cells.
+    check: refuse negative values (predictions of a model that does not clamp may hold some); NaN and Inf never pass.
+    Returns Cells with raw or log-normalised values as stored. Raises DataError.
+    """
+    config = config or DataConfig()
+    with _open(path) as file:
+        obs, var, n = file["obs"], file["var"], len(_names(file["obs"]))
+        matrix, where = _choose_layer(file, config.layer, path)
+        if config.layer == "raw":
+            var = file["raw/var"]
+        index = _names(var)
+        if n == 0 or len(index) == 0:
+            raise DataError(f"{path}: holds {n} cells and {len(index)} genes; nothing to learn from")
+        keys, labels = _find_labels(obs, config, path, set(index), control_required, perturbed_required)
+        doses = _required_column(obs, config.dose_key, "--dose-key", path) if config.dose_key else None
+        covariates = [_required_column(obs, c.strip(), "--covariates", path) for c in config.covariates.split(",") if c]
+        genes = _gene_names(var, index, config, labels, path)
+        X = _matrix(matrix, (n, len(index)), where)
+        uns = _uns(file["uns"]) if "uns" in file else {}
+        names = _names(obs)
+    notes = []
+    genes, duplicated = _unique_genes(genes)
+    if duplicated:
+        notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...)")
+    rules = LabelRules(labels, genes, config.control_label)
+    condition, spelling = rules.apply(labels, doses)
+    ambiguous = sorted({p for c in spelling for p in c.split("+")} & duplicated)
+    if ambiguous:
+        raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique names "
+                        "with --gene-key, or remove the duplicates")
+    covariate = np.full(n, "", dtype=object)
+    if covariates:
+        covariate = np.array([",".join(values) for values in zip(*covariates)], dtype=object)
+    cells = Cells(str(path), X, genes, names, condition, covariate, "", uns, rules.canonical, spelling, keys,
+                  sorted(rules.seen_controls), np.arange(n), notes)
+    unlabelled = (condition == "") | (np.array([("" in v) for v in zip(*covariates)]) if covariates else False)
+    if unlabelled.any():
+        notes.append(f"dropped {int(unlabelled.sum()):,} cells without a label")
+        cells.take(~unlabelled)
+    cells.scale = _scale(cells.X, config, where, check)
+    n_control = int((cells.condition == CONTROL).sum())
+    if control_required and n_control == 0:
+        raise DataError(f"{path}: column {keys} has no control cells left; name their label with --control-label")
+    if perturbed_required and n_control == len(cells.condition):
+        raise DataError(f"{path}: column {keys} has only control cells; nothing is perturbed, choose another --pert-key")
+    return cells
+
+
+def _choose_layer(file, layer, path):
+    layers = sorted(file["layers"]) if "layers" in file else []
+    if layer == "raw":
+        if "raw" not in file or "X" not in file["raw"]:
+            raise DataError(f"{path}: has no raw/X; available: X {' '.join(layers)}".rstrip())
+        return file["raw/X"], f"{path}: raw/X"
+    if layer:
+        if layer not in layers:
+            raise DataError(f"{path}: has no layer '{layer}' (--layer); it has {', '.join(layers) or 'none'}"
+                            + (" and raw" if "raw" in file else ""))
+        return file["layers"][layer], f"{path}: layer {layer}"
+    if "X" not in file or _attr(file["X"], "encoding-type") == "null":
+        raise DataError(f"{path}: has no X; choose a layer with --layer: {', '.join(layers) or 'there is none'}")
+    return file["X"], f"{path}: X"
+
+
+def _required_column(frame, name, flag, path):
+    if name not in frame:
+        raise DataError(f"{path}: obs has no column '{name}' ({flag}); it has {', '.join(_columns(frame))}")
+    return _text(_column(frame, name))
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+_SEPARATORS = re.compile(r"\s*(?:[+;|]|(?<!\d),|,(?!\d))\s*")  # a comma between digits belongs to a chemical name
+
+
+def _split(label):
+    """'A+B' -> ['A', 'B']; separators inside brackets do not count: '(+)-JQ1' stays whole."""
+    parts, depth, start = [], 0, 0
+    for match in _SEPARATORS.finditer(label):
+        if label.count("(", 0, match.start()) + label.count("[", 0, match.start()) == \
+                label.count(")", 0, match.start()) + label.count("]", 0, match.start()):
+            parts.append(label[start:match.start()])
+            start = match.end()
+    return [p for p in (p.strip() for p in parts + [label[start:]]) if p]
+
+
+def is_control_label(token):
+    """Is this one of the usual names for a control (any case, NegCtrl0 with its number)?"""
+    return token.lower().rstrip("0123456789") in {c.lower() for c in CONTROL_LABELS} if token else False
+
+
+class LabelRules:
+    """Turns every spelling of a condition into its canonical name: perturbations sorted, joined by '+', controls dropped.
+
+    A whole label that is a gene name is one perturbation, whatever it contains. '+', ',', ';' and '|' separate; '_' only
+    where both halves are known perturbations (genes of the file, or labels that stand alone) or controls.
+    """
+
+    def __init__(self, labels, genes, control_label=""):
+        self.genes = set(genes)
+        self.explicit = {c.strip() for c in control_label.split(",") if c.strip()} | ({control_label} - {""})
+        parts = {p for label in set(labels.ravel()) for p in _split(label)}
+        self.known = self.genes | {p for p in parts if "_" not in p}
+        self.seen_controls = set()
+
+    def is_control(self, token):
+        if self.explicit:
+            return token in self.explicit
+        return token in CONTROL_LABELS or (is_control_label(token) and token not in self.genes)
+
+    def tokens(self, label):
+        """The perturbations and controls that a label names, in its order."""
+        if label in self.genes and not self.is_control(label):
+            return [label]
+        out = []
+        for part in [label] if self.is_control(label) else _split(label):
+            halves = [h for h in part.split("_") if h]
+            whole = part in self.known or self.is_control(part) or len(halves) < 2
+            out += [part.strip("_") if len(halves) == 1 else part] if whole else \
+                halves if all(h in self.known or self.is_control(h) for h in halves) else [part]
+        return out
+
+    def canonical(self, label, dose=""):
+        """'ctrl+B_A' -> 'A+B'; 'control' when only controls are named; '' for a missing label."""
+        tokens = [t for t in self.tokens(label) if t not in MISSING]
+        if not tokens:
+            return ""
+        doses = dose.split("+") if dose else []
+        doses = doses if len(doses) == len(tokens) else [dose] * len(tokens)
+        perturbations = set()
+        for token, d in zip(tokens, doses):
+            if self.is_control(token):
+                self.seen_controls.add(token)
+            else:
+                perturbations.add(f"{token}:{d}" if d else token)
+        return "+".join(sorted(perturbations)) or CONTROL
+
+    def apply(self, labels, doses=None):
+        """labels (n, k) text: k label columns. Returns canonical (n,) and {canonical: first spelling in sorted order}."""
+        joined = ["+".join(t for t in row if t) for row in labels] if labels.shape[1] > 1 else labels[:, 0]
+        keys = list(zip(joined, doses)) if doses is not None else [(label, "") for label in joined]
+        unique, inverse = _factorise(keys)
+        names = np.array([self.canonical(*key) for key in unique], dtype=object)
+        spelling = {}
+        for (label, _), name in sorted(zip(unique, names)):
+            if name not in ("", CONTROL):
+                spelling.setdefault(name, label)
+        return names[inverse], spelling
+
+
+def _find_labels(obs, config, path, genes, control_required, perturbed_required):
+    """The label column(s), as name and (n, k) text: --pert-key, or the first candidate with a control and a perturbation."""
+    def lacks(labels):
+        """What keeps these labels from being used, or None."""
+        values = set(LabelRules(labels, genes, config.control_label).apply(labels)[0]) - {""}
+        if perturbed_required and values == {CONTROL}:
+            return "only control cells"
+        return "no control label" if control_required and CONTROL not in values else None
+
+    if config.pert_key:
+        keys = [config.pert_key] if config.pert_key in obs else [k.strip() for k in config.pert_key.split(",")]
+        found = [(",".join(keys), np.stack([_required_column(obs, k, "--pert-key", path) for k in keys], axis=1))]
+    else:
+        found = [(key, _text(_column(obs, key))[:, None]) for key in PERT_KEYS if key in obs]
+    usable = [(key, labels) for key, labels in found if not lacks(labels)]
+    if usable:
+        first, *others = [(key, labels, LabelRules(labels, genes, config.control_label).apply(labels)[0]) for key, labels in usable]
+        for key, labels, condition in others:
+            if not np.array_equal(condition, first[2]):
+                raise DataError(f"{path}: obs columns {first[0]} ({_some(first[1])}) and {key} ({_some(labels)}) disagree on the "
+                                "conditions; choose one with --pert-key")
+        return first[:2]
+    if not found and not perturbed_required:
+        return "(no label column: every cell a control)", np.full((len(_names(obs)), 1), CONTROL, dtype=object)
+    listing = "; ".join(f"{k} ({_some(_text(_column(obs, k)))})" for k in _columns(obs)[:12])
+    advice = "Name the column with --pert-key and its control value with --control-label"
+    if not found:
+        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has {listing}. {advice}")
+    name, labels = found[0]
+    if lacks(labels) == "only control cells":
+        raise DataError(f"{path}: column {name} has only control cells; nothing is perturbed. {advice}")
+    asked = f"--control-label '{config.control_label}' is" if config.control_label else \
+        f"the known control labels ({', '.join(CONTROL_LABELS)}) are"
+    raise DataError(f"{path}: no control cells: {asked} not among the values of {name} ({_some(labels)}); obs has {listing}. {advice}")
+
+
+def _some(values):
+    """A few values of a column, for error messages."""
+    unique = sorted(set(values.ravel()))
+    return ", ".join(str(v) for v in unique[:4]) + (f", ... {len(unique)} values" if len(unique) > 4 else "")
+
+
+def _gene_names(var, index, config, labels, path):
+    """Gene names: --gene-key, else the index, unless a column holds more of the perturbed genes (Ensembl index)."""
+    if config.gene_key:
+        if config.gene_key not in var:
+            raise DataError(f"{path}: var has no column '{config.gene_key}' (--gene-key); it has {', '.join(_columns(var))}")
+        return _text(_column(var, config.gene_key))
+    tokens = {t for label in set(labels.ravel()) for part in _split(label) for t in [part, *part.split("_")]}
+    candidates = [index] + [_text(_column(var, k)) for k in GENE_KEYS if k in var and k != _attr(var, "_index")]
+    return max(candidates, key=lambda names: len(tokens & set(names)))  # the first of equals: the index
+
+
+def _unique_genes(genes):
+    """Duplicates get -1, -2, ... in order of appearance, skipping names that exist, as anndata does.
+    Returns the unique names and the set of names that were duplicated."""
+    taken, counter, out = set(genes), {}, []
+    for gene in genes:
+        if gene in counter:
+            while True:
+                counter[gene] += 1
+                name = f"{gene}-{counter[gene]}"
+                if name not in taken:
+                    break
+            taken.add(name)
+            out.append(name)
+        else:
+            counter[gene] = 0
+            out.append(gene)
+    return out, {gene for gene, n in counter.items() if n}
+
+
+# ------------------------------------------------------------------------------------------------ preprocessing
+
+def _scale(X, config, where, check=True):
+    """'counts' or 'lognorm', from the declaration or from the values; anything else is a DataError."""
+    if config.counts and config.lognorm:
+        raise DataError("--counts and --lognorm contradict each other; give one")
+    if X.nnz == 0:
+        raise DataError(f"{where}: every value is zero; choose another --layer")
+    low, high = float(X.data.min()), float(X.data.max())  # min and max of NaN are NaN
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise DataError(f"{where}: holds NaN or infinite values; remove them or choose another --layer")
+    if low < 0 and check:
+        raise DataError(f"{where}: holds negative values (lowest {low:.3g}): scaled or centred data cannot be used; choose the "
+                        "layer with raw counts or log-normalised values with --layer")
+    integer = all(np.array_equal(b, np.rint(b)) for b in np.array_split(X.data, X.nnz // BLOCK_NNZ + 1))
+    if config.lognorm:
+        if high >= LOG_MAX or integer:
+            raise DataError(f"{where}: --lognorm, but the values are {'integers' if integer else 'not logarithms'} up to {high:.6g}, "
+                            "which log1p CP10k cannot be; drop --lognorm")
+        return "lognorm"
+    if config.counts and not integer and high < LOG_MAX:
+        raise DataError(f"{where}: --counts, but the values are not integers and end at {high:.3g}, as log-normalised ones do; "
+                        "drop --counts or choose another --layer")
+    if integer or config.counts:
+        return "counts"
+    if high >= LOG_MAX:
+        raise DataError(f"{where}: values are not integers and reach {high:.6g}: neither counts nor log-normalised. For corrected "
+                        "or normalised counts pass --counts (they are scaled to 10,000 per cell and logged), or choose a --layer")
+    if high < LOG_LOG_MAX:
+        raise DataError(f"{where}: values end at {high:.3g}, lower than log1p CP10k does: log1p was applied twice, or the data "
+                        "are scaled. Choose another --layer, or pass --lognorm if they are right as they are")
+    return "lognorm"
+
+
+def row_blocks(X, rows):
+    """Split row indices into runs of about BLOCK_NNZ stored values; the borders depend on these rows alone."""
+    size = np.cumsum(np.diff(X.indptr)[rows], dtype=np.int64)
+    return np.split(rows, np.flatnonzero(np.diff(size // BLOCK_NNZ)) + 1) if len(rows) else []
+
+
+def gene_moments(X, rows, transform=None):
+    """Sum and sum of squares of every gene over some rows, float64, of transform(stored values). transform(0) must be 0."""
+    total, square = np.zeros(X.shape[1]), np.zeros(X.shape[1])
+    for block in row_blocks(X, rows):
+        part = X[block]
+        values = part.data if transform is None else transform(torch.from_numpy(part.data)).numpy()
+        values = values.astype(np.float64)
+        indices = part.indices.astype(np.int64)
+        total += np.bincount(indices, values, X.shape[1])
+        values *= values
+        square += np.bincount(indices, values, X.shape[1])
+    return total, square
+
+
+def detected_cells(X, rows):
+    """Number of the given cells in which each gene is detected, (G,)."""
+    out = np.zeros(X.shape[1], dtype=np.int64)
+    for block in row_blocks(X, rows):
+        out += np.bincount(X[block].indices, minlength=X.shape[1])
+    return out
+
+
+def keep_columns(X, keep):
+    """Drop columns of a CSR matrix in place (keep: boolean (G,)), without a second copy of the matrix."""
+    column = np.cumsum(keep, dtype=np.int32) - 1
+    indptr, end = np.zeros_like(X.indptr), 0
+    for block in row_blocks(X, np.arange(X.shape[0])):
+        lo, hi = X.indptr[block[0]], X.indptr[block[-1] + 1]
+        mask = keep[X.indices[lo:hi]]
+        kept = np.concatenate([[0], np.cumsum(mask)])
+        indptr[block + 1] = end + kept[X.indptr[block + 1] - lo]
+        size = int(kept[-1])
+        X.data[end:end + size] = X.data[lo:hi][mask]
+        X.indices[end:end + size] = column[X.indices[lo:hi][mask]]
+        end += size
+    return sp.csr_matrix((X.data[:end].copy(), X.indices[:end].copy(), indptr), shape=(X.shape[0], int(keep.sum())))
+
+
+def lognormalise(cells, target=1e4):
+    """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay."""
+    if cells.scale == "lognorm":
+        return
+    X = cells.X
+    for block in row_blocks(X, np.arange(X.shape[0])):
+        lo, hi = X.indptr[block[0]], X.indptr[block[-1] + 1]
+        values = X.data[lo:hi]
+        running = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+        total = running[X.indptr[block + 1] - lo] - running[X.indptr[block] - lo]
+        factor = np.divide(target, total, out=np.zeros_like(total), where=total > 0)
+        values *= np.repeat(factor, np.diff(X.indptr)[block]).astype(np.float32)
+        torch.from_numpy(values).log1p_()
+    cells.scale = "lognorm"
+
+
+def highly_variable(X, rows, n_top, bins=20):
+    """Boolean (G,): the n_top highly variable genes of log1p CP10k data by scanpy's 'seurat' flavour.
+
+    Dispersion var/mean of the un-logged values, standardised within 20 equal-width bins of log1p(mean). As in scanpy,
+    a gene alone in its bin scores 1, genes that tie with the last one are kept, and silent genes never are.
+    """
+    n = len(rows)
+    total, square = gene_moments(X, rows, torch.expm1)
+    mean = total / n
+    variance = (square - n * mean ** 2) / max(n - 1, 1)
+    mean[mean == 0] = 1e-12
+    with np.errstate(divide="ignore", invalid="ignore"):
+        dispersion = np.log(np.where(variance > 0, variance / mean, np.nan))
+    level = np.log1p(mean)
+    edges = np.linspace(level.min(), level.max(), bins + 1)
+    which = np.clip(np.searchsorted(edges, level, side="left") - 1, 0, bins - 1)  # right-closed bins, as pandas.cut
+    valid = np.isfinite(dispersion)
+    count = np.bincount(which[valid], minlength=bins)
+    average = np.bincount(which[valid], dispersion[valid], bins) / np.maximum(count, 1)
+    spread = np.bincount(which[valid], (dispersion[valid] - average[which[valid]]) ** 2, bins) / np.maximum(count - 1, 1)
+    spread = np.sqrt(spread)
+    alone = count == 1
+    spread[alone], average[alone] = average[alone], 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        score = np.where(valid, (dispersion - average[which]) / spread[which], -np.inf)
+    score[np.isnan(score)] = -np.inf
+    finite = np.sort(score[np.isfinite(score)])[::-1]
+    return score >= finite[min(n_top, len(finite)) - 1] if len(finite) else np.zeros(X.shape[1], bool)
+
+
+# ------------------------------------------------------------------------------------------------ splits
+
+def order(condition):
+    """Number of perturbations of a canonical condition; 0 for control."""
+    return 0 if condition == CONTROL else condition.count("+") + 1
+
+
+def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of=None):
+    """Assign every group to train, val or test. Returns {part: sorted condition or group names}.
+
+    groups: [(condition, covariate)] without controls. spelling: {condition: first spelling in the file}.
+    name: additive | holdout | cv | combo | transfer | unseen | FILE.json | obs:COLUMN (part_of then maps group -> part).
+    fold: seed 42 + fold, except cv where it picks the test fold. Raises DataError when a split has no test condition.
+    """
+    conditions = sorted({c for c, _ in groups})
+    rng = np.random.RandomState(42 + fold)
+    multiple = sorted((c for c in conditions if order(c) > 1), key=lambda c: spelling.get(c, c))
+    held = {"val": set(), "test": set()}
+    if name in ("additive", "cv", "combo", "holdout") and not multiple:
+        raise DataError(f"--split {name} needs doubles, this file has 0; use --split unseen, transfer or a split file")
+    if name == "additive":      # official scDFM folds: data.py:128-141; validation is ours
+        rng.shuffle(multiple)
+        n_test, n_val = max(1, int(0.3 * len(multiple))), int(0.1 * len(multiple))
+        held = {"test": set(multiple[:n_test]), "val": set(multiple[n_test:n_test + n_val])}
+    elif name == "cv":
+        if not 3 <= folds <= len(multiple):
+            raise DataError(f"--split cv with --folds {folds}: between 3 and {len(multiple)} folds are possible with "
+                            f"{len(multiple)} doubles")
+        if not 0 <= fold < folds:
+            raise DataError(f"--fold {fold}: folds are numbered 0 to {folds - 1}")
+        np.random.RandomState(42).shuffle(multiple)
+        parts = np.array_split(np.array(multiple, dtype=object), folds)
+        held = {"test": set(parts[fold]), "val": set(parts[(fold + 1) % folds])}
+    elif name == "combo":       # PerturBench: 91 of 131 held out, 45 val, 46 test
+        rng.shuffle(multiple)
+        n = int(0.7 * len(multiple))
+        held = {"val": set(multiple[:n // 2]), "test": set(multiple[n // 2:n])}
+    elif name in ("holdout", "unseen"):
+        pool = multiple if name == "holdout" else [c for c in conditions if order(c) == 1]
+        genes = sorted({g for c in pool for g in c.split("+")})
+        rng.shuffle(genes)
+        if name == "holdout":
+            n_test = min(12, max(1, round(0.12 * len(genes))))
+            n_val = n_test // 2
+        else:                   # GEARS: 75% of the singles are training
+            n_test, n_val = max(1, round(0.25 * len(genes))), round(0.10 * len(genes))
+        test, val = set(genes[:n_test]), set(genes[n_test:n_test + n_val])
+        held["test"] = {c for c in conditions if test & set(c.split("+"))}
+        held["val"] = {c for c in conditions if val & set(c.split("+"))} - held["test"]
+    elif name == "transfer":
+        held = _transfer(groups, rng)
+    elif name.startswith("obs:"):
+        for group, part in part_of.items():
+            held.setdefault(part, set()).add(group_name(*group))
+    elif name.endswith(".json"):
+        held = _split_file(name, groups, canonical)
+    else:
+        raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN")
+    split = {part: [] for part in PARTS}
+    for condition in conditions:
+        mine = [(c, v) for c, v in groups if c == condition]
+        parts = [next((p for p in ("test", "val") if c in held[p] or group_name(c, v) in held[p]), "train") for c, v in mine]
+        if len(set(parts)) == 1:
+            split[parts[0]].append(condition)
+        else:
+            for (c, v), part in zip(mine, parts):
+                split[part].append(group_name(c, v))
+    for part, use in (("test", "to predict"), ("train", "to learn from")):
+        if not split[part]:
+            raise DataError(f"--split {name}: no {part} condition, nothing {use}; this file has {len(conditions)} conditions, "
+                            f"{len(multiple)} of them combinations. Choose another --split")
+    return {part: sorted(names) for part, names in split.items()}
+
+
+def group_name(condition, covariate):
+    """'A' or 'A@cov1,cov2'."""
+    return f"{condition}@{covariate}" if covariate else condition
+
+
+def _transfer(groups, rng):
+    """Hold (perturbation, covariate) pairs out, each perturbation in at most one covariate (PerturBench)."""
+    covariates = sorted({v for _, v in groups})
+    where = {}
+    for condition, covariate in sorted(groups):
+        where.setdefault(condition, []).append(covariate)
+    if covariates == [""]:
+        raise DataError("--split transfer needs covariates to transfer between; name them with --covariates cell_type,...")
+    where = {c: v for c, v in where.items() if len(v) > 1}
+    if not where:
+        raise DataError(f"--split transfer: no perturbation was measured in two covariates ({', '.join(covariates[:5])}); "
+                        "choose another --covariates or --split")
+    pairs = {}
+    if len(where) < 4:          # few perturbations, many covariates (Kang): hold 30% of the covariates out for each
+        for condition, present in where.items():
+            n = min(len(present) - 1, max(1, round(0.3 * len(present))))
+            for covariate in rng.permutation(np.array(present, dtype=object))[:n]:
+                pairs.setdefault(covariate, []).append(condition)
+        flat = [(c, v) for v in sorted(pairs) for c in pairs[v]]
+        flat = [flat[i] for i in rng.permutation(len(flat))]
+        val, test = flat[:len(flat) // 2], flat[len(flat) // 2:]
+    else:
+        cap = max(1, int(0.3 * len(where)))
+        for condition in [sorted(where)[i] for i in rng.permutation(len(where))]:
+            free = [v for v in where[condition] if len(pairs.get(v, [])) < cap]
+            if free:
+                pairs.setdefault(free[rng.randint(len(free))], []).append(condition)
+        val = [(c, v) for v in sorted(pairs) for c in pairs[v][:len(pairs[v]) // 2]]
+        test = [(c, v) for v in sorted(pairs) for c in pairs[v][len(pairs[v]) // 2:]]
+    return {"val": {group_name(*p) for p in val}, "test": {group_name(*p) for p in test}}
+
+
+def _split_file(name, groups, canonical):
+    """A user's split: {"train", "val", "test"} or {"test"} alone; names in any order and control form."""
+    try:
+        content = json.loads(Path(name).read_text())
+        given = {part: list(content[part]) for part in PARTS if part in content}
+        if "test" not in given or not all(isinstance(c, str) for names in given.values() for c in names):
+            raise ValueError('needs {"train": [...], "val": [...], "test": [...]} or {"test": [...]} with condition names')
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"--split {name}: cannot be read as a split ({error})") from None
+    present = {c for c, _ in groups} | {group_name(*g) for g in groups}
+    chosen = {}
+    for part, names in given.items():
+        for entry in names:
+            label, at, covariate = entry.partition("@")
+            key = canonical(label) + at + covariate
+            if key == CONTROL or key.startswith(CONTROL + "@"):
+                continue        # controls are shared by all parts, as in the split files of GEARS
+            if key not in present:
+                raise DataError(f"--split {name}: {part} condition '{entry}' has no cells in the data; remove it from the split file")
+            if chosen.setdefault(key, part) != part:
+                raise DataError(f"--split {name}: '{entry}' is in both {chosen[key]} and {part}; every condition belongs to one part")
+    for key, part in chosen.items():
+        condition = key.partition("@")[0]
+        if "@" in key and chosen.get(condition, part) != part:
+            raise DataError(f"--split {name}: '{key}' is in {part}, but '{condition}' as a whole is in {chosen[condition]}")
+    if "train" in given:
+        missing = sorted(group_name(*g) for g in groups if group_name(*g) not in chosen and g[0] not in chosen)
+        if missing:
+            raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part ({', '.join(missing[:5])}); "
+                            'list them, or leave "train" out: what is not listed then trains')
+    return {part: {k for k, p in chosen.items() if p == part} for part in ("val", "test")}
+
+
+def _split_column(cells, name):
+    """obs:COLUMN -> {(condition, covariate): part}; the column must be constant within every group."""
+    column = cells.obs(name[4:])
+    alias = {"valid": "val", "validation": "val"}
+    part_of = {}
+    for condition, covariate, value in sorted(set(zip(cells.condition, cells.covariate, column))):
+        part = alias.get(value, value)
+        if condition == CONTROL:
+            continue
+        if part not in PARTS:
+            raise DataError(f"--split {name}: value '{value}' of condition {condition}; the column must hold train, val and test")
+        if part_of.setdefault((condition, covariate), part) != part:
+            raise DataError(f"--split {name}: condition {group_name(condition, covariate)} is in both "
+                            f"{part_of[condition, covariate]} and {part}; a split is by condition, never by cell")
+    return part_of
+
+
+# ------------------------------------------------------------------------------------------------ the data set
+
+class Dataset:
+    """Log-normalised cells of one split, ready to sample. Rows of X are cells, columns the G genes of the panel.
+
+    genes [G], eval_genes (E,) columns that are evaluated; groups [names], condition, covariate: per group, controls first
+    (one control group per covariate); perturbations [P] sorted; pert_gene (P,) their column in the panel, or -1;
+    split {part: names}; fit_rows: training cells and training controls, the only cells that anything may be fitted on.
+    """
+
+    def __init__(self, cells, split, config, device="cpu"):
+        self.source, self.split, self.config, self.device = cells, split, config, torch.device(device)
+        self.file_shape, self.file_scale = cells.X.shape, cells.scale
+        pairs, inverse = _factorise(list(zip(cells.condition, cells.covariate)))
+        rank = sorted(range(len(pairs)), key=lambda i: (pairs[i][0] != CONTROL, pairs[i]))
+        self.groups = [group_name(*pairs[i]) for i in rank]
+        self.condition = [pairs[i][0] for i in rank]
+        self.covariate = [pairs[i][1] for i in rank]
+        position = np.empty(len(pairs), dtype=np.int64)
+        position[rank] = np.arange(len(pairs))
+        group_of = position[inverse]
+        by_group = np.argsort(group_of, kind="stable")
+        self.rows = dict(zip(self.groups, np.split(by_group, np.cumsum(np.bincount(group_of, minlength=len(pairs)))[:-1])))
+        self.perturbations = sorted({p for c in self.condition if c != CONTROL for p in c.split("+")})
+        self.control_rows = _control_parts(self, config.control_split)
+        self.fit_rows = np.sort(np.concatenate([self.rows[g] for g in self.part("train")]
+                                               + list(self.control_rows["train"].values())))
+
+    @property
+    def X(self):
+        """(n, G) CSR float32, log1p CP10k."""
+        return self.source.X
+
+    @property
+    def genes(self):
+        """Names of the G genes of the panel."""
+        return self.source.genes
+
+    def part(self, name):
+        """Groups (never controls) of 'train', 'val' or 'test'."""
+        names = set(self.split[name])
+        return [g for g, c in zip(self.groups, self.condition) if c != CONTROL and (g in names or c in names)]
+
+    def control_of(self, group):
+        """The covariate string whose control cells belong to a group."""
+        return self.covariate[self.groups.index(group)]
+
+    def choose_genes(self):
+        """After the panel is final: perturbed genes' columns and evaluation genes (highest mean in training controls)."""
+        column = {g: i for i, g in enumerate(self.genes)}
+        self.pert_gene = np.array([column.get(p, column.get(p.partition(":")[0], -1)) for p in self.perturbations], dtype=np.int64)
+        controls = np.sort(np.concatenate(list(self.control_rows["train"].values())))
+        mean = gene_moments(self.X, controls)[0] / len(controls)
+        n = min(self.config.eval_genes or len(self.genes), len(self.genes))
+        self.eval_genes = np.sort(np.argsort(-mean, kind="stable")[:n])
+        silent = [p for p, i in zip(self.perturbations, self.pert_gene) if i < 0]
+        if silent:
+            self.source.notes.append(f"{len(silent)} of {len(self.perturbations)} perturbations are no gene of the panel "
+                              f"({', '.join(silent[:4])}{', ...' if len(silent) > 4 else ''}): each gets an embedding of its own")
+
+    def prepare_sampling(self):
+        """Index of every group, training controls only, and the dense matrix when it fits --cache-gb, on the device."""
+        n, G = self.X.shape
+        rows = [self.control_rows["train"][self.covariate[i]] if c == CONTROL else self.rows[g]
+                for i, (g, c) in enumerate(zip(self.groups, self.condition))]
+        size = np.array([len(r) for r in rows])
+        self._index = torch.from_numpy(np.concatenate(rows)).to(self.device)
+        self._size = torch.from_numpy(size).to(self.device)
+        self._start = torch.from_numpy(np.cumsum(size) - size).to(self.device)
+        where = {self.covariate[i]: i for i, c in enumerate(self.condition) if c == CONTROL}
+        self._control = torch.tensor([where[v] for v in self.covariate], device=self.device)
+        dtype = torch.float16 if self.device.type == "cuda" else torch.float32  # log1p CP10k in fp16: 3 decimal digits
+        self.dense = None
+        if n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
+            self.dense = torch.empty((n, G), dtype=dtype, device=self.device)
+            for block in row_blocks(self.X, np.arange(n)):
+                self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)
+
+    def draw(self, groups, n, generator):
+        """Rows of n cells, with replacement, from each group: groups (C,) long -> (C * n,) long on the device."""
+        u = torch.rand(len(groups), n, generator=generator, device=self.device, dtype=torch.float64)
+        offset = (u * self._size[groups, None]).long()
+        return self._index[self._start[groups, None] + offset].flatten()
+
+    def gather(self, rows, genes=None):
+        """Values of some cells, for some genes: (n,) long, (S,) long or None -> (n, S) float32 on the device."""
+        if self.dense is not None:
+            x = self.dense.index_select(0, rows)
+        else:
+            x = torch.from_numpy(self.X[rows.cpu().numpy()].toarray()).to(self.device)
+        return (x if genes is None else x.index_select(1, genes)).float()
+
+    def sample(self, groups, n, generator, genes=None):
+        """n cells of each group (index, or (C,) long), uniformly with replacement: rows (C * n,), values (C * n, G').
+
+        Deterministic under a seeded torch.Generator on the data's device. Control groups give training controls.
+        """
+        groups = torch.as_tensor(groups, device=self.device).reshape(-1)
+        rows = self.draw(groups, n, generator)
+        return rows, self.gather(rows, genes)
+
+    def controls_for(self, groups):
+        """Index of the control group (same covariates) of each group: (C,) long -> (C,) long."""
+        return self._control[groups]
+
+    def cells(self, group, genes=None):
+        """All real cells of a group as float32 (n, G'), genes: column indices or None for all."""
+        X = self.X[self.rows[group]]
+        return (X if genes is None else X[:, genes]).toarray()
+
+    def controls(self, part="train", genes=None, covariate=None):
+        """Real control cells of a part: (n, G') of one covariate, or {covariate: (n, G')}."""
+        def take(rows):
+            return (self.X[rows] if genes is None else self.X[rows][:, genes]).toarray()
+        if covariate is not None:
+            return take(self.control_rows[part][covariate])
+        return {v: take(rows) for v, rows in self.control_rows[part].items()}
+
+    def populations(self, part, genes=None):
+        """Lazy mapping {group: (n, G')} of the perturbed cells of a part, for metrics.evaluate."""
+        return _Populations(self, self.part(part), genes)
+
+
+class _Populations(Mapping):
+    def __init__(self, dataset, groups, genes):
+        self.dataset, self.names, self.genes = dataset, groups, genes
+
+    def __getitem__(self, group):
+        return self.dataset.cells(group, self.genes)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def _control_parts(dataset, shares):
+    """{part: {covariate: rows}} of control cells: shared by all parts, or cut by --control-split within covariates."""
+    controls = {v: dataset.rows[g] for g, c, v in zip(dataset.groups, dataset.condition, dataset.covariate) if c == CONTROL}
+    if not shares:
+        return {part: controls for part in PARTS}
+    try:
+        share = [float(s) for s in shares.split(",")]
+        if len(share) != 3 or min(share) < 0 or abs(sum(share) - 1) > 1e-6 or share[0] == 0 or share[2] == 0:
+            raise ValueError
+    except ValueError:
+        raise DataError(f"--control-split {shares}: give the shares of train,val,test, summing to 1 (0.5,0.25,0.25)") from None
+    out, rng = {part: {} for part in PARTS}, np.random.RandomState(42)
+    for covariate in sorted(controls):
+        rows = rng.permutation(controls[covariate])
+        cuts = np.round(np.cumsum(share[:2]) * len(rows)).astype(int)
+        for part, piece in zip(PARTS, np.split(rows, cuts)):
+            if len(piece) == 0 and share[PARTS.index(part)] > 0:
+                raise DataError(f"--control-split {shares}: {len(rows)} control cells{' of ' + covariate if covariate else ''} "
+                                f"leave none for {part}; use fewer parts or share the controls")
+            out[part][covariate] = np.sort(piece)
+    return out
+
+
+def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
+    """Read, label, filter, split, choose genes, log-normalise. Returns a Dataset; raises DataError.
+
+    split: a name of section 4 of the README, a split file, or '' for none (then every condition is training).
+    Order of the steps: cells by --min-genes; split; genes by --min-cells in training and control cells; normalise over the
+    genes that are left (as scanpy's usual script does); HVG on training and control cells; evaluation genes.
+    """
+    config = config or DataConfig()
+    for name in ("min_genes", "min_cells", "hvg", "eval_genes", "cache_gb"):
+        if getattr(config, name) < 0:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    cells = read_cells(path, config)
+    if config.min_genes > 0:
+        keep = np.diff(cells.X.indptr) >= config.min_genes
+        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with at least {config.min_genes} detected genes")
+        if not keep.any():
+            raise DataError(f"{path}: no cell has {config.min_genes} detected genes (--min-genes); lower it")
+        if not keep.all():
+            cells.take(keep)
+    with_control = set(cells.covariate[cells.condition == CONTROL])
+    keep = np.array([v in with_control for v in cells.covariate])
+    if not keep.all():
+        lost = sorted(set(cells.covariate[~keep]))
+        cells.notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control cells "
+                           f"({', '.join(lost[:4])})")
+        cells.take(keep)
+    groups = sorted({(c, v) for c, v in zip(cells.condition, cells.covariate) if c != CONTROL})
+    if not groups or not with_control:
+        raise DataError(f"{path}: no {'perturbed' if with_control else 'control'} cells are left after quality control; lower --min-genes")
+    spelling = {c: cells.spelling[c] for c, _ in groups}
+    if split:
+        part_of = _split_column(cells, split) if split.startswith("obs:") else None
+        parts = make_split(split, groups, spelling, fold, folds, cells.canonical, part_of)
+    else:
+        parts = {"train": sorted(spelling), "val": [], "test": []}
+        if config.hvg and config.hvg_on == "train":
+            raise DataError("--hvg chooses genes on the training cells of a split: add --split NAME, or --hvg-on all")
+    data = Dataset(cells, parts, config, device)
+
+    perturbed = {q for p in data.perturbations for q in (p, p.partition(":")[0])}
+    keep = (detected_cells(cells.X, data.fit_rows) >= config.min_cells) | np.isin(cells.genes, list(perturbed))
+    if not keep.any():
+        raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells (--min-cells); lower it")
+    if not keep.all():
+        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: detected in at least {config.min_cells} training "
+                           "and control cells, or perturbed")
+        cells.keep_genes(keep)
+    lognormalise(cells)
+    if 0 < config.hvg < len(cells.genes):
+        rows = data.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
+        keep = highly_variable(cells.X, rows, config.hvg) | np.isin(cells.genes, list(perturbed))
+        cells.notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} highly variable in "
+                           f"{'training and control' if config.hvg_on == 'train' else 'ALL'} cells, and the perturbed ones")
+        cells.keep_genes(keep)
+    data.choose_genes()
+    return data
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+@contextlib.contextmanager
+def atomic(path):
+    """Write to a temporary file beside `path` and rename: a reader, a crash or a full disk never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # h5py and torch report a full disk as OSError or RuntimeError, depending on the call that noticed it
+        raise DataError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space or choose another folder "
+                        "with --out") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(group, name, value, kind, version="0.2.0", **options):
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.kind in "OU"):
+        value, options["dtype"] = np.asarray(value, dtype=object), h5py.string_dtype()
+    node = group.create_dataset(name, data=value, **options)
+    node.attrs["encoding-type"], node.attrs["encoding-version"] = kind, version
+
+
+def _write_dict(parent, name, content):
+    group = parent.require_group(name)
+    group.attrs["encoding-type"], group.attrs["encoding-version"] = "dict", "0.1.0"
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _write_dict(group, key, value)
+        elif isinstance(value, str):
+            _write(group, key, value, "string")
+        elif isinstance(value, (list, tuple, np.ndarray)):
+            value = np.asarray(value)
+            _write(group, key, value, "string-array" if value.dtype.kind in "OU" else "array")
+        else:
+            _write(group, key, value, "numeric-scalar")
+
+
+def _write_frame(parent, name, index, columns):
+    group = parent.create_group(name)
+    group.attrs["encoding-type"], group.attrs["encoding-version"] = "dataframe", "0.2.0"
+    group.attrs["_index"] = "_index"
+    group.attrs.create("column-order", list(columns), dtype=h5py.string_dtype(), shape=(len(columns),))
+    _write(group, "_index", list(index), "string-array")
+    for key, values in columns.items():
+        values = np.asarray(values)
+        if values.dtype.kind in "OU":               # text: categorical, as anndata writes it
+            categories, codes = np.unique(values.astype(str), return_inverse=True)
+            node = group.create_group(key)
+            node.attrs["encoding-type"], node.attrs["encoding-version"], node.attrs["ordered"] = "categorical", "0.2.0", False
+            _write(node, "codes", codes.astype(np.int32 if len(categories) > 127 else np.int8), "array")
+            _write(node, "categories", list(categories), "string-array")
+        else:
+            _write(group, key, values, "array")
+
+
+def write_h5ad(path, X, obs, genes, uns=None, names=None):
+    """Write a valid AnnData file, atomically. X (n, G) ndarray or CSR, obs {column: n values}, genes [G] unique,
+    uns {key: str, number, array or dict}, names [n] cell names. Opens in anndata and scanpy without a warning."""
+    n, G = X.shape
+    if len(genes) != G or any(len(v) != n for v in obs.values()):
+        raise ValueError(f"X is {X.shape}, but there are {len(genes)} genes and obs of {[len(v) for v in obs.values()]}")
+    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["encoding-type"], file.attrs["encoding-version"] = "anndata", "0.1.0"
+        if sp.issparse(X):
+            X = X.tocsr()
+            group = file.create_group("X")
+            group.attrs["encoding-type"], group.attrs["encoding-version"] = "csr_matrix", "0.1.0"
+            group.attrs["shape"] = np.array(X.shape, dtype=np.int64)
+            for key, values in (("data", X.data), ("indices", X.indices), ("indptr", X.indptr)):
+                group.create_dataset(key, data=values, chunks=(min(len(values), 65536),) if len(values) else None)
+        else:
+            _write(file, "X", np.ascontiguousarray(X), "array")
+        _write_frame(file, "obs", names if names is not None else [f"cell{i}" for i in range(n)], obs)
+        _write_frame(file, "var", genes, {})
+        for name in ("layers", "obsm", "varm", "obsp", "varp"):
+            _write_dict(file, name, {})
+        _write_dict(file, "uns", uns or {})
+
+
+def write_prepared(path, data):
+    """The data set as a plain AnnData file: log1p CP10k CSR, cells grouped by condition, one contiguous range each."""
+    cells = data.source
+    rows = np.concatenate([data.rows[g] for g in data.groups])
+    obs = {"condition": cells.condition[rows]}
+    obs |= {key: cells.obs(key)[rows] for key in data.config.covariates.split(",") if key}
+    uns = {"preprocessing": {"scale": "log1p CP10k", "source": Path(cells.path).name, "notes": np.array(cells.notes, dtype=object),
+                             "min_genes": data.config.min_genes, "min_cells": data.config.min_cells, "hvg": data.config.hvg}}
+    write_h5ad(path, cells.X[rows], obs, cells.genes, uns, cells.names[rows])
+
+
+# ------------------------------------------------------------------------------------------------ the demo
+
+INTERACTIONS = {"additive": 1.0, "synergistic": 1.6, "suppressing": 0.4, "epistatic": 1.0}  # factor on the sum of effects
+
+
+def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
+    """Write a simulated Perturb-seq file of raw counts with a known truth.
+
+    Regulators (TF1, TF2, ...) belong to modules; a module is a sparse set of target genes, and each regulator adds targets of
+    its own. In every cell a regulator's activity varies and moves its own expression and its targets, so co-expression in
+    control cells foretells what activating it does. A perturbation raises the activity in three of four cells (the
+    others do not respond). Two regulators together act additively, more (synergistic), less (suppressing: same module)
+    or only one counts (epistatic); which, depends on their modules alone, so that it can be learned from other doubles.
+    Counts are negative binomial around library size x expression. With cell_types > 1 each type has its own baseline and
+    responds with its own strength (obs.cell_type).
+
+    cells: total, 0 for 400 controls and 100 of each condition and cell type. uns holds the truth, for tests only:
+    truth_conditions, truth_means (noise-free mean log1p CP10k), truth_interactions.
+    """
+    if genes < 40 or cell_types < 1:
+        raise DataError(f"demo: --genes {genes} --cell-types {cell_types}: at least 40 genes and one cell type are needed")
+    rng = np.random.default_rng(seed)
+    P, n_doubles = (16, 24) if genes < 1000 else (100, 130)
+    modules = P // 4
+    names = [f"TF{i + 1}" for i in range(P)] + [f"GENE{i + 1}" for i in range(genes - P)]
+    module = np.arange(P) % modules
+
+    def sparse(shape, share, scale):
+        return rng.normal(0, scale, shape) * (rng.random(shape) < share)
+    effect = 0.8 * sparse((modules, genes), 0.25, 0.7)[module] + sparse((P, genes), 0.10, 0.5)
+    effect[:, :P] *= 0.3                    # regulators are mostly moved by themselves
+    own = np.eye(P, genes)
+    baseline = rng.normal(0, 1.0 if genes < 1000 else 1.7, genes)
+    type_shift = np.concatenate([np.zeros((1, genes)), sparse((cell_types - 1, genes), 0.3, 0.8)])
+    type_strength = np.concatenate([[1.0], rng.uniform(0.6, 1.2, cell_types - 1)])
+
+    pairs = [(a, b) for a in range(P) for b in range(a + 1, P)]
+    pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_doubles, replace=False))]
+    conditions, shifts, kinds = [CONTROL], [np.zeros(genes)], ["none"]
+    for a in range(P):
+        conditions.append(names[a])
+        shifts.append(effect[a] + own[a])
+        kinds.append("single")
+    for a, b in pairs:
+        kind = "suppressing" if module[a] == module[b] else ("additive", "synergistic", "epistatic")[(module[a] + module[b]) % 3]
+        joint = effect[a] if kind == "epistatic" else effect[a] + effect[b]
+        conditions.append("+".join(sorted((names[a], names[b]))))
+        shifts.append(INTERACTIONS[kind] * joint + own[a] + own[b])
+        kinds.append(kind)
+    shifts = 2.5 * np.stack(shifts)          # a perturbation is 2.5 units of activity: five standard deviations
+
+    n_conditions = len(conditions) - 1
+    total = cells or (400 + 100 * n_conditions) * cell_types
+    n_control = total // 11 if cells or genes >= 1000 else 400 * cell_types
+    if total - n_control < n_conditions * cell_types:
+        raise DataError(f"demo: --cells {total}: at least {2 * n_conditions * cell_types} are needed for {n_conditions} conditions")
+    label = np.concatenate([np.zeros(n_control, np.int64), 1 + np.arange(total - n_control) % n_conditions])
+    kind = (np.arange(total) // n_conditions) % cell_types
+    kind[:n_control] = np.arange(n_control) % cell_types
+    shuffle = rng.permutation(total)
+    label, kind = label[shuffle], kind[shuffle]
+    depth = min(6 * genes, 9000) * rng.lognormal(0, 0.3, total)
+    truth, blocks = np.zeros((len(conditions), genes)), []
+    step = max(1, BLOCK_NNZ // genes)
+    for i in range(0, total, step):
+        c, k = label[i:i + step], kind[i:i + step]
+        activity = rng.normal(0, 0.5, (len(c), P))
+        responds = (rng.random(len(c)) < 0.75) * type_strength[k]
+        rate = baseline + type_shift[k] + activity @ (effect + own) + responds[:, None] * shifts[c]
+        rate = np.exp(rate - rate.max(axis=1, keepdims=True))
+        rate /= rate.sum(axis=1, keepdims=True)
+        np.add.at(truth, c, np.log1p(1e4 * rate))
+        rate *= depth[i:i + step, None] * rng.gamma(5.0, 1 / 5.0, rate.shape)  # gamma-Poisson: dispersion 1/5
+        blocks.append(sp.csr_matrix(rng.poisson(rate).astype(np.float32)))
+    truth /= np.maximum(np.bincount(label, minlength=len(conditions)), 1)[:, None]
+    obs = {"condition": np.array(conditions, dtype=object)[label]}
+    if cell_types > 1:
+        obs["cell_type"] = np.array([f"type{i + 1}" for i in range(cell_types)], dtype=object)[kind]
+    uns = {"truth_conditions": np.array(conditions, dtype=object), "truth_interactions": np.array(kinds, dtype=object),
+           "truth_means": truth, "simulator": "data.py demo", "seed": seed}
+    write_h5ad(path, sp.vstack(blocks, format="csr"), obs, names, uns)
+
+
+def demo_file(cell_types=1, folder="runs"):
+    """Path of the demo file, simulated on first use."""
+    path = Path(folder) / f"demo-v1{f'-{cell_types}types' if cell_types > 1 else ''}.h5ad"  # v1: change with the simulator
+    if not path.exists():
+        simulate(path, cell_types=cell_types)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def add_flags(parser, cls, **overrides):
+    """One flag per field of a dataclass: name, type and default from the field, help from the comment beside it.
+
+    Flags that are not given are absent from the parsed namespace, so that callers see what the user asked for.
+    """
+    comments = {}
+    for base in reversed(cls.__mro__[:-1]):
+        comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.M))
+    for f in fields(cls):
+        kind, flag = typing.get_type_hints(cls)[f.name], "--" + f.name.replace("_", "-")
+        options = {"default": argparse.SUPPRESS, "help": comments.get(f.name, "").replace("%", "%%"), **overrides.get(f.name, {})}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif typing.get_origin(kind) is typing.Literal:
+            parser.add_argument(flag, choices=typing.get_args(kind), **options)
+        elif typing.get_origin(kind) is tuple:
+            parser.add_argument(flag, nargs="+", type=typing.get_args(kind)[0], metavar="X", **options)
+        else:
+            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the project's error style, and without guessing abbreviated flags."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+
+
+@contextlib.contextmanager
+def clean_errors():
+    """Around a main(): a DataError ends the program with 'error: ...' on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:                     # the reader of our output (head, less) has gone
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def describe(data, split=""):
+    """What `python data.py FILE` prints, as one JSON-serialisable object; `cells` and `genes` count the labelled file."""
+    cells, per = data.source, {}
+    for group, condition in zip(data.groups, data.condition):
+        per[condition] = per.get(condition, 0) + len(data.rows[group])
+    controls, orders = per.pop(CONTROL), [order(c) for c in per]
+    covariates = {key: len(set(cells.obs(key))) for key in data.config.covariates.split(",") if key}
+    genes = set(data.genes)
+    facts = {"file": cells.path, "cells": data.file_shape[0], "genes": data.file_shape[1], "conditions": len(per),
+             "singles": orders.count(1), "doubles": orders.count(2), "more": sum(o > 2 for o in orders), "controls": controls,
+             "pert_key": cells.pert_key, "control_labels": cells.controls, "covariates": covariates,
+             "cells_per_condition": {"min": min(per.values()), "median": float(np.median(list(per.values()))), "max": max(per.values())},
+             "scale": data.file_scale, "perturbations": len(data.perturbations),
+             "perturbed_genes_in_panel": sum(p in genes or p.partition(":")[0] in genes for p in data.perturbations),
+             "panel_genes": len(data.genes), "notes": cells.notes}
+    if split:
+        facts["split"] = {part: {"conditions": len(data.split[part]), "cells": sum(len(data.rows[g]) for g in data.part(part))}
+                          for part in PARTS}
+    return facts
+
+
+def main(argv=None):
+    parser = Parser(prog="data.py", description=__doc__)
+    parser.add_argument("file", help="AnnData file (.h5ad, .h5), or demo to simulate one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", default="", help="write the prepared (or simulated) file here")
+    parser.add_argument("--split", default="", help="additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN")
+    parser.add_argument("--fold", type=int, default=0, help="which fold of the split")
+    parser.add_argument("--folds", type=int, default=10, help="number of folds of --split cv")
+    demo = parser.add_argument_group("demo")
+    for flag, meaning in (("--cells", "number of cells"), ("--genes", "number of genes"), ("--cell-types", "number of cell types"),
+                          ("--seed", "random seed")):
+        demo.add_argument(flag, type=int, default=None, help=meaning)
+    add_flags(parser.add_argument_group("data"), DataConfig)
+    args = vars(parser.parse_args(argv))
+    simulation = {k: args[k] for k in ("cells", "genes", "cell_types", "seed") if args[k] is not None}
+    with clean_errors():
+        if args["file"] == "demo":
+            out = args["out"] or "demo.h5ad"
+            simulate(out, **simulation)
+            print(f"wrote {out}")
+            return
+        if simulation:
+            raise DataError(f"--{next(iter(simulation)).replace('_', '-')}: belongs to 'python data.py demo'; remove it")
+        config = DataConfig(**{f.name: args[f.name] for f in fields(DataConfig) if f.name in args})
+        data = load(args["file"], config, args["split"], args["fold"], args["folds"])
+        facts = describe(data, args["split"])
+        if args["json"]:
+            print(json.dumps(facts))
+        else:
+            print_facts(facts)
+        if args["out"]:
+            write_prepared(args["out"], data)
+            print(f"wrote {args['out']}: log1p CP10k, {data.X.shape[0]:,} cells x {data.X.shape[1]:,} genes, grouped by condition",
+                  file=sys.stderr if args["json"] else sys.stdout)
+
+
+def print_facts(facts):
+    """The console form of describe()."""
+    per = facts["cells_per_condition"]
+    print(f"{facts['file']}: {facts['cells']:,} cells x {facts['genes']:,} genes, {facts['scale']}")
+    print(f"conditions  {facts['conditions']} ({facts['singles']} singles, {facts['doubles']} doubles, {facts['more']} of more) "
+          f"in obs column {facts['pert_key']}")
+    print(f"controls    {facts['controls']:,} cells labelled {', '.join(facts['control_labels'])}")
+    print(f"cells       {per['min']} to {per['max']} per condition, median {per['median']:g}")
+    if facts["covariates"]:
+        print("covariates  " + ", ".join(f"{k} ({n} values)" for k, n in facts["covariates"].items()))
+    print(f"panel       {facts['panel_genes']:,} genes; {facts['perturbed_genes_in_panel']} of {facts['perturbations']} perturbations "
+          "are genes of it")
+    for part, n in facts.get("split", {}).items():
+        print(f"{part:<11} {n['conditions']} conditions, {n['cells']:,} cells")
+    for note in facts["notes"]:
+        print(f"note        {note}")
+
+
+if __name__ == "__main__":
+    main()
