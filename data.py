@@ -7,7 +7,7 @@ choose genes on training and control cells only; log-normalise. Nothing here is 
     python data.py norman.h5ad                          what is in this file, and will it load
     python data.py norman.h5ad --json --split additive  the same as one JSON object, with the parts of a split
     python data.py norman.h5ad --out norman.h5          log-normalised, cells grouped by condition, quick to read
-    python data.py demo --out demo.h5ad                 simulated counts with a known truth (--cells, --genes, --cell-types)
+    python data.py demo --out demo.h5ad                 simulated counts, known truth (--cells, --genes, --cell-types)
 
 Units: `counts` are raw UMI counts; everything a method sees is log1p of counts per 10,000 ("log1p CP10k").
 Names: a condition is its perturbations sorted and joined by '+', or 'control'; a group is a condition within one
@@ -16,6 +16,7 @@ combination of covariates, written CONDITION@cov1,cov2 where covariates are used
 import argparse
 import contextlib
 import inspect
+import io
 import json
 import os
 import re
@@ -36,10 +37,11 @@ PERT_KEYS = ("condition", "perturbation", "perturbation_name", "pert", "gene", "
 CONTROL_LABELS = ("control", "ctrl", "non-targeting", "non_targeting", "NT", "NegCtrl", "DMSO", "vehicle",
                   "unperturbed", "PBS")
 GENE_KEYS = ("gene_name", "gene_symbol", "gene_symbols", "feature_name", "symbol")
-MISSING = {"", "nan", "NaN", "<NA>"}
+MISSING = {"", "nan", "NaN", "<NA>", "NA", "None"}
 PARTS = ("train", "val", "test")
-LOG_MAX = 15.0        # log1p CP10k cannot exceed log(10001) = 9.2; other target sums reach 14 (specs/data.md, section 3)
-LOG_LOG_MAX = 2.33    # log1p(log1p(10,000)): what a log taken twice cannot exceed
+PART_ALIAS = {"valid": "val", "validation": "val"}
+LOG_MAX = 15.0         # log1p CP10k cannot exceed log(10001) = 9.2; other target sums reach 14
+LOG_LOG_MAX = 2.33     # log1p(log1p(10,000)): what a log taken twice cannot exceed
 BLOCK_NNZ = 4_000_000  # stored values touched at once: bounds temporary memory to about 100 MB
 
 
@@ -53,18 +55,22 @@ class DataConfig:
     layer: str = ""             # matrix to use: '' for X, a layer's name, or 'raw' for raw/X
     pert_key: str = ""          # obs column of the perturbation; two columns as Drug1,Drug2; '' to search
     control_label: str = ""     # the value that marks control cells; '' to search the usual ones
-    gene_key: str = ""          # var column with gene names; '' for the index, or the column that holds the perturbed genes
+    gene_key: str = ""          # var column with gene names; '' for the index, or the column with the perturbed genes
     covariates: str = ""        # obs columns, comma-separated, within which controls are matched (cell_type,...)
     dose_key: str = ""          # obs column of the dose: each dose of a drug becomes a perturbation 'drug:dose'
     counts: bool = False        # declare the values raw counts
     lognorm: bool = False       # declare the values log-normalised
     min_genes: int = 0          # drop cells with fewer detected genes
     min_cells: int = 10         # drop genes detected in fewer training and control cells (perturbed genes stay)
-    hvg: int = 0                # highly variable genes to keep (scanpy's 'seurat'), plus the perturbed ones; 0 keeps all
-    hvg_on: typing.Literal["train", "all"] = "train"  # cells that choose them; 'all' leaks the test, as the papers do
-    eval_genes: int = 1000      # genes that are evaluated: highest mean in training control cells
-    control_split: str = ""     # share of control cells in train,val,test (PerturBench: 0.5,0.25,0.25); '' shares them all
+    hvg: int = 0                # highly variable genes to keep (scanpy's 'seurat'), plus perturbed ones; 0 keeps all
+    hvg_on: typing.Literal["train", "all"] = "train"  # cells that choose them; 'all' leaks the test, as papers do
+    eval_genes: int = 1000      # genes that are evaluated: highest mean in training control cells; 0 takes all
+    control_split: str = ""     # controls' shares in train,val,test (PerturBench: 0.5,0.25,0.25); '' shares them all
     cache_gb: float = 8.0       # keep the matrix dense on the device up to this size, else densify each batch
+
+    @property
+    def covariate_keys(self):
+        return [key.strip() for key in self.covariates.split(",") if key.strip()]
 
 
 # ------------------------------------------------------------------------------------------------ reading AnnData
@@ -84,7 +90,7 @@ def _open(path):
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     if not head:
         raise DataError(f"{path}: is empty (0 bytes); download it again")
-    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.I):
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!|html|head|\?xml)", head, re.I):
         raise DataError(f"{path}: is a web page, not data; the link needs a login or has moved: download it again")
     if head[:2] == b"\x1f\x8b" or head[:2] == b"PK":
         raise DataError(f"{path}: is a compressed archive; unpack it first")
@@ -93,7 +99,8 @@ def _open(path):
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error}); the file is truncated or damaged: download it again") from None
+        raise DataError(f"{path}: cannot be opened ({error}); the file is truncated or damaged: download it "
+                        "again") from None
     with file:
         keys = sorted(file)
         if "matrix" in file and isinstance(file["matrix"], h5py.Group):
@@ -102,8 +109,10 @@ def _open(path):
         if {"row_attrs", "col_attrs"} <= set(keys):
             raise DataError(f"{path}: is a loom file; convert it to .h5ad (anndata.read_loom, then write_h5ad)")
         if any(isinstance(file[k], h5py.Group) and {"barcodes", "indptr"} <= set(file[k]) for k in keys):
-            raise DataError(f"{path}: is a 10x Cell Ranger 2 matrix, which has no perturbation labels; join it with the "
-                            "guide calls and save it as .h5ad")
+            raise DataError(f"{path}: is a 10x Cell Ranger 2 matrix, which has no perturbation labels; join it with "
+                            "the guide calls and save it as .h5ad")
+        if "mod" in file and "X" not in file:
+            raise DataError(f"{path}: is a MuData file; save one modality alone (mdata['rna'].write_h5ad)")
         if not {"obs", "var"} <= set(keys):
             raise DataError(f"{path}: is HDF5 but not AnnData: it holds {', '.join(keys[:8]) or 'nothing'}, "
                             "where obs, var and X are expected")
@@ -124,7 +133,7 @@ def _attr(node, name, default=""):
 def _values(dataset):
     """A 1-D dataset as numpy: strings become an object array of str, numbers stay numbers."""
     if h5py.check_string_dtype(dataset.dtype) is not None:
-        return dataset.asstr(errors="replace")[...].astype(object)
+        return np.asarray(dataset.asstr(errors="replace")[...], dtype=object)
     return dataset[...]
 
 
@@ -148,13 +157,9 @@ def _column(frame, name):
 
 def _text(values):
     """Any column as stripped text; missing values as ''."""
-    if values.dtype != object:
-        unique, inverse = np.unique(values, return_inverse=True)
-        text = [("" if isinstance(v, np.floating) and np.isnan(v) else f"{v:g}" if isinstance(v, np.floating) else str(v))
-                for v in unique]
-    else:
-        unique, inverse = _factorise(values)
-        text = [f"{v:g}" if isinstance(v, float) and v == v else str(v).strip() for v in unique]
+    unique, inverse = _factorise(values) if values.dtype == object else np.unique(values, return_inverse=True)
+    text = [np.format_float_positional(v, trim="-") if isinstance(v, (float, np.floating)) else str(v).strip()
+            for v in unique]                        # 10.0 as '10', and never an exponent: '1e+06' would be split at '+'
     text = np.array([("" if t in MISSING else t) for t in text], dtype=object)
     return text[inverse] if len(text) else np.empty(0, dtype=object)
 
@@ -167,7 +172,7 @@ def _factorise(values):
 
 
 def _names(frame):
-    return _text(_values(frame[_attr(frame, "_index", "_index")]))
+    return _text(_column(frame, _attr(frame, "_index", "_index")))
 
 
 def _columns(frame):
@@ -185,9 +190,10 @@ def _matrix(node, shape, where):
         return sp.vstack(blocks, format="csr")
     layout = (_attr(node, "encoding-type") or _attr(node, "h5sparse_format")).removesuffix("_matrix")
     if layout not in ("csr", "csc") or not {"data", "indices", "indptr"} <= set(node):
-        raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; dense, CSR and CSC matrices can be read")
+        raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; dense, CSR and CSC matrices can be "
+                        "read, write it again as one of them")
     stored = tuple(int(s) for s in node.attrs.get("shape", node.attrs.get("h5sparse_shape", ())))
-    indptr, indices = node["indptr"][...], node["indices"]
+    indptr, indices = node["indptr"].astype(np.int64)[...], node["indices"]
     n, width = shape if layout == "csr" else shape[::-1]
     sound = (stored == shape and len(indptr) == n + 1 and indptr[0] == 0 and np.all(np.diff(indptr) >= 0)
              and indptr[-1] == len(indices) == len(node["data"]))
@@ -196,7 +202,8 @@ def _matrix(node, shape, where):
         sound = len(indices) == 0 or (indices.min() >= 0 and indices.max() < width)
     if not sound:
         raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(indptr)} pointers, "
-                        f"{len(indices)} indices, {len(node['data'])} values for {shape}); the file is damaged: write it again")
+                        f"{len(indices)} indices, {len(node['data'])} values for {shape}); the file is damaged: "
+                        "write it again")
     data = np.empty(len(indices), dtype=np.float32)
     if len(data):
         node["data"].read_direct(data)
@@ -213,7 +220,7 @@ def _uns(group):
     """The arrays, strings and numbers of uns; anything deeper is left alone."""
     out = {}
     for key, node in group.items():
-        if isinstance(node, h5py.Dataset) and node.dtype.names is None:
+        if isinstance(node, h5py.Dataset) and node.dtype.names is None and node.shape is not None:
             value = _values(node)
             out[key] = value if value.ndim else value.item()
     return out
@@ -235,6 +242,7 @@ class Cells:
     pert_key: str
     controls: list              # labels that were taken for control
     kept: np.ndarray            # (n,) rows of the file that these cells are
+    file_shape: tuple           # labelled cells and genes of the file, before anything is filtered
     notes: list = field(default_factory=list)  # what was dropped or renamed, to be printed
 
     def take(self, rows):
@@ -252,7 +260,8 @@ class Cells:
         """Another obs column of the file, as text, for these cells."""
         with _open(self.path) as file:
             if column not in file["obs"]:
-                raise DataError(f"{self.path}: obs has no column '{column}'; it has {', '.join(_columns(file['obs']))}")
+                raise DataError(f"{self.path}: obs has no column '{column}'; it has "
+                                + ", ".join(_columns(file["obs"])))
             return _text(_column(file["obs"], column))[self.kept]
 
 
@@ -266,62 +275,63 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     """
     config = config or DataConfig()
     with _open(path) as file:
-        obs, var, n = file["obs"], file["var"], len(_names(file["obs"]))
-        matrix, where = _choose_layer(file, config.layer, path)
-        if config.layer == "raw":
-            var = file["raw/var"]
+        obs, names = file["obs"], _names(file["obs"])
+        matrix, var, where = _choose_layer(file, config.layer, path)
         index = _names(var)
+        n = len(names)
         if n == 0 or len(index) == 0:
-            raise DataError(f"{path}: holds {n} cells and {len(index)} genes; nothing to learn from")
-        keys, labels = _find_labels(obs, config, path, set(index), control_required, perturbed_required)
+            raise DataError(f"{path}: holds {n} cells and {len(index)} genes; nothing to learn from, check how it was "
+                            "written")
+        symbols = set(index).union(*(_text(_column(var, k)) for k in GENE_KEYS if k in var))
+        keys, labels = _find_labels(obs, config, path, symbols, control_required, perturbed_required)
         doses = _required_column(obs, config.dose_key, "--dose-key", path) if config.dose_key else None
-        covariates = [_required_column(obs, c.strip(), "--covariates", path) for c in config.covariates.split(",") if c]
+        covariates = [_required_column(obs, key, "--covariates", path) for key in config.covariate_keys]
         genes = _gene_names(var, index, config, labels, path)
         X = _matrix(matrix, (n, len(index)), where)
         uns = _uns(file["uns"]) if "uns" in file else {}
-        names = _names(obs)
     notes = []
-    genes, duplicated = _unique_genes(genes)
+    genes, duplicated = _unique(genes)
     if duplicated:
         notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...)")
     rules = LabelRules(labels, genes, config.control_label)
     condition, spelling = rules.apply(labels, doses)
     ambiguous = sorted({p for c in spelling for p in c.split("+")} & duplicated)
     if ambiguous:
-        raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique names "
-                        "with --gene-key, or remove the duplicates")
+        raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
+                        "names with --gene-key, or remove the duplicates")
     covariate = np.full(n, "", dtype=object)
     if covariates:
         covariate = np.array([",".join(values) for values in zip(*covariates)], dtype=object)
     cells = Cells(str(path), X, genes, names, condition, covariate, "", uns, rules.canonical, spelling, keys,
-                  sorted(rules.seen_controls), np.arange(n), notes)
-    unlabelled = (condition == "") | (np.array([("" in v) for v in zip(*covariates)]) if covariates else False)
+                  sorted(rules.seen_controls), np.arange(n), (), notes)
+    unlabelled = np.any([condition == ""] + [values == "" for values in covariates], axis=0)
     if unlabelled.any():
-        notes.append(f"dropped {int(unlabelled.sum()):,} cells without a label")
+        notes.append(f"dropped {int(unlabelled.sum()):,} cells without a label{' or covariate' if covariates else ''}")
         cells.take(~unlabelled)
-    cells.scale = _scale(cells.X, config, where, check)
+    cells.file_shape = cells.X.shape
     n_control = int((cells.condition == CONTROL).sum())
     if control_required and n_control == 0:
         raise DataError(f"{path}: column {keys} has no control cells left; name their label with --control-label")
     if perturbed_required and n_control == len(cells.condition):
-        raise DataError(f"{path}: column {keys} has only control cells; nothing is perturbed, choose another --pert-key")
+        raise DataError(f"{path}: column {keys} has only control cells; nothing is perturbed, choose another "
+                        "--pert-key")
+    cells.scale = _scale(cells.X, config, where, check)
     return cells
 
 
 def _choose_layer(file, layer, path):
-    layers = sorted(file["layers"]) if "layers" in file else []
-    if layer == "raw":
-        if "raw" not in file or "X" not in file["raw"]:
-            raise DataError(f"{path}: has no raw/X; available: X {' '.join(layers)}".rstrip())
-        return file["raw/X"], f"{path}: raw/X"
+    """The matrix that --layer names, the var frame that belongs to it, and what to call it in messages."""
+    layers, raw = sorted(file["layers"]) if "layers" in file else [], "raw/X" in file
+    there = ", ".join(layers + ["raw"] * raw) or "none"
+    if layer == "raw" and raw:
+        return file["raw/X"], file["raw/var"], f"{path}: raw/X"
     if layer:
         if layer not in layers:
-            raise DataError(f"{path}: has no layer '{layer}' (--layer); it has {', '.join(layers) or 'none'}"
-                            + (" and raw" if "raw" in file else ""))
-        return file["layers"][layer], f"{path}: layer {layer}"
+            raise DataError(f"{path}: has no layer '{layer}'; choose another --layer (it has {there}) or none for X")
+        return file["layers"][layer], file["var"], f"{path}: layer {layer}"
     if "X" not in file or _attr(file["X"], "encoding-type") == "null":
-        raise DataError(f"{path}: has no X; choose a layer with --layer: {', '.join(layers) or 'there is none'}")
-    return file["X"], f"{path}: X"
+        raise DataError(f"{path}: has no X; choose a layer with --layer (it has {there})")
+    return file["X"], file["var"], f"{path}: X"
 
 
 def _required_column(frame, name, flag, path):
@@ -352,10 +362,11 @@ def is_control_label(token):
 
 
 class LabelRules:
-    """Turns every spelling of a condition into its canonical name: perturbations sorted, joined by '+', controls dropped.
+    """Turns every spelling of a condition into its canonical name: perturbations sorted, joined by '+', no controls.
 
-    A whole label that is a gene name is one perturbation, whatever it contains. '+', ',', ';' and '|' separate; '_' only
-    where both halves are known perturbations (genes of the file, or labels that stand alone) or controls.
+    A whole label that is a gene name is one perturbation, whatever it contains. '+', ',', ';' and '|' separate; '_'
+    only where both halves are known perturbations (genes of the file, labels that stand alone or beside a control, as
+    in C3orf72_NegCtrl0) or controls.
     """
 
     def __init__(self, labels, genes, control_label=""):
@@ -363,11 +374,15 @@ class LabelRules:
         self.explicit = {c.strip() for c in control_label.split(",") if c.strip()} | ({control_label} - {""})
         parts = {p for label in set(labels.ravel()) for p in _split(label)}
         self.known = self.genes | {p for p in parts if "_" not in p}
+        for halves in ({h for h in p.split("_") if h} for p in parts - self.known):
+            perturbed = {h for h in halves if not self.is_control(h)}
+            if len(perturbed) == 1 < len(halves):
+                self.known |= perturbed
         self.seen_controls = set()
 
     def is_control(self, token):
         if self.explicit:
-            return token in self.explicit
+            return token in self.explicit or token == CONTROL  # no perturbation can have this name
         return token in CONTROL_LABELS or (is_control_label(token) and token not in self.genes)
 
     def tokens(self, label):
@@ -387,8 +402,9 @@ class LabelRules:
         tokens = [t for t in self.tokens(label) if t not in MISSING]
         if not tokens:
             return ""
-        doses = dose.split("+") if dose else []
-        doses = doses if len(doses) == len(tokens) else [dose] * len(tokens)
+        dose = re.sub(r"(?<=\d[eE])\+", "", dose)  # 1e+06 is one number, 1+1 (GEARS) one dose for each token
+        doses = dose.split("+")
+        doses = doses if len(doses) == len(tokens) else [dose.replace("+", "/")] * len(tokens)
         perturbations = set()
         for token, d in zip(tokens, doses):
             if self.is_control(token):
@@ -398,7 +414,7 @@ class LabelRules:
         return "+".join(sorted(perturbations)) or CONTROL
 
     def apply(self, labels, doses=None):
-        """labels (n, k) text: k label columns. Returns canonical (n,) and {canonical: first spelling in sorted order}."""
+        """labels (n, k) text: k label columns. Returns canonical (n,), {canonical: first spelling in sorted order}."""
         joined = ["+".join(t for t in row if t) for row in labels] if labels.shape[1] > 1 else labels[:, 0]
         keys = list(zip(joined, doses)) if doses is not None else [(label, "") for label in joined]
         unique, inverse = _factorise(keys)
@@ -411,13 +427,14 @@ class LabelRules:
 
 
 def _find_labels(obs, config, path, genes, control_required, perturbed_required):
-    """The label column(s), as name and (n, k) text: --pert-key, or the first candidate with a control and a perturbation."""
+    """The label column(s), as name and (n, k) text: --pert-key, or the first candidate that can be used."""
     def lacks(labels):
         """What keeps these labels from being used, or None."""
-        values = set(LabelRules(labels, genes, config.control_label).apply(labels)[0]) - {""}
-        if perturbed_required and values == {CONTROL}:
-            return "only control cells"
-        return "no control label" if control_required and CONTROL not in values else None
+        rules = LabelRules(labels, genes, config.control_label)
+        values = set(rules.apply(labels)[0]) - {""}
+        if control_required and not rules.seen_controls & (rules.explicit or rules.seen_controls):
+            return "no control label"
+        return "only control cells" if perturbed_required and values == {CONTROL} else None
 
     if config.pert_key:
         keys = [config.pert_key] if config.pert_key in obs else [k.strip() for k in config.pert_key.split(",")]
@@ -426,24 +443,27 @@ def _find_labels(obs, config, path, genes, control_required, perturbed_required)
         found = [(key, _text(_column(obs, key))[:, None]) for key in PERT_KEYS if key in obs]
     usable = [(key, labels) for key, labels in found if not lacks(labels)]
     if usable:
-        first, *others = [(key, labels, LabelRules(labels, genes, config.control_label).apply(labels)[0]) for key, labels in usable]
+        first, *others = [(key, labels, LabelRules(labels, genes, config.control_label).apply(labels)[0])
+                          for key, labels in usable]
         for key, labels, condition in others:
             if not np.array_equal(condition, first[2]):
-                raise DataError(f"{path}: obs columns {first[0]} ({_some(first[1])}) and {key} ({_some(labels)}) disagree on the "
-                                "conditions; choose one with --pert-key")
+                raise DataError(f"{path}: obs columns {first[0]} ({_some(first[1])}) and {key} ({_some(labels)}) "
+                                "disagree on the conditions; choose one with --pert-key")
         return first[:2]
     if not found and not perturbed_required:
         return "(no label column: every cell a control)", np.full((len(_names(obs)), 1), CONTROL, dtype=object)
     listing = "; ".join(f"{k} ({_some(_text(_column(obs, k)))})" for k in _columns(obs)[:12])
     advice = "Name the column with --pert-key and its control value with --control-label"
     if not found:
-        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has {listing}. {advice}")
+        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has "
+                        f"{listing or 'no columns'}. {advice}")
     name, labels = found[0]
     if lacks(labels) == "only control cells":
         raise DataError(f"{path}: column {name} has only control cells; nothing is perturbed. {advice}")
     asked = f"--control-label '{config.control_label}' is" if config.control_label else \
         f"the known control labels ({', '.join(CONTROL_LABELS)}) are"
-    raise DataError(f"{path}: no control cells: {asked} not among the values of {name} ({_some(labels)}); obs has {listing}. {advice}")
+    raise DataError(f"{path}: no control cells: {asked} not among the values of {name} ({_some(labels)}); "
+                    f"obs has {listing}. {advice}")
 
 
 def _some(values):
@@ -456,30 +476,31 @@ def _gene_names(var, index, config, labels, path):
     """Gene names: --gene-key, else the index, unless a column holds more of the perturbed genes (Ensembl index)."""
     if config.gene_key:
         if config.gene_key not in var:
-            raise DataError(f"{path}: var has no column '{config.gene_key}' (--gene-key); it has {', '.join(_columns(var))}")
-        return _text(_column(var, config.gene_key))
-    tokens = {t for label in set(labels.ravel()) for part in _split(label) for t in [part, *part.split("_")]}
-    candidates = [index] + [_text(_column(var, k)) for k in GENE_KEYS if k in var and k != _attr(var, "_index")]
-    return max(candidates, key=lambda names: len(tokens & set(names)))  # the first of equals: the index
+            raise DataError(f"{path}: var has no column '{config.gene_key}' (--gene-key); it has "
+                            f"{', '.join(_columns(var)) or 'none'}")
+        names = _text(_column(var, config.gene_key))
+    else:
+        tokens = {t for label in set(labels.ravel()) for part in _split(label) for t in [part, *part.split("_")]}
+        candidates = [index] + [_text(_column(var, k)) for k in GENE_KEYS if k in var]
+        names = max(candidates, key=lambda names: len(tokens & set(names)))  # the first of equals: the index
+    return np.where(names == "", index, names)      # a gene without a symbol goes by its identifier
 
 
-def _unique_genes(genes):
+def _unique(names):
     """Duplicates get -1, -2, ... in order of appearance, skipping names that exist, as anndata does.
     Returns the unique names and the set of names that were duplicated."""
-    taken, counter, out = set(genes), {}, []
-    for gene in genes:
-        if gene in counter:
-            while True:
-                counter[gene] += 1
-                name = f"{gene}-{counter[gene]}"
-                if name not in taken:
-                    break
-            taken.add(name)
-            out.append(name)
+    taken, counter, out = set(names), {}, []
+    for name in names:
+        unique = name
+        if name in counter:
+            while unique in taken:
+                counter[name] += 1
+                unique = f"{name}-{counter[name]}"
+            taken.add(unique)
         else:
-            counter[gene] = 0
-            out.append(gene)
-    return out, {gene for gene, n in counter.items() if n}
+            counter[name] = 0
+        out.append(unique)
+    return out, {name for name, n in counter.items() if n}
 
 
 # ------------------------------------------------------------------------------------------------ preprocessing
@@ -494,25 +515,26 @@ def _scale(X, config, where, check=True):
     if not np.isfinite(low) or not np.isfinite(high):
         raise DataError(f"{where}: holds NaN or infinite values; remove them or choose another --layer")
     if low < 0 and check:
-        raise DataError(f"{where}: holds negative values (lowest {low:.3g}): scaled or centred data cannot be used; choose the "
-                        "layer with raw counts or log-normalised values with --layer")
+        raise DataError(f"{where}: holds negative values (lowest {low:.3g}): scaled or centred data cannot be used; "
+                        "choose the layer with raw counts or log-normalised values with --layer")
     integer = all(np.array_equal(b, np.rint(b)) for b in np.array_split(X.data, X.nnz // BLOCK_NNZ + 1))
     if config.lognorm:
         if high >= LOG_MAX or integer:
-            raise DataError(f"{where}: --lognorm, but the values are {'integers' if integer else 'not logarithms'} up to {high:.6g}, "
-                            "which log1p CP10k cannot be; drop --lognorm")
+            raise DataError(f"{where}: --lognorm, but the values are {'integers' if integer else 'not logarithms'} up "
+                            f"to {high:.6g}, which log1p CP10k cannot be; drop --lognorm")
         return "lognorm"
     if config.counts and not integer and high < LOG_MAX:
-        raise DataError(f"{where}: --counts, but the values are not integers and end at {high:.3g}, as log-normalised ones do; "
-                        "drop --counts or choose another --layer")
+        raise DataError(f"{where}: --counts, but the values are not integers and end at {high:.3g}, as log-normalised "
+                        "ones do; drop --counts or choose another --layer")
     if integer or config.counts:
         return "counts"
     if high >= LOG_MAX:
-        raise DataError(f"{where}: values are not integers and reach {high:.6g}: neither counts nor log-normalised. For corrected "
-                        "or normalised counts pass --counts (they are scaled to 10,000 per cell and logged), or choose a --layer")
+        raise DataError(f"{where}: values are not integers and reach {high:.6g}: neither counts nor log-normalised. "
+                        "For corrected or normalised counts pass --counts (they are scaled to 10,000 per cell and "
+                        "logged), or choose a --layer")
     if high < LOG_LOG_MAX:
-        raise DataError(f"{where}: values end at {high:.3g}, lower than log1p CP10k does: log1p was applied twice, or the data "
-                        "are scaled. Choose another --layer, or pass --lognorm if they are right as they are")
+        raise DataError(f"{where}: values end at {high:.3g}, lower than log1p CP10k does: log1p was applied twice, or "
+                        "the data are scaled. Choose another --layer, or pass --lognorm if they are right as they are")
     return "lognorm"
 
 
@@ -523,7 +545,7 @@ def row_blocks(X, rows):
 
 
 def gene_moments(X, rows, transform=None):
-    """Sum and sum of squares of every gene over some rows, float64, of transform(stored values). transform(0) must be 0."""
+    """Sum and sum of squares of every gene over some rows, (G,) float64, of transform(values), transform(0) = 0."""
     total, square = np.zeros(X.shape[1]), np.zeros(X.shape[1])
     for block in row_blocks(X, rows):
         part = X[block]
@@ -567,11 +589,10 @@ def lognormalise(cells, target=1e4):
     X = cells.X
     for block in row_blocks(X, np.arange(X.shape[0])):
         lo, hi = X.indptr[block[0]], X.indptr[block[-1] + 1]
-        values = X.data[lo:hi]
-        running = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-        total = running[X.indptr[block + 1] - lo] - running[X.indptr[block] - lo]
-        factor = np.divide(target, total, out=np.zeros_like(total), where=total > 0)
-        values *= np.repeat(factor, np.diff(X.indptr)[block]).astype(np.float32)
+        values, row = X.data[lo:hi], np.repeat(np.arange(len(block)), np.diff(X.indptr)[block])
+        total = np.bincount(row, values, len(block))  # each row summed by itself: no cell's value depends on another
+        factor = np.divide(target, total, out=np.zeros_like(total), where=total > 0).astype(np.float32)
+        values *= factor[row]
         torch.from_numpy(values).log1p_()
     cells.scale = "lognorm"
 
@@ -595,15 +616,15 @@ def highly_variable(X, rows, n_top, bins=20):
     valid = np.isfinite(dispersion)
     count = np.bincount(which[valid], minlength=bins)
     average = np.bincount(which[valid], dispersion[valid], bins) / np.maximum(count, 1)
-    spread = np.bincount(which[valid], (dispersion[valid] - average[which[valid]]) ** 2, bins) / np.maximum(count - 1, 1)
-    spread = np.sqrt(spread)
+    spread = np.bincount(which[valid], (dispersion[valid] - average[which[valid]]) ** 2, bins)
+    spread = np.sqrt(spread / np.maximum(count - 1, 1))
     alone = count == 1
     spread[alone], average[alone] = average[alone], 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
         score = np.where(valid, (dispersion - average[which]) / spread[which], -np.inf)
     score[np.isnan(score)] = -np.inf
-    finite = np.sort(score[np.isfinite(score)])[::-1]
-    return score >= finite[min(n_top, len(finite)) - 1] if len(finite) else np.zeros(X.shape[1], bool)
+    ranked = np.sort(score[score > -np.inf])[::-1]
+    return score >= ranked[min(n_top, len(ranked)) - 1] if len(ranked) else np.zeros(X.shape[1], bool)
 
 
 # ------------------------------------------------------------------------------------------------ splits
@@ -617,9 +638,11 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of
     """Assign every group to train, val or test. Returns {part: sorted condition or group names}.
 
     groups: [(condition, covariate)] without controls. spelling: {condition: first spelling in the file}.
-    name: additive | holdout | cv | combo | transfer | unseen | FILE.json | obs:COLUMN (part_of then maps group -> part).
+    name: additive | holdout | cv | combo | transfer | unseen | FILE.json | obs:COLUMN (part_of: group -> part).
     fold: seed 42 + fold, except cv where it picks the test fold. Raises DataError when a split has no test condition.
     """
+    if fold < 0:
+        raise DataError(f"--fold {fold}: folds are numbered from 0")
     conditions = sorted({c for c, _ in groups})
     rng = np.random.RandomState(42 + fold)
     multiple = sorted((c for c in conditions if order(c) > 1), key=lambda c: spelling.get(c, c))
@@ -634,7 +657,7 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of
         if not 3 <= folds <= len(multiple):
             raise DataError(f"--split cv with --folds {folds}: between 3 and {len(multiple)} folds are possible with "
                             f"{len(multiple)} doubles")
-        if not 0 <= fold < folds:
+        if fold >= folds:
             raise DataError(f"--fold {fold}: folds are numbered 0 to {folds - 1}")
         np.random.RandomState(42).shuffle(multiple)
         parts = np.array_split(np.array(multiple, dtype=object), folds)
@@ -663,11 +686,13 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of
     elif name.endswith(".json"):
         held = _split_file(name, groups, canonical)
     else:
-        raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN")
+        raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, FILE.json or "
+                        "obs:COLUMN")
     split = {part: [] for part in PARTS}
     for condition in conditions:
         mine = [(c, v) for c, v in groups if c == condition]
-        parts = [next((p for p in ("test", "val") if c in held[p] or group_name(c, v) in held[p]), "train") for c, v in mine]
+        parts = [next((p for p in ("test", "val") if c in held[p] or group_name(c, v) in held[p]), "train")
+                 for c, v in mine]
         if len(set(parts)) == 1:
             split[parts[0]].append(condition)
         else:
@@ -675,8 +700,8 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of
                 split[part].append(group_name(c, v))
     for part, use in (("test", "to predict"), ("train", "to learn from")):
         if not split[part]:
-            raise DataError(f"--split {name}: no {part} condition, nothing {use}; this file has {len(conditions)} conditions, "
-                            f"{len(multiple)} of them combinations. Choose another --split")
+            raise DataError(f"--split {name}: no {part} condition, nothing {use}; this file has {len(conditions)} "
+                            f"conditions, {len(multiple)} of them combinations. Choose another --split")
     return {part: sorted(names) for part, names in split.items()}
 
 
@@ -692,11 +717,11 @@ def _transfer(groups, rng):
     for condition, covariate in sorted(groups):
         where.setdefault(condition, []).append(covariate)
     if covariates == [""]:
-        raise DataError("--split transfer needs covariates to transfer between; name them with --covariates cell_type,...")
+        raise DataError("--split transfer needs covariates to transfer between; name them with --covariates cell_type")
     where = {c: v for c, v in where.items() if len(v) > 1}
     if not where:
-        raise DataError(f"--split transfer: no perturbation was measured in two covariates ({', '.join(covariates[:5])}); "
-                        "choose another --covariates or --split")
+        raise DataError("--split transfer: no perturbation was measured in two covariates "
+                        f"({', '.join(covariates[:5])}); choose another --covariates or --split")
     pairs = {}
     if len(where) < 4:          # few perturbations, many covariates (Kang): hold 30% of the covariates out for each
         for condition, present in where.items():
@@ -721,46 +746,54 @@ def _split_file(name, groups, canonical):
     """A user's split: {"train", "val", "test"} or {"test"} alone; names in any order and control form."""
     try:
         content = json.loads(Path(name).read_text())
-        given = {part: list(content[part]) for part in PARTS if part in content}
-        if "test" not in given or not all(isinstance(c, str) for names in given.values() for c in names):
-            raise ValueError('needs {"train": [...], "val": [...], "test": [...]} or {"test": [...]} with condition names')
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"--split {name}: cannot be read as a split ({error})") from None
-    present = {c for c, _ in groups} | {group_name(*g) for g in groups}
+        given = {PART_ALIAS.get(part, part): names for part, names in content.items()}
+        given = {part: given[part] for part in PARTS if part in given}
+        if "test" not in given or not all(isinstance(names, list) and all(isinstance(c, str) for c in names)
+                                          for names in given.values()):
+            raise ValueError("no list of condition names under 'test'")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"--split {name}: cannot be read as a split ({error}); it needs "
+                        '{"train": [...], "val": [...], "test": [...]} or {"test": [...]}') from None
+    present, conditions = {group_name(*g) for g in groups}, {c for c, _ in groups}
     chosen = {}
     for part, names in given.items():
         for entry in names:
             label, at, covariate = entry.partition("@")
-            key = canonical(label) + at + covariate
-            if key == CONTROL or key.startswith(CONTROL + "@"):
+            condition = canonical(label)
+            if condition not in conditions:  # the file may spell its controls in another way: A+ctrl
+                condition = "+".join(t for t in condition.split("+") if not is_control_label(t)) or CONTROL
+            if condition == CONTROL:
                 continue        # controls are shared by all parts, as in the split files of GEARS
-            if key not in present:
-                raise DataError(f"--split {name}: {part} condition '{entry}' has no cells in the data; remove it from the split file")
+            key = condition + at + covariate
+            if key not in present | conditions:
+                raise DataError(f"--split {name}: {part} condition '{entry}' has no cells in the data; remove it from "
+                                "the split file")
             if chosen.setdefault(key, part) != part:
-                raise DataError(f"--split {name}: '{entry}' is in both {chosen[key]} and {part}; every condition belongs to one part")
+                raise DataError(f"--split {name}: '{entry}' is in both {chosen[key]} and {part}; every condition "
+                                "belongs to one part")
     for key, part in chosen.items():
         condition = key.partition("@")[0]
         if "@" in key and chosen.get(condition, part) != part:
-            raise DataError(f"--split {name}: '{key}' is in {part}, but '{condition}' as a whole is in {chosen[condition]}")
+            raise DataError(f"--split {name}: '{key}' is in {part}, but '{condition}' as a whole is in "
+                            f"{chosen[condition]}; list it under one name")
     if "train" in given:
         missing = sorted(group_name(*g) for g in groups if group_name(*g) not in chosen and g[0] not in chosen)
         if missing:
-            raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part ({', '.join(missing[:5])}); "
-                            'list them, or leave "train" out: what is not listed then trains')
+            raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part "
+                            f'({", ".join(missing[:5])}); list them, or leave "train" out: the rest then trains')
     return {part: {k for k, p in chosen.items() if p == part} for part in ("val", "test")}
 
 
 def _split_column(cells, name):
     """obs:COLUMN -> {(condition, covariate): part}; the column must be constant within every group."""
-    column = cells.obs(name[4:])
-    alias = {"valid": "val", "validation": "val"}
     part_of = {}
-    for condition, covariate, value in sorted(set(zip(cells.condition, cells.covariate, column))):
-        part = alias.get(value, value)
+    for condition, covariate, value in sorted(set(zip(cells.condition, cells.covariate, cells.obs(name[4:])))):
+        part = PART_ALIAS.get(value, value)
         if condition == CONTROL:
             continue
         if part not in PARTS:
-            raise DataError(f"--split {name}: value '{value}' of condition {condition}; the column must hold train, val and test")
+            raise DataError(f"--split {name}: value '{value}' of condition {condition}; the column must hold train, "
+                            "val and test")
         if part_of.setdefault((condition, covariate), part) != part:
             raise DataError(f"--split {name}: condition {group_name(condition, covariate)} is in both "
                             f"{part_of[condition, covariate]} and {part}; a split is by condition, never by cell")
@@ -772,14 +805,14 @@ def _split_column(cells, name):
 class Dataset:
     """Log-normalised cells of one split, ready to sample. Rows of X are cells, columns the G genes of the panel.
 
-    genes [G], eval_genes (E,) columns that are evaluated; groups [names], condition, covariate: per group, controls first
-    (one control group per covariate); perturbations [P] sorted; pert_gene (P,) their column in the panel, or -1;
+    genes [G], eval_genes (E,) columns that are evaluated; groups [names], condition, covariate: per group, controls
+    first (one control group per covariate); perturbations [P] sorted; pert_gene (P,) their column in the panel, or -1;
     split {part: names}; fit_rows: training cells and training controls, the only cells that anything may be fitted on.
     """
 
     def __init__(self, cells, split, config, device="cpu"):
         self.source, self.split, self.config, self.device = cells, split, config, torch.device(device)
-        self.file_shape, self.file_scale = cells.X.shape, cells.scale
+        self.file_scale = cells.scale
         pairs, inverse = _factorise(list(zip(cells.condition, cells.covariate)))
         rank = sorted(range(len(pairs)), key=lambda i: (pairs[i][0] != CONTROL, pairs[i]))
         self.groups = [group_name(*pairs[i]) for i in rank]
@@ -789,7 +822,7 @@ class Dataset:
         position[rank] = np.arange(len(pairs))
         group_of = position[inverse]
         by_group = np.argsort(group_of, kind="stable")
-        self.rows = dict(zip(self.groups, np.split(by_group, np.cumsum(np.bincount(group_of, minlength=len(pairs)))[:-1])))
+        self.rows = dict(zip(self.groups, np.split(by_group, np.cumsum(np.bincount(group_of))[:-1])))
         self.perturbations = sorted({p for c in self.condition if c != CONTROL for p in c.split("+")})
         self.control_rows = _control_parts(self, config.control_split)
         self.fit_rows = np.sort(np.concatenate([self.rows[g] for g in self.part("train")]
@@ -815,17 +848,19 @@ class Dataset:
         return self.covariate[self.groups.index(group)]
 
     def choose_genes(self):
-        """After the panel is final: perturbed genes' columns and evaluation genes (highest mean in training controls)."""
+        """Once the panel is final: columns of the perturbed genes, and the evaluation genes, by training controls."""
         column = {g: i for i, g in enumerate(self.genes)}
-        self.pert_gene = np.array([column.get(p, column.get(p.partition(":")[0], -1)) for p in self.perturbations], dtype=np.int64)
+        self.pert_gene = np.array([column.get(p, column.get(p.partition(":")[0], -1)) for p in self.perturbations],
+                                  dtype=np.int64)
         controls = np.sort(np.concatenate(list(self.control_rows["train"].values())))
         mean = gene_moments(self.X, controls)[0] / len(controls)
         n = min(self.config.eval_genes or len(self.genes), len(self.genes))
         self.eval_genes = np.sort(np.argsort(-mean, kind="stable")[:n])
         silent = [p for p, i in zip(self.perturbations, self.pert_gene) if i < 0]
         if silent:
-            self.source.notes.append(f"{len(silent)} of {len(self.perturbations)} perturbations are no gene of the panel "
-                              f"({', '.join(silent[:4])}{', ...' if len(silent) > 4 else ''}): each gets an embedding of its own")
+            some = ", ".join(silent[:4] + ["..."] * (len(silent) > 4))
+            self.source.notes.append(f"{len(silent)} of {len(self.perturbations)} perturbations are no gene of the "
+                                     f"panel ({some}): each gets an embedding of its own")
 
     def prepare_sampling(self):
         """Index of every group, training controls only, and the dense matrix when it fits --cache-gb, on the device."""
@@ -906,23 +941,26 @@ class _Populations(Mapping):
 
 def _control_parts(dataset, shares):
     """{part: {covariate: rows}} of control cells: shared by all parts, or cut by --control-split within covariates."""
-    controls = {v: dataset.rows[g] for g, c, v in zip(dataset.groups, dataset.condition, dataset.covariate) if c == CONTROL}
+    controls = {v: dataset.rows[g] for g, c, v in zip(dataset.groups, dataset.condition, dataset.covariate)
+                if c == CONTROL}
     if not shares:
         return {part: controls for part in PARTS}
     try:
         share = [float(s) for s in shares.split(",")]
-        if len(share) != 3 or min(share) < 0 or abs(sum(share) - 1) > 1e-6 or share[0] == 0 or share[2] == 0:
+        if len(share) != 3 or min(share) < 0 or not abs(sum(share) - 1) < 1e-6 or share[0] == 0 or share[2] == 0:
             raise ValueError
     except ValueError:
-        raise DataError(f"--control-split {shares}: give the shares of train,val,test, summing to 1 (0.5,0.25,0.25)") from None
+        raise DataError(f"--control-split {shares}: give the shares of train,val,test, summing to 1 "
+                        "(0.5,0.25,0.25)") from None
     out, rng = {part: {} for part in PARTS}, np.random.RandomState(42)
     for covariate in sorted(controls):
         rows = rng.permutation(controls[covariate])
         cuts = np.round(np.cumsum(share[:2]) * len(rows)).astype(int)
         for part, piece in zip(PARTS, np.split(rows, cuts)):
             if len(piece) == 0 and share[PARTS.index(part)] > 0:
-                raise DataError(f"--control-split {shares}: {len(rows)} control cells{' of ' + covariate if covariate else ''} "
-                                f"leave none for {part}; use fewer parts or share the controls")
+                raise DataError(f"--control-split {shares}: {len(rows)} control cells"
+                                f"{' of ' + covariate if covariate else ''} leave none for {part}; use fewer parts or "
+                                "share the controls")
             out[part][covariate] = np.sort(piece)
     return out
 
@@ -930,9 +968,9 @@ def _control_parts(dataset, shares):
 def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     """Read, label, filter, split, choose genes, log-normalise. Returns a Dataset; raises DataError.
 
-    split: a name of section 4 of the README, a split file, or '' for none (then every condition is training).
-    Order of the steps: cells by --min-genes; split; genes by --min-cells in training and control cells; normalise over the
-    genes that are left (as scanpy's usual script does); HVG on training and control cells; evaluation genes.
+    split: a name that make_split knows, a split file, or '' for none (then every condition is training).
+    Order of the steps: cells by --min-genes; split; genes by --min-cells in training and control cells; normalise over
+    the genes that are left (as scanpy's usual script does); HVG on training and control cells; evaluation genes.
     """
     config = config or DataConfig()
     for name in ("min_genes", "min_cells", "hvg", "eval_genes", "cache_gb"):
@@ -941,7 +979,7 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     cells = read_cells(path, config)
     if config.min_genes > 0:
         keep = np.diff(cells.X.indptr) >= config.min_genes
-        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with at least {config.min_genes} detected genes")
+        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
         if not keep.any():
             raise DataError(f"{path}: no cell has {config.min_genes} detected genes (--min-genes); lower it")
         if not keep.all():
@@ -950,12 +988,13 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     keep = np.array([v in with_control for v in cells.covariate])
     if not keep.all():
         lost = sorted(set(cells.covariate[~keep]))
-        cells.notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control cells "
-                           f"({', '.join(lost[:4])})")
+        cells.notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control "
+                           f"cells ({', '.join(lost[:4])})")
         cells.take(keep)
     groups = sorted({(c, v) for c, v in zip(cells.condition, cells.covariate) if c != CONTROL})
     if not groups or not with_control:
-        raise DataError(f"{path}: no {'perturbed' if with_control else 'control'} cells are left after quality control; lower --min-genes")
+        raise DataError(f"{path}: no {'perturbed' if with_control else 'control'} cells are left after quality "
+                        "control; lower --min-genes, or match controls in fewer --covariates")
     spelling = {c: cells.spelling[c] for c, _ in groups}
     if split:
         part_of = _split_column(cells, split) if split.startswith("obs:") else None
@@ -969,17 +1008,18 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     perturbed = {q for p in data.perturbations for q in (p, p.partition(":")[0])}
     keep = (detected_cells(cells.X, data.fit_rows) >= config.min_cells) | np.isin(cells.genes, list(perturbed))
     if not keep.any():
-        raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells (--min-cells); lower it")
+        raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells (--min-cells); "
+                        "lower it")
     if not keep.all():
-        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: detected in at least {config.min_cells} training "
-                           "and control cells, or perturbed")
+        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: detected in at least {config.min_cells} "
+                           "training and control cells, or perturbed")
         cells.keep_genes(keep)
     lognormalise(cells)
     if 0 < config.hvg < len(cells.genes):
         rows = data.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
         keep = highly_variable(cells.X, rows, config.hvg) | np.isin(cells.genes, list(perturbed))
         cells.notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} highly variable in "
-                           f"{'training and control' if config.hvg_on == 'train' else 'ALL'} cells, and the perturbed ones")
+                           f"{'training and control' if config.hvg_on == 'train' else 'ALL'} cells, and the perturbed")
         cells.keep_genes(keep)
     data.choose_genes()
     return data
@@ -998,10 +1038,37 @@ def atomic(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # h5py and torch report a full disk as OSError or RuntimeError, depending on the call that noticed it
-        raise DataError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space or choose another folder "
-                        "with --out") from None
+        raise DataError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space or choose another "
+                        "folder with --out") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # renamed, or its folder could not be made
+            temporary.unlink()
+
+
+class _Disk(io.FileIO):
+    """A file for h5py that raises a failed write when it is closed: HDF5 crashes when the disk is full as it writes."""
+    failure = None
+
+    def _attempt(self, action, *args):
+        try:
+            return None if self.failure else action(*args)
+        except OSError as error:
+            self.failure = error
+
+    def write(self, content):
+        content = memoryview(content).cast("B")
+        done = 0
+        while done < len(content) and not self.failure:
+            done += self._attempt(super().write, content[done:]) or 0
+        return len(content)
+
+    def truncate(self, size=None):
+        return self._attempt(super().truncate, size)
+
+    def __exit__(self, *exception):
+        self.close()
+        if self.failure:
+            raise self.failure
 
 
 def _write(group, name, value, kind, version="0.2.0", **options):
@@ -1037,7 +1104,8 @@ def _write_frame(parent, name, index, columns):
         if values.dtype.kind in "OU":               # text: categorical, as anndata writes it
             categories, codes = np.unique(values.astype(str), return_inverse=True)
             node = group.create_group(key)
-            node.attrs["encoding-type"], node.attrs["encoding-version"], node.attrs["ordered"] = "categorical", "0.2.0", False
+            node.attrs["encoding-type"], node.attrs["encoding-version"] = "categorical", "0.2.0"
+            node.attrs["ordered"] = False
             _write(node, "codes", codes.astype(np.int32 if len(categories) > 127 else np.int8), "array")
             _write(node, "categories", list(categories), "string-array")
         else:
@@ -1049,8 +1117,8 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
     uns {key: str, number, array or dict}, names [n] cell names. Opens in anndata and scanpy without a warning."""
     n, G = X.shape
     if len(genes) != G or any(len(v) != n for v in obs.values()):
-        raise ValueError(f"X is {X.shape}, but there are {len(genes)} genes and obs of {[len(v) for v in obs.values()]}")
-    with atomic(path) as temporary, h5py.File(temporary, "w") as file:
+        raise ValueError(f"X is {X.shape}, with {len(genes)} genes and obs of {[len(v) for v in obs.values()]}")
+    with atomic(path) as temporary, _Disk(temporary, "w+") as disk, h5py.File(disk, "w") as file:
         file.attrs["encoding-type"], file.attrs["encoding-version"] = "anndata", "0.1.0"
         if sp.issparse(X):
             X = X.tocsr()
@@ -1069,37 +1137,39 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
 
 
 def write_prepared(path, data):
-    """The data set as a plain AnnData file: log1p CP10k CSR, cells grouped by condition, one contiguous range each."""
+    """The data set as a plain AnnData file: log1p CP10k CSR, cells grouped by condition, one range each."""
     cells = data.source
     rows = np.concatenate([data.rows[g] for g in data.groups])
     obs = {"condition": cells.condition[rows]}
-    obs |= {key: cells.obs(key)[rows] for key in data.config.covariates.split(",") if key}
-    uns = {"preprocessing": {"scale": "log1p CP10k", "source": Path(cells.path).name, "notes": np.array(cells.notes, dtype=object),
-                             "min_genes": data.config.min_genes, "min_cells": data.config.min_cells, "hvg": data.config.hvg}}
-    write_h5ad(path, cells.X[rows], obs, cells.genes, uns, cells.names[rows])
+    obs |= {key: cells.obs(key)[rows] for key in data.config.covariate_keys}
+    uns = {"preprocessing": {"scale": "log1p CP10k", "source": Path(cells.path).name,
+                             "notes": np.array(cells.notes, dtype=object), "min_genes": data.config.min_genes,
+                             "min_cells": data.config.min_cells, "hvg": data.config.hvg}}
+    write_h5ad(path, cells.X[rows], obs, cells.genes, uns, _unique(cells.names[rows])[0])
 
 
 # ------------------------------------------------------------------------------------------------ the demo
 
-INTERACTIONS = {"additive": 1.0, "synergistic": 1.6, "suppressing": 0.4, "epistatic": 1.0}  # factor on the sum of effects
+INTERACTIONS = {"additive": 1.0, "synergistic": 1.6, "suppressing": 0.4, "epistatic": 1.0}  # factor on the effects
 
 
 def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     """Write a simulated Perturb-seq file of raw counts with a known truth.
 
-    Regulators (TF1, TF2, ...) belong to modules; a module is a sparse set of target genes, and each regulator adds targets of
-    its own. In every cell a regulator's activity varies and moves its own expression and its targets, so co-expression in
-    control cells foretells what activating it does. A perturbation raises the activity in three of four cells (the
-    others do not respond). Two regulators together act additively, more (synergistic), less (suppressing: same module)
-    or only one counts (epistatic); which, depends on their modules alone, so that it can be learned from other doubles.
-    Counts are negative binomial around library size x expression. With cell_types > 1 each type has its own baseline and
-    responds with its own strength (obs.cell_type).
+    Regulators (TF1, TF2, ...) belong to modules; a module is a sparse set of target genes, and each regulator adds
+    targets of its own. In every cell a regulator's activity varies and moves its own expression and its targets, so
+    co-expression in control cells foretells what activating it does. A perturbation raises the activity in three of
+    four cells (the others do not respond). Two regulators together act additively, more (synergistic), less
+    (suppressing: same module) or only one counts (epistatic); which, depends on their modules alone, so that it can be
+    learned from other doubles. Counts are negative binomial around library size x expression. With cell_types > 1 each
+    type has its own baseline and responds with its own strength (obs.cell_type).
 
     cells: total, 0 for 400 controls and 100 of each condition and cell type. uns holds the truth, for tests only:
     truth_conditions, truth_means (noise-free mean log1p CP10k), truth_interactions.
     """
-    if genes < 40 or cell_types < 1:
-        raise DataError(f"demo: --genes {genes} --cell-types {cell_types}: at least 40 genes and one cell type are needed")
+    if genes < 40 or cell_types < 1 or seed < 0:
+        raise DataError(f"demo: --genes {genes} --cell-types {cell_types} --seed {seed}: at least 40 genes, one cell "
+                        "type and seed 0 are needed")
     rng = np.random.default_rng(seed)
     P, n_doubles = (16, 24) if genes < 1000 else (100, 130)
     modules = P // 4
@@ -1123,7 +1193,8 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
         shifts.append(effect[a] + own[a])
         kinds.append("single")
     for a, b in pairs:
-        kind = "suppressing" if module[a] == module[b] else ("additive", "synergistic", "epistatic")[(module[a] + module[b]) % 3]
+        kind = ("additive", "synergistic", "epistatic")[(module[a] + module[b]) % 3]
+        kind = "suppressing" if module[a] == module[b] else kind
         joint = effect[a] if kind == "epistatic" else effect[a] + effect[b]
         conditions.append("+".join(sorted((names[a], names[b]))))
         shifts.append(INTERACTIONS[kind] * joint + own[a] + own[b])
@@ -1133,8 +1204,9 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     n_conditions = len(conditions) - 1
     total = cells or (400 + 100 * n_conditions) * cell_types
     n_control = total // 11 if cells or genes >= 1000 else 400 * cell_types
-    if total - n_control < n_conditions * cell_types:
-        raise DataError(f"demo: --cells {total}: at least {2 * n_conditions * cell_types} are needed for {n_conditions} conditions")
+    if total < 2 * n_conditions * cell_types:
+        raise DataError(f"demo: --cells {total}: at least {2 * n_conditions * cell_types} are needed for "
+                        f"{n_conditions} conditions")
     label = np.concatenate([np.zeros(n_control, np.int64), 1 + np.arange(total - n_control) % n_conditions])
     kind = (np.arange(total) // n_conditions) % cell_types
     kind[:n_control] = np.arange(n_control) % cell_types
@@ -1164,7 +1236,8 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
 
 def demo_file(cell_types=1, folder="runs"):
     """Path of the demo file, simulated on first use."""
-    path = Path(folder) / f"demo-v1{f'-{cell_types}types' if cell_types > 1 else ''}.h5ad"  # v1: change with the simulator
+    types = f"-{cell_types}types" if cell_types > 1 else ""
+    path = Path(folder) / f"demo-v1{types}.h5ad"  # v1: change with the simulator
     if not path.exists():
         simulate(path, cell_types=cell_types)
     return path
@@ -1182,8 +1255,9 @@ def add_flags(parser, cls, **overrides):
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.M))
     for f in fields(cls):
         kind, flag = typing.get_type_hints(cls)[f.name], "--" + f.name.replace("_", "-")
-        options = {"default": argparse.SUPPRESS, "help": comments.get(f.name, "").replace("%", "%%"), **overrides.get(f.name, {})}
-        if kind is bool:
+        options = {"default": argparse.SUPPRESS, "help": comments.get(f.name, "").replace("%", "%%"),
+                   **overrides.get(f.name, {})}
+        if bool in (kind, *typing.get_args(kind)):          # bool, or bool | None where the default is decided later
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is typing.Literal:
             parser.add_argument(flag, choices=typing.get_args(kind), **options)
@@ -1205,7 +1279,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def clean_errors():
-    """Around a main(): a DataError ends the program with 'error: ...' on stderr and exit code 2, without a traceback."""
+    """Around a main(): a DataError ends the program with 'error: ...' on stderr, exit code 2 and no traceback."""
     try:
         yield
     except DataError as error:
@@ -1217,23 +1291,23 @@ def clean_errors():
 
 
 def describe(data, split=""):
-    """What `python data.py FILE` prints, as one JSON-serialisable object; `cells` and `genes` count the labelled file."""
+    """What `python data.py FILE` prints, as one JSON-serialisable object. cells and genes are those of the file, before
+    quality control; conditions, controls and parts are counted after it."""
     cells, per = data.source, {}
     for group, condition in zip(data.groups, data.condition):
         per[condition] = per.get(condition, 0) + len(data.rows[group])
     controls, orders = per.pop(CONTROL), [order(c) for c in per]
-    covariates = {key: len(set(cells.obs(key))) for key in data.config.covariates.split(",") if key}
-    genes = set(data.genes)
-    facts = {"file": cells.path, "cells": data.file_shape[0], "genes": data.file_shape[1], "conditions": len(per),
-             "singles": orders.count(1), "doubles": orders.count(2), "more": sum(o > 2 for o in orders), "controls": controls,
-             "pert_key": cells.pert_key, "control_labels": cells.controls, "covariates": covariates,
-             "cells_per_condition": {"min": min(per.values()), "median": float(np.median(list(per.values()))), "max": max(per.values())},
-             "scale": data.file_scale, "perturbations": len(data.perturbations),
-             "perturbed_genes_in_panel": sum(p in genes or p.partition(":")[0] in genes for p in data.perturbations),
-             "panel_genes": len(data.genes), "notes": cells.notes}
+    sizes = {"min": min(per.values()), "median": float(np.median(list(per.values()))), "max": max(per.values())}
+    facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "conditions": len(per),
+             "singles": orders.count(1), "doubles": orders.count(2), "more": sum(o > 2 for o in orders),
+             "controls": controls, "pert_key": cells.pert_key, "control_labels": cells.controls,
+             "covariates": {key: len(set(cells.obs(key))) for key in data.config.covariate_keys},
+             "cells_per_condition": sizes, "scale": data.file_scale, "perturbations": len(data.perturbations),
+             "perturbed_genes_in_panel": int((data.pert_gene >= 0).sum()), "panel_genes": len(data.genes),
+             "notes": cells.notes}
     if split:
-        facts["split"] = {part: {"conditions": len(data.split[part]), "cells": sum(len(data.rows[g]) for g in data.part(part))}
-                          for part in PARTS}
+        facts["split"] = {part: {"conditions": len(data.split[part]),
+                                 "cells": sum(len(data.rows[g]) for g in data.part(part))} for part in PARTS}
     return facts
 
 
@@ -1242,12 +1316,13 @@ def main(argv=None):
     parser.add_argument("file", help="AnnData file (.h5ad, .h5), or demo to simulate one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", default="", help="write the prepared (or simulated) file here")
-    parser.add_argument("--split", default="", help="additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN")
+    parser.add_argument("--split", default="",
+                        help="additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN")
     parser.add_argument("--fold", type=int, default=0, help="which fold of the split")
     parser.add_argument("--folds", type=int, default=10, help="number of folds of --split cv")
     demo = parser.add_argument_group("demo")
-    for flag, meaning in (("--cells", "number of cells"), ("--genes", "number of genes"), ("--cell-types", "number of cell types"),
-                          ("--seed", "random seed")):
+    for flag, meaning in (("--cells", "number of cells"), ("--genes", "number of genes"),
+                          ("--cell-types", "number of cell types"), ("--seed", "random seed")):
         demo.add_argument(flag, type=int, default=None, help=meaning)
     add_flags(parser.add_argument_group("data"), DataConfig)
     args = vars(parser.parse_args(argv))
@@ -1259,7 +1334,10 @@ def main(argv=None):
             print(f"wrote {out}")
             return
         if simulation:
-            raise DataError(f"--{next(iter(simulation)).replace('_', '-')}: belongs to 'python data.py demo'; remove it")
+            flag = next(iter(simulation)).replace("_", "-")
+            raise DataError(f"--{flag}: belongs to 'python data.py demo'; remove it")
+        if args["out"] and Path(args["out"]).resolve() == Path(args["file"]).resolve():
+            raise DataError(f"--out {args['out']}: is the input itself and would be lost; choose another name")
         config = DataConfig(**{f.name: args[f.name] for f in fields(DataConfig) if f.name in args})
         data = load(args["file"], config, args["split"], args["fold"], args["folds"])
         facts = describe(data, args["split"])
@@ -1269,7 +1347,8 @@ def main(argv=None):
             print_facts(facts)
         if args["out"]:
             write_prepared(args["out"], data)
-            print(f"wrote {args['out']}: log1p CP10k, {data.X.shape[0]:,} cells x {data.X.shape[1]:,} genes, grouped by condition",
+            n, G = data.X.shape
+            print(f"wrote {args['out']}: log1p CP10k, {n:,} cells x {G:,} genes, grouped by condition",
                   file=sys.stderr if args["json"] else sys.stdout)
 
 
@@ -1277,14 +1356,14 @@ def print_facts(facts):
     """The console form of describe()."""
     per = facts["cells_per_condition"]
     print(f"{facts['file']}: {facts['cells']:,} cells x {facts['genes']:,} genes, {facts['scale']}")
-    print(f"conditions  {facts['conditions']} ({facts['singles']} singles, {facts['doubles']} doubles, {facts['more']} of more) "
-          f"in obs column {facts['pert_key']}")
+    print(f"conditions  {facts['conditions']} ({facts['singles']} singles, {facts['doubles']} doubles, {facts['more']} "
+          f"of more) in obs column {facts['pert_key']}")
     print(f"controls    {facts['controls']:,} cells labelled {', '.join(facts['control_labels'])}")
     print(f"cells       {per['min']} to {per['max']} per condition, median {per['median']:g}")
     if facts["covariates"]:
         print("covariates  " + ", ".join(f"{k} ({n} values)" for k, n in facts["covariates"].items()))
-    print(f"panel       {facts['panel_genes']:,} genes; {facts['perturbed_genes_in_panel']} of {facts['perturbations']} perturbations "
-          "are genes of it")
+    print(f"panel       {facts['panel_genes']:,} genes; {facts['perturbed_genes_in_panel']} of "
+          f"{facts['perturbations']} perturbations are genes of it")
     for part, n in facts.get("split", {}).items():
         print(f"{part:<11} {n['conditions']} conditions, {n['cells']:,} cells")
     for note in facts["notes"]:

@@ -1,0 +1,1267 @@
+"""Metrics for perturbation prediction: those of scDFM, PRiMeFlow, scBIG and CellTARNet, each a short pure function.
+
+A score compares predicted cells Y with real cells X of one condition, both log1p CP10k. q and m are their means over
+cells (the pseudobulks), c is the mean of the real control cells, dp = q - c and dr = m - c are the predicted and the
+real effect. Every number here can be had in two ways:
+
+    python metrics.py pred.h5ad real.h5ad                       score anybody's predictions, print the table
+    python metrics.py pred.h5ad real.h5ad --reference train.h5ad --out metrics.json
+    python metrics.py pred.h5ad real.h5ad --pert-key perturbation --control NT --covariates cell_type --keys all
+
+    result = evaluate(pred, real, control, genes, train)        the same from arrays, for scripts
+    print(format_table(result_rows(result, "my method")))
+
+Files are AnnData; obs names the condition, genes are matched by name, 'A+ctrl' meets 'A'. The genes that are scored are
+those of the prediction; the real file is normalised over all its genes first. --reference is a file of training cells:
+it gives the Systema reference and the floors that a method must beat.
+
+What to keep in mind when reading the numbers:
+- One real control serves both sides. A tool that gives each side its own (cell-eval) differs where the two differ.
+- L2, MSE, MAE and all correlations are pseudobulk: computed on means over cells, then averaged over conditions. The
+  published formulas that sum over cells are something else: they rank a fresh draw of the truth below a constant.
+- NaN is an answer: a condition for which a metric is undefined is left out of the mean, and missing in `n_valid`.
+- A predicted effect below 1e-6 (absolute, or relative to the real one) is no effect: correlations and cosines are NaN
+  then, not the correlation of rounding errors with the truth.
+- Ties share the mid-rank, so a model that predicts the same for every condition scores 0.5, never a perfect 0.
+  In every rank an undefined own score counts 0.5 and an undefined competitor ranks last.
+- e_distance, mmd and mmd_pca30 are V-statistics: they grow as cells become fewer. Floors therefore have as many cells
+  as the prediction; the replicate has half of the real cells on each side, so a good model can pass it.
+- Distances grow with the number of genes, and PCA is fitted on the real cells at hand: values of different gene sets or
+  different sets of conditions cannot be compared.
+- All keys agree with the reference implementations to 1e-7 on a case with all of them, but for mmd (1e-4) and mmd_pca30
+  (2e-5), which PerturBench computes in float32 with distances of at least 1e-4.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from functools import cache, cached_property
+from typing import NamedTuple
+
+import numpy as np
+from scipy import linalg, optimize, sparse, special, stats
+from scipy.spatial.distance import cdist
+
+
+class Key(NamedTuple):
+    arrow: str      # direction of a better value
+    perfect: float  # value of a perfect prediction
+    title: str
+
+
+KEYS = {
+    "l2": Key("↓", 0, "Euclidean distance of the pseudobulks"),
+    "mse": Key("↓", 0, "mean squared error of the pseudobulk"),
+    "mae": Key("↓", 0, "mean absolute error of the pseudobulk"),
+    "rmse": Key("↓", 0, "root mean squared error of the pseudobulk"),
+    "pearson_delta": Key("↑", 1, "Pearson correlation of the effects"),
+    "pearson_delta_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect"),
+    "pearson_delta_hat": Key("↑", 1, "Pearson correlation of deviations from the mean training perturbation (Systema)"),
+    "pearson_delta_hat_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect"),
+    "spearman_delta": Key("↑", 1, "Spearman correlation of the effects"),
+    "de_spearman": Key("↑", 1, "Spearman correlation of log fold changes on truly DE genes"),
+    "acc": Key("↑", 1, "share of genes with the right sign of effect"),
+    "acc_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect"),
+    "direction_match": Key("↑", 1, "share of truly DE genes with the right sign of fold change"),
+    "overlap_at_n": Key("↑", 1, "overlap of real and predicted DE genes (VCC's DES)"),
+    "deg_recall_50": Key("↑", 1, "recall of the top 50 genes by t-score"),
+    "pds": Key("↑", 1, "perturbation discrimination, L1 between pseudobulks, own targets excluded"),
+    "pds_all_genes": Key("↑", 1, "the same on all genes"),
+    "pds_l2": Key("↑", 1, "perturbation discrimination, L2, all genes"),
+    "pds_cosine": Key("↑", 1, "perturbation discrimination, cosine of effects, all genes"),
+    "e_distance": Key("↓", 0, "energy distance in 50 PCs"),
+    "wasserstein": Key("↓", 0, "entropic optimal transport cost in 50 PCs"),
+    "discr_cos": Key("↑", 1, "cosine of the effects"),
+    "mmd": Key("↓", 0, "PerturBench's MMD (half the energy distance) in gene space"),
+    "mmd_pca30": Key("↓", 0, "PerturBench's MMD in 30 PCs"),
+    "mmd_rbf": Key("↓", 0, "squared MMD with four RBF kernels (scDFM), unbiased"),
+    "cosine_logfc": Key("↑", 1, "cosine of PerturBench's log fold changes"),
+    "rmse_rank": Key("↓", 0, "rank of the own prediction by rmse"),
+    "cosine_logfc_rank": Key("↓", 0, "rank of the own prediction by cosine_logfc"),
+    "mmd_rank": Key("↓", 0, "rank of the own prediction by mmd"),
+    "mmd_pca30_rank": Key("↓", 0, "rank of the own prediction by mmd_pca30"),
+    "deg_recall_50_rank": Key("↓", 0, "rank of the own prediction by deg_recall_50"),
+}
+TABLE_KEYS = ("l2", "mse", "mae", "pearson_delta", "pearson_delta_top20", "pearson_delta_hat",
+              "pearson_delta_hat_top20", "de_spearman", "pds", "pds_all_genes", "e_distance")
+SYSTEMA = ("pearson_delta_hat", "pearson_delta_hat_top20")  # need the mean of training-perturbation centroids
+CORRELATIONS = ("pearson_delta", "pearson_delta_top20", *SYSTEMA, "spearman_delta", "de_spearman", "discr_cos",
+                "cosine_logfc")
+FLOORS = ("control", "mean", "mean_cells", "additive")
+NO_EFFECT = 1e-6          # below this, float32 rounding of a mean is all there is (specs/metrics.md, 0.3)
+MMD_TIE = 1e-6            # relative accuracy of the float32 distances behind the MMD ranks
+RANK_CELLS = 1000         # cells per condition in the pairwise MMD ranks (PRiMeFlow's sample size) ...
+MANY_CONDITIONS, FEW_CELLS = 100, 100  # ... and above so many conditions, since there are N^2 pairs of them
+
+
+# -------------------------------------------------------------------------------- pseudobulk metrics
+
+def l2(q, m):
+    """||q - m||_2, (G,) means over cells of prediction and truth. >= 0, perfect 0; grows with sqrt(G).
+
+    Tables of scDFM (eq. 15), scBIG (eq. 11) and CellTARNet. Control: length of the real effect. cell-eval has none.
+    """
+    return float(np.linalg.norm(q - m))
+
+
+def mse(q, m):
+    """mean_g (q_g - m_g)^2, pseudobulk, all genes. >= 0, perfect 0; control: mean squared effect.
+
+    Tables of scDFM, scBIG, CellTARNet; equals cell-eval's mse. The papers print a sum over cells: mse(cells, cells) of
+    row-paired cells is that, 30 times larger, and worse for a fresh draw from the truth than for a constant.
+    """
+    return float(np.mean((q - m) ** 2))
+
+
+def mae(q, m):
+    """mean_g |q_g - m_g|, pseudobulk, all genes. >= 0, perfect 0. Same tables and the same caveat as mse."""
+    return float(np.mean(np.abs(q - m)))
+
+
+def rmse(q, m):
+    """sqrt(mean_g (q_g - m_g)^2) per condition, not the root of the mean mse. >= 0, perfect 0. PRiMeFlow's RMSE."""
+    return float(np.sqrt(np.mean((q - m) ** 2)))
+
+
+def top_k(score, k):
+    """Indices of the k largest scores; ties go to the first gene (evaluate() orders genes by name)."""
+    return np.argsort(-np.asarray(score), kind="stable")[:k]
+
+
+def no_effect(d, against=None):
+    """True where an effect is nothing but rounding: max|d| < 1e-6, or < 1e-6 of the largest effect in `against`."""
+    scale = 1.0 if against is None else max(1.0, np.abs(against).max(initial=0))
+    return np.abs(d).max(initial=0) < NO_EFFECT * scale
+
+
+def constant(x):
+    """True where values differ by nothing but rounding, or where there are fewer than two of them."""
+    return len(x) < 2 or np.ptp(x) <= NO_EFFECT * max(1.0, np.abs(x).max())
+
+
+def pearson(x, y):
+    """Pearson correlation; NaN when either side is constant."""
+    if constant(x) or constant(y):
+        return math.nan
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
+
+
+def spearman(x, y):
+    """Spearman correlation with average ranks; NaN as pearson. Infinite values rank at the ends.
+
+    Over conditions, spearman(number of predicted DE genes, number of real ones) is cell-eval's 'de_spearman_sig'.
+    """
+    x, y = np.clip(x, -1e300, 1e300), np.clip(y, -1e300, 1e300)
+    if constant(x) or constant(y):
+        return math.nan
+    return pearson(stats.rankdata(x), stats.rankdata(y))
+
+
+def pearson_delta(q, m, reference, genes=None):
+    """Pearson correlation of q - reference and m - reference; genes: optional subset (indices).
+
+    pearson_delta: reference = mean of real controls, all genes. [-1, 1], perfect 1. Control: NaN as a point mass,
+    about 0 resampled; the mean training perturbation scores high wherever perturbations share a response, so read it
+    beside pearson_delta_hat. scBIG's r_all, cell-eval's pearson_delta (own control per side); scDFM's text describes
+    another formula. pearson_delta_top20: the 20 genes with the largest |m - c| (scBIG's r_de). GEARS and Systema take
+    the top 20 of scanpy's t-test instead: pass genes = top_k(|t|, 20).
+    pearson_delta_hat (Systema): reference = unweighted mean of the training perturbations' means. Perfect 1, the mean
+    training perturbation NaN or about 0, control of either sign. scDFM and CellTARNet tables; scBIG's released code
+    uses the control instead, under the same name. pearson_delta_hat_top20: genes by |m - c| as above; scDFM's text
+    takes the variance. Raw profiles: reference = 0. CellTARNet's text describes that; its table cannot be that.
+    """
+    dp, dr = q - reference, m - reference
+    if genes is not None:
+        dp, dr = dp[genes], dr[genes]
+    return math.nan if no_effect(dp, dr) or no_effect(dr) else pearson(dp, dr)
+
+
+def spearman_delta(q, m, reference):
+    """Spearman correlation of q - reference and m - reference, all genes. [-1, 1], perfect 1, control NaN or about 0.
+
+    CellTARNet's text takes profiles (reference = 0), where the control reaches 0.92; its table holds de_spearman.
+    """
+    dp, dr = q - reference, m - reference
+    return math.nan if no_effect(dp, dr) or no_effect(dr) else spearman(dp, dr)
+
+
+def acc(q, m, c, genes=None, three_valued=False):
+    """Share of genes with (dp > 0) == (dr > 0): zero counts as 'not up', so genes silent everywhere are always right.
+
+    [0, 1], perfect 1, random 0.5; control (dp = 0): share of genes that are not up. scBIG's ACC and, on the 20 genes
+    with the largest |m - c|, its ACC-DEG. three_valued: compare signs, 0 being one (GEARS, unweighted).
+    """
+    dp, dr = q - c, m - c
+    if no_effect(dp, dr):
+        dp = np.zeros_like(dp)
+    if genes is not None:
+        dp, dr = dp[genes], dr[genes]
+    return float(np.mean(np.sign(dp) == np.sign(dr) if three_valued else (dp > 0) == (dr > 0)))
+
+
+def cosine(x, y):
+    """x.y / (|x||y|), NaN when either is zero."""
+    norm = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / norm) if norm > 0 else math.nan
+
+
+def discr_cos(q, m, reference):
+    """cos(q - reference, m - reference), expression space, reference = control mean. [-1, 1], perfect 1, control NaN.
+
+    scBIG (eq. 18, no released code; its Control row of -0.30 cannot come from its formula). A 'discriminative' variant
+    takes the mean training perturbation as reference; in PCA(50) values are higher (0.79 for 0.69).
+    """
+    dp, dr = q - reference, m - reference
+    return math.nan if no_effect(dp, dr) or no_effect(dr) else cosine(dp, dr)
+
+
+def log_fold_change(q, c, pseudocount=1e-9, exp=True):
+    """log2((f(q) + pseudocount) / (f(c) + pseudocount)) per gene, f = expm1 or the identity; means below 0 count as 0.
+
+    Default: pdex and scanpy up to the pseudocount (pdex has 0, hence infinities; pdex 0.1 clips at 20 and 1/20).
+    pseudocount=0.1, exp=False: PerturBench's logFC. pseudocount=1e-10, exp=False: scBIG's.
+    """
+    q, c = np.maximum(q, 0), np.maximum(c, 0)
+    q, c = (np.expm1(q), np.expm1(c)) if exp else (q, c)
+    with np.errstate(divide="ignore", invalid="ignore"):  # pseudocount 0: +-inf, and 0/0 is no change
+        return np.where((q == c), 0.0, np.log2(q + pseudocount) - np.log2(c + pseudocount))
+
+
+def cosine_logfc(q, m, c, exp=False):
+    """Cosine of log fold changes with pseudocount 0.1 on log1p means (no expm1), all genes, not centred.
+
+    [-1, 1], perfect 1, control NaN or about 0. PRiMeFlow and PerturBench ('cosine logFC'); exp=True undoes the log
+    first.
+    """
+    if no_effect(q - c, m - c) or no_effect(m - c):
+        return math.nan
+    return cosine(log_fold_change(q, c, 0.1, exp), log_fold_change(m, c, 0.1, exp))
+
+
+# -------------------------------------------------------------------------------- differential expression
+
+class ValueCounts(NamedTuple):
+    """The distinct values of every gene, sorted: what ranking with ties needs of one population."""
+    n: int               # cells
+    keys: np.ndarray     # (D,) uint64, gene << 32 | order-preserving bits of the float32 value
+    gene: np.ndarray     # (D,) gene of each distinct value
+    count: np.ndarray    # (D,) cells with this value
+    below: np.ndarray    # (D + 1,) cells of the same gene with a smaller value, plus gene * n
+
+
+def value_counts(x, block=4_000_000):
+    """Sort every gene of x (n, G), array or CSR, and count equal values; the zeros of a gene are one tie.
+
+    Gene and value become one integer, so that one sorted array serves all genes and no loop runs over genes.
+    Rows of float32 sort so fast (SIMD) that taking the zeros out first would cost ten times as much as it saves.
+    """
+    n, n_genes = x.shape
+    x = x.tocsc() if sparse.issparse(x) else x
+    parts, step = [], max(1, block // max(n, 1))
+    for start in range(0, n_genes, step):
+        part = x[:, start:start + step]
+        part = np.ascontiguousarray((part.toarray() if sparse.issparse(x) else part).T, dtype=np.float32)
+        part = np.sort(part, axis=1) + np.float32(0)                 # + 0 makes -0.0 a plain zero
+        first = np.ones(part.shape, dtype=bool)
+        first[:, 1:] = part[:, 1:] != part[:, :-1]
+        position = np.flatnonzero(first)
+        bits = part.ravel()[position].view(np.uint32)
+        bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # now ordered like the floats
+        gene = position // n
+        count = np.diff(position, append=part.size)
+        parts.append((np.uint64(start) + gene.astype(np.uint64) << np.uint64(32) | bits, gene + start, count))
+    keys, gene, count = (np.concatenate(c) for c in zip(*parts))
+    return ValueCounts(n, keys, gene, count, np.concatenate([[0], np.cumsum(count)]))
+
+
+def rank_sum_test(x, control, continuity=True, tie_correct=True):
+    """Two-sided Wilcoxon rank-sum (Mann-Whitney) test of every gene, normal approximation. Returns z (G,), p (G,).
+
+    x (n, G) cells, control: cells or their value_counts() (sorted once, used for every condition).
+        U = #(x > control) + #(x = control) / 2,  z = (U - nk/2 -+ 0.5) / s,
+        s^2 = nk/12 (n + k + 1 - sum_t (t^3 - t) / ((n + k)(n + k - 1))) over ties t, p = 2 Phi(-|z|), p = 1 if s = 0.
+    The default is pdex and scipy's mannwhitneyu(method='asymptotic'). continuity=False, tie_correct=False: scipy's
+    ranksums and scanpy's default 'wilcoxon'; with tie_correct=True: scanpy with tie_correct=True.
+    """
+    control = control if isinstance(control, ValueCounts) else value_counts(control)
+    n_genes, x = x.shape[1], value_counts(x)
+    at = np.searchsorted(control.keys, x.keys)                       # first distinct control value >= x, over all genes
+    tied = np.where(control.keys[np.minimum(at, len(control.keys) - 1)] == x.keys,
+                    control.count[np.minimum(at, len(control.keys) - 1)], 0)
+    below = control.below[at] - x.gene * control.n
+    u = np.bincount(x.gene, x.count * (below + 0.5 * tied), n_genes)
+    n, k = float(x.n), float(control.n)
+    correction = 0.0
+    if tie_correct:
+        def cubic(t, gene):
+            t = t.astype(np.float64)
+            return np.bincount(gene, t ** 3 - t, n_genes)
+        correction = (cubic(control.count, control.gene) + cubic(x.count + tied, x.gene) - cubic(tied, x.gene)) \
+            / ((n + k) * (n + k - 1))
+    s = np.sqrt(np.maximum(n * k / 12 * (n + k + 1 - correction), 0) * np.ones(n_genes))
+    distance = np.maximum(np.abs(u - n * k / 2) - 0.5 * continuity, 0)
+    z = np.sign(u - n * k / 2) * np.divide(distance, s, out=np.zeros(n_genes), where=s > 0)
+    return z, special.erfc(np.abs(z) / math.sqrt(2))
+
+
+def benjamini_hochberg(p):
+    """Adjusted p-values of one condition: min over j >= rank of p_(j) G / j, as scipy's false_discovery_control."""
+    order = np.argsort(p)
+    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
+    out = np.empty(len(p))
+    out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
+    return out
+
+
+def welch_t(mean, var, n, control_mean, control_var):
+    """scanpy's t-test_overestim_var: Welch's t with n cells on both sides, (mean - control) / sqrt((var + var_c) / n).
+
+    var: unbiased. 0/0 gives 0 (scanpy), and so does an infinite t (PerturBench). All NaN when a variance needs more
+    cells.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = (mean - control_mean) / np.sqrt((var + control_var) / n)
+    return np.where(np.isfinite(t) | np.isnan(var + control_var), t, 0.0)
+
+
+def de_spearman(lfc_pred, lfc_real, significant):
+    """Spearman correlation of log fold changes over truly significant genes (rank-sum test, BH < 0.05 per condition).
+
+    [-1, 1], perfect 1, control NaN or about 0; NaN without two significant genes. Single-cell test, pseudobulk fold
+    changes. scDFM's DE-Spearman, CellTARNet's 'DE-Spearman rho'; equals cell-eval's de_spearman_lfc_sig, except that
+    a pseudocount of 1e-9 orders fold changes which are all infinite there. cell-eval's 'de_spearman_sig' correlates
+    numbers of genes over conditions, the Virtual Cell Challenge's 'DES' is overlap_at_n, and scBIG's 'DES' takes
+    Bonferroni genes and log fold changes without expm1.
+    """
+    return spearman(lfc_pred[significant], lfc_real[significant])
+
+
+def direction_match(lfc_pred, lfc_real, significant):
+    """Share of truly significant genes whose log fold changes have the same sign, 0 being one. NaN without such genes.
+
+    [0, 1], perfect 1, control about 0.5, as a point mass 0. cell-eval's de_direction_match.
+    """
+    same = np.sign(lfc_pred[significant]) == np.sign(lfc_real[significant])
+    return float(same.mean()) if len(same) else math.nan
+
+
+def overlap_at_n(lfc_pred, significant_pred, lfc_real, significant):
+    """|top-k real DE genes & top-k predicted DE genes| / k, by |log fold change|, k = number of real DE genes.
+
+    [0, 1], perfect 1, control 0; 0 when either side has no DE gene. cell-eval's overlap_at_N, the 'DES' of the
+    Virtual Cell Challenge. The prediction's own test depends on its number and spread of cells: a point mass has
+    spurious DE genes.
+    """
+    real, pred = np.flatnonzero(significant), np.flatnonzero(significant_pred)
+    if len(real) == 0:
+        return 0.0
+    real, pred = (g[top_k(np.abs(lfc[g]), len(real))] for g, lfc in ((real, lfc_real), (pred, lfc_pred)))
+    return len(np.intersect1d(real, pred)) / len(real)
+
+
+def deg_recall(t_pred, t_real, k=50):
+    """|top-k genes by |t_pred| & top-k by |t_real|| / k, t = welch_t against the real control, no p-value filter.
+
+    [0, 1], perfect 1, random k / G, control near that. k is at most the number of genes. NaN for a single cell, and for
+    a point mass at the control.
+    PRiMeFlow's DEG recall; PerturBench 2025 up to its unstable order of equal scores.
+    """
+    if np.isnan(t_pred).any() or np.isnan(t_real).any():
+        return math.nan
+    k = min(k, len(t_real))
+    return len(np.intersect1d(top_k(np.abs(t_pred), k), top_k(np.abs(t_real), k))) / k
+
+
+# -------------------------------------------------------------------------------- ranks and discrimination
+
+def own_rank(distance, own=None, rtol=1e-9):
+    """Where does distance[i, own[i]] stand within row i? 0 the smallest, 1 the largest, ties half: (N,) in [0, 1].
+
+    (#smaller + #equal / 2) / (M - 1), equal up to rtol * the largest distance. Undefined own: 0.5; undefined
+    competitor: last. NaN with fewer than two columns.
+    """
+    rows, columns = distance.shape
+    own = np.arange(rows) if own is None else np.asarray(own)
+    if columns < 2:
+        return np.full(rows, math.nan)
+    value = distance[np.arange(rows), own][:, None]
+    other = np.where(np.isnan(distance), np.inf, distance)
+    slack = rtol * np.abs(np.nan_to_num(distance)).max(initial=0)
+    smaller = np.sum(other < value - slack, axis=1)
+    equal = np.sum(np.abs(other - value) <= slack, axis=1) - 1
+    rank = (smaller + 0.5 * equal) / (columns - 1)
+    return np.where(np.isnan(value[:, 0]), 0.5, rank)
+
+
+def prediction_rank(distance, rtol=1e-9):
+    """PerturBench's rank: for each REAL condition (column), the place of its own among all predictions (rows).
+
+    [0, 1], perfect 0, random or collapsed 0.5, worst 1. distance (N, N); pass -similarity for similarities. The keys
+    rmse_rank, cosine_logfc_rank, mmd_rank, mmd_pca30_rank and deg_recall_50_rank; PRiMeFlow's tables. PerturBench
+    2025 divides by N - 1 and shuffles ties, 2024 divides by N. own_rank(distance) is the other direction
+    ('rank_transpose'), the one of 1 - PDS.
+    """
+    return own_rank(distance.T, rtol=rtol)
+
+
+def discrimination(q, m, own=None, metric="cityblock", targets=None, norm="N-1"):
+    """Perturbation discrimination score of each prediction: 1 - rank of the own REAL pseudobulk among all real ones.
+
+    q (P, G) predictions, m (N, G) truths, own (P,) row of m that belongs to each; metric of scipy's cdist; pass
+    effects (q - c, m - c) for 'cosine'. targets: a list of gene indices per prediction that are left out. [0, 1],
+    perfect 1, random or collapsed 0.5. pds: L1, targets = all perturbed genes of the condition in the panel (scDFM
+    eq. 16-20, scBIG eq. 15). Each prediction then has its own gene set, which leaks: a constant prediction scores
+    above 0.5 (0.60 on the reference case). pds_all_genes (L1), pds_l2 and pds_cosine leave nothing out. norm='N':
+    cell-eval's and the Virtual Cell Challenge's 1 - rank0 / N. scDFM's pinned cell-eval 0.5 takes absolute effects;
+    Systema's centroid accuracy is pds_l2 with strict ties.
+    """
+    distance = cdist(q, m, metric)                                   # cosine of a zero effect: NaN, undefined
+    for i, genes in enumerate(targets or []):
+        distance[i] -= np.abs(q[i, genes] - m[:, genes]).sum(axis=1)
+    rank = own_rank(distance, own)
+    return 1 - rank * ((len(m) - 1) / len(m) if norm == "N" else 1)
+
+
+# -------------------------------------------------------------------------------- distributions
+
+class Basis(NamedTuple):
+    """Principal components: scores are (x - mean) @ loadings."""
+    mean: np.ndarray        # (G,)
+    loadings: np.ndarray    # (G, k), by decreasing variance
+    explained: np.ndarray   # (k,) share of the variance
+
+
+def fit_pca(populations, k=50):
+    """Exact PCA (centred, unscaled) of all cells of an iterable of (n, G) arrays, which is run through twice; float64.
+
+    Eigenvectors of the covariance, so memory does not grow with cells. Signs: the largest loading of each component is
+    positive. k is reduced to min(k, G, cells - 1).
+    """
+    total, n = 0.0, 0
+    for x in populations():
+        total, n = total + x.sum(axis=0, dtype=np.float64), n + len(x)
+    mean = total / n
+    covariance = np.zeros((len(mean), len(mean)))
+    for x in populations():
+        x = x - mean
+        covariance += x.T @ x
+    k = max(1, min(k, len(mean), n - 1))
+    variance, loadings = linalg.eigh(covariance, subset_by_index=[len(mean) - k, len(mean) - 1])
+    variance, loadings = variance[::-1], loadings[:, ::-1]
+    loadings = loadings * np.sign(loadings[np.argmax(np.abs(loadings), axis=0), np.arange(k)])
+    return Basis(mean, loadings, np.maximum(variance, 0) / max(np.trace(covariance), 1e-300))
+
+
+def squared_distances(x, y):
+    """(n, m) squared Euclidean distances by one matrix product, float64."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    d = x @ y.T
+    d *= -2
+    d += np.einsum("ij,ij->i", x, x)[:, None]
+    d += np.einsum("ij,ij->i", y, y)
+    return np.maximum(d, 0, out=d)
+
+
+def mean_distance(x, y, squared=False, block=1024):
+    """E||x - y|| over all pairs, x (n, d), y (m, d), in blocks of rows: 5,000 x 5,000 pairs need 40 MB."""
+    total = 0.0
+    for start in range(0, len(x), block):
+        d = squared_distances(x[start:start + block], y)
+        total += (d if squared else np.sqrt(d, out=d)).sum()
+    return total / (len(x) * len(y))
+
+
+def energy_distance(x, y, unbiased=False, squared=False, self_x=None, self_y=None):
+    """2 E||x-y|| - E||x-x'|| - E||y-y'|| with Euclidean norms, all pairs (V-statistic). x (n, d) and y (m, d) cells.
+
+    e_distance: in the 50 PCs of all real cells that are scored and their controls. >= 0, perfect 0, control: large,
+    and as a point mass larger still (no spread). scBIG's tables (E-Dist); it releases no code, its Control row fixes
+    unsquared norms. CellFlow's and scPerturb's squared=True is 2 ||mean(x) - mean(y)||^2, no distance of
+    distributions; unbiased leaves out the diagonal (U-statistic). self_x, self_y: mean distances within x and y where
+    they are known.
+    """
+    self_x = mean_distance(x, x, squared) if self_x is None else self_x
+    self_y = mean_distance(y, y, squared) if self_y is None else self_y
+    if unbiased:
+        if min(len(x), len(y)) < 2:
+            return math.nan
+        self_x, self_y = self_x * len(x) / (len(x) - 1), self_y * len(y) / (len(y) - 1)
+    value = 2 * mean_distance(x, y, squared) - self_x - self_y
+    return float(value if unbiased else max(value, 0))
+
+
+def mmd_energy(x, y, self_x=None, self_y=None):
+    """PerturBench's 'mmd' (geomloss 'energy'): E||x-y|| - E||x-x'||/2 - E||y-y'||/2 = energy_distance / 2.
+
+    mmd: gene space; mmd_pca30: the first 30 PCs (PerturBench's code defaults to 100, the paper says 30). >= 0,
+    perfect 0. PRiMeFlow's MMD. No kernel bandwidth, no square root: not comparable with RBF values. PerturBench works
+    in float32 with distances of at least 1e-4, which moves values by up to 2.5e-4 relative.
+    """
+    return 0.5 * energy_distance(x, y, self_x=self_x, self_y=self_y)
+
+
+def mmd_rbf(x, y, scales=(0.5, 1.0, 2.0, 4.0), unbiased=True):
+    """Squared MMD, mean over kernels exp(-d^2 / (2 s m)), s in scales; scDFM's Algorithm 1. x predicted, y real cells.
+
+    m: lower median of the squared distances between different REAL cells. Unbiased: about 0 for a fresh draw of the
+    truth, slightly negative for the same cells; unbiased=False keeps the diagonals: >= 0. NaN with one real cell, or
+    one predicted if unbiased. Gene space. scDFM's training loss, in no table; CellFlow's fixed bandwidths give other
+    numbers under the same name.
+    """
+    n, k = len(x), len(y)
+    if k < 2 or (unbiased and n < 2):
+        return math.nan
+    xx, yy, xy = squared_distances(x, x), squared_distances(y, y), squared_distances(x, y)
+    upper = yy[np.triu_indices(k, 1)]
+    median = max(np.partition(upper, (len(upper) - 1) // 2)[(len(upper) - 1) // 2], 1e-12)
+    value = 0.0
+    for s in scales:
+        kx, ky, kxy = (np.exp(d / (-2 * s * median)) for d in (xx, yy, xy))
+        within = ((kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1)) if unbiased else kernel.mean()
+                  for kernel in (kx, ky))
+        value += sum(within) - 2 * kxy.mean()
+    return float(value / len(scales))
+
+
+def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
+    """Entropic transport plan P of cost (n, m) with uniform weights: (<P, cost>, marginal error at the end).
+
+    Potentials f, g live in the log domain, P = exp((f + g - cost) / epsilon), which holds at any epsilon. Between two
+    such updates 20 cheap scalings of the current plan, unless they leave the range of floats.
+    """
+    n, m = cost.shape
+    a, b = 1 / n, 1 / m
+    f, g = np.zeros(n), np.zeros(m)
+    for _ in range(max(1, max_iter // 21)):
+        f = epsilon * (math.log(a) - special.logsumexp((g - cost) / epsilon, axis=1))
+        g = epsilon * (math.log(b) - special.logsumexp((f[:, None] - cost) / epsilon, axis=0))
+        plan = np.exp((f[:, None] + g - cost) / epsilon)
+        error = np.abs(plan.sum(axis=1) - a).sum()
+        if error < tol:
+            break
+        with np.errstate(all="ignore"):
+            v = np.ones(m)
+            for _ in range(20):
+                u = a / (plan @ v)
+                v = b / (u @ plan)
+            u, v = epsilon * np.log(u), epsilon * np.log(v)
+        if np.isfinite(u).all() and np.isfinite(v).all():
+            f, g = f + u, g + v
+    return float(np.sum(plan * cost)), float(error)
+
+
+def wasserstein(x, y, epsilon=None, relative=0.05, exact=False):
+    """Transport cost <P, C> of cells x (n, d) and y (m, d), C Euclidean, P the entropic plan: (value, epsilon, error).
+
+    epsilon: default relative * mean(C), and reported, since values compare only at one epsilon (here about 9% above
+    W1). wasserstein: in the 50 PCs of e_distance. >= 0, perfect 0 up to the entropy. scBIG's tables (value of epsilon
+    lost, no code). NOT calibrated: in many dimensions a fresh draw of the truth scores like the point mass at its
+    mean, so read it beside e_distance. CellFlow's Sinkhorn divergence with squared costs is another quantity. exact:
+    W1 by linear assignment, n = m.
+    """
+    cost = np.sqrt(squared_distances(x, y))
+    if exact:
+        return float(cost[optimize.linear_sum_assignment(cost)].mean()), 0.0, 0.0
+    epsilon = relative * cost.mean() if epsilon is None else epsilon
+    if epsilon <= 0:                                                 # all costs are zero
+        return 0.0, 0.0, 0.0
+    value, error = sinkhorn(cost, epsilon)
+    return value, float(epsilon), error
+
+
+def mmd_matrix(pred, real, block=16_000_000):
+    """mmd_energy of every prediction with every truth: lists of (n_i, d) cells -> (P, N).
+
+    The cross terms are float32 matrix products that give squared distances at once: [-2x, |x|^2, 1] . [y, 1, |y|^2].
+    Cells should be centred, so that little is lost to cancellation; terms within a population are float64.
+    """
+    def extended(x, factor, columns):
+        column = {"norm": np.einsum("ij,ij->i", x, x, dtype=np.float64), "one": np.ones(len(x))}
+        return np.column_stack([factor * x, *(column[c].astype(np.float32) for c in columns)])
+
+    right = np.concatenate([extended(y, 1, ("one", "norm")) for y in real]).T
+    start = np.cumsum([0] + [len(y) for y in real])
+    self_real = np.array([mean_distance(y, y) for y in real])
+    out, step = np.zeros((len(pred), len(real))), max(1, block // start[-1])
+    for i, x in enumerate(pred):
+        left = extended(x, -2, ("norm", "one"))
+        for rows in range(0, len(x), step):
+            d = left[rows:rows + step] @ right
+            np.sqrt(np.maximum(d, 0, out=d), out=d)
+            out[i] += np.add.reduceat(d.sum(axis=0, dtype=np.float64), start[:-1])
+        out[i] = out[i] / (len(x) * np.diff(start)) - 0.5 * (mean_distance(x, x) + self_real)
+    return out
+
+
+# -------------------------------------------------------------------------------- populations
+
+def _mean(x):
+    return np.asarray(x.mean(axis=0, dtype=np.float64)).ravel()
+
+
+def _rng(seed, *purpose):
+    """A generator of its own for every purpose and group: removing one condition changes nothing for the others."""
+    return np.random.default_rng([seed, zlib.crc32("/".join(purpose).encode())])
+
+
+class _World:
+    """What all populations of one evaluation share: conditions, gene order, controls, principal components."""
+
+    def __init__(self, groups, control, genes, seed):
+        self.groups, self.seed, self.with_covariates = groups, seed, isinstance(control, Mapping)
+        self.order = np.argsort(np.asarray(genes, dtype=str), kind="stable")
+        self.column = {genes[i]: k for k, i in enumerate(self.order)}
+        self.used = sorted({self.covariate(g) for g in groups})
+        control = dict(control) if self.with_covariates else {"": control}
+        missing = set(self.used) - set(control)
+        if missing:
+            raise ValueError(f"no control cells for {sorted(missing)}; control holds {sorted(control)}")
+        self.control = {v: _Population(x, v, self) for v, x in control.items()}
+        self.reference, self.sinkhorn, self.basis = {}, {}, None
+
+    def covariate(self, group):
+        return group.partition("@")[2] if self.with_covariates else ""
+
+    def perturbations(self, group):
+        return (group.partition("@")[0] if self.with_covariates else group).split("+")
+
+    def in_order(self, x):
+        """Genes (last axis) by name: then nothing, not even a tie, depends on their order in the input."""
+        return x if np.all(np.diff(self.order) == 1) else x[..., self.order]
+
+    def targets(self, group):
+        """Columns of the perturbed genes that are in the panel ('drug:dose' counts as 'drug')."""
+        named = {name for p in self.perturbations(group) for name in (p, p.partition(":")[0])}
+        return [self.column[name] for name in sorted(named & self.column.keys())]
+
+    def rank_cells(self, group):
+        """Most cells of a condition that enter the pairwise MMDs."""
+        n = sum(self.covariate(g) == self.covariate(group) for g in self.groups)
+        return FEW_CELLS if n > MANY_CONDITIONS else RANK_CELLS
+
+
+class _Population:
+    """One population of cells and what is derived from it, computed when first asked for."""
+
+    def __init__(self, source, group, world, prepared=False):
+        self.source, self.group, self.world, self.prepared = source, group, world, prepared
+        self.n = source.shape[0]
+
+    @property
+    def cells(self):
+        """(n, G) float32, genes ordered by name. Not kept: a sparse source stays sparse."""
+        if self.prepared:
+            return self.source
+        x = self.source.toarray() if sparse.issparse(self.source) else np.asarray(self.source)
+        return np.ascontiguousarray(self.world.in_order(x), dtype=np.float32)
+
+    @property
+    def control(self):
+        return self.world.control[self.world.covariate(self.group)]
+
+    @cached_property
+    def mean(self):
+        return _mean(self.cells)
+
+    @cached_property
+    def variance(self):
+        return self.cells.var(axis=0, ddof=1, dtype=np.float64) if self.n > 1 else np.full(len(self.mean), math.nan)
+
+    @cached_property
+    def counts(self):
+        return value_counts(self.cells)
+
+    @cached_property
+    def effect(self):
+        """Mean minus control mean; exactly zero when it is nothing but rounding."""
+        d = self.mean - self.control.mean
+        return np.zeros_like(d) if no_effect(d) else d
+
+    @cached_property
+    def significant(self):
+        """(G,) DE genes: rank-sum test against the real control, BH < 0.05."""
+        p = rank_sum_test(self.cells, self.control.counts)[1]
+        return (benjamini_hochberg(p) < 0.05) & self.effect.any()
+
+    @cached_property
+    def lfc(self):
+        return log_fold_change(self.mean, self.control.mean) * self.effect.any()
+
+    @cached_property
+    def logfc(self):
+        """PerturBench's."""
+        return log_fold_change(self.mean, self.control.mean, 0.1, exp=False) * self.effect.any()
+
+    @cached_property
+    def t(self):
+        t = welch_t(self.mean, self.variance, self.n, self.control.mean, self.control.variance)
+        return t if self.effect.any() else np.full_like(t, math.nan)
+
+    @cached_property
+    def scores(self):
+        """(n, 50) principal components."""
+        return (self.cells - self.world.basis.mean) @ self.world.basis.loadings
+
+    @cached_property
+    def within(self):
+        """Mean distance between its own cells, by space."""
+        return cache(lambda space: mean_distance(self.space(space), self.space(space)))
+
+    def space(self, name):
+        return self.cells if name == "genes" else self.scores[:, :name]
+
+    @cached_property
+    def ranked_rows(self):
+        """Rows that enter the pairwise MMDs. A point mass is one point: quicker, and its ties are exact."""
+        cells, limit = self.cells, self.world.rank_cells(self.group)
+        if (cells == cells[0]).all():
+            return np.zeros(1, dtype=int)
+        rng = _rng(self.world.seed, "rank", self.group)
+        return np.arange(self.n) if self.n <= limit else np.sort(rng.choice(self.n, limit, replace=False))
+
+    @cached_property
+    def ranked_cells(self):
+        return self.cells[self.ranked_rows] - self.control.mean.astype(np.float32)
+
+    @cached_property
+    def ranked_pcs(self):
+        return self.scores[self.ranked_rows, :30].astype(np.float32)
+
+
+class _Training:
+    """What floors and the Systema reference need of the training perturbations, from one pass over them.
+
+    The mean of each, and `share` cells of each, so that a draw from these weights conditions equally.
+    """
+
+    def __init__(self, train, world, most_cells):
+        self.world = world
+        self.groups = [g for g in train if world.perturbations(g) != ["control"]]
+        self.share = math.ceil(max(2000, 2 * most_cells) / min(len(self.like(v)) for v in world.used))
+        self.mean, self.cells = {}, np.empty((len(self.groups), self.share, len(world.column)), np.float32)
+        for i, g in enumerate(self.groups):
+            x = _Population(train[g], g, world)
+            self.mean[g], cells = x.mean, x.cells
+            self.cells[i] = cells[_rng(world.seed, "train", g).choice(x.n, self.share, replace=self.share > x.n)]
+
+    def like(self, covariate):
+        """Training groups of the same covariate if there are any, else all."""
+        return [g for g in self.groups if self.world.covariate(g) == covariate] or self.groups
+
+    def centroid(self, covariate):
+        """Unweighted mean of the training perturbations' means: the Systema reference and the `mean` floor."""
+        return np.mean([self.mean[g] for g in self.like(covariate)], axis=0)
+
+    def draw(self, group, n):
+        """n cells of the training perturbations, conditions equally weighted."""
+        like = np.flatnonzero(np.isin(self.groups, self.like(self.world.covariate(group))))
+        drawn = _rng(self.world.seed, "mean_cells", group).choice(len(like) * self.share, n, replace=False)
+        return self.cells[like[drawn // self.share], drawn % self.share]
+
+    def additive(self, group):
+        """Sum of the effects of its single perturbations (G,), or None when one of them is not in training.
+
+        A single's effect is that in the group's own covariate if it was trained there, else the average over the
+        others, each against its own control.
+        """
+        total, world = 0.0, self.world
+        for perturbation in world.perturbations(group):
+            singles = [g for g in self.groups if world.perturbations(g) == [perturbation]
+                       and world.covariate(g) in world.control]
+            singles = [g for g in singles if world.covariate(g) == world.covariate(group)] or singles
+            if not singles:
+                return None
+            effects = [self.mean[g] - world.control[world.covariate(g)].mean for g in singles]
+            total = total + np.mean(effects, axis=0)
+        return total
+
+
+def _floor(name, world, training, sizes):
+    """The populations of one floor, one after another, each with as many cells as the prediction."""
+    for group, n in sizes.items():
+        control = world.control[world.covariate(group)]
+        if name == "mean":
+            cells = np.tile(world.reference[group].astype(np.float32), (n, 1))
+        elif name == "mean_cells":
+            cells = training.draw(group, n)
+        else:
+            cells = control.cells[_rng(world.seed, name, group).choice(control.n, n, replace=n > control.n)]
+            if name == "additive":
+                shift = training.additive(group)
+                if shift is None:
+                    continue
+                cells = cells + shift.astype(np.float32)             # not clamped
+        yield _Population(cells, group, world, prepared=True)
+
+
+# -------------------------------------------------------------------------------- scoring
+
+def _condition_metrics(p, r, world, keys):
+    """{key: value} of one condition, ranks apart; p and r are its predicted and real _Population."""
+    q, m, c, reference = p.mean, r.mean, r.control.mean, world.reference.get(p.group)
+    top20 = top_k(np.abs(m - c), 20)
+
+    def energy(space, distance):
+        return distance(p.space(space), r.space(space), self_x=p.within(space), self_y=r.within(space))
+
+    def transport():
+        value, *world.sinkhorn[p.group] = wasserstein(p.scores, r.scores)
+        return value
+
+    values = {
+        "l2": lambda: l2(q, m),
+        "mse": lambda: mse(q, m),
+        "mae": lambda: mae(q, m),
+        "rmse": lambda: rmse(q, m),
+        "pearson_delta": lambda: pearson_delta(q, m, c),
+        "pearson_delta_top20": lambda: pearson_delta(q, m, c, top20),
+        "pearson_delta_hat": lambda: pearson_delta(q, m, reference),
+        "pearson_delta_hat_top20": lambda: pearson_delta(q, m, reference, top20),
+        "spearman_delta": lambda: spearman_delta(q, m, c),
+        "de_spearman": lambda: de_spearman(p.lfc, r.lfc, r.significant),
+        "acc": lambda: acc(q, m, c),
+        "acc_top20": lambda: acc(q, m, c, top20),
+        "direction_match": lambda: direction_match(p.lfc, r.lfc, r.significant),
+        "overlap_at_n": lambda: overlap_at_n(p.lfc, p.significant, r.lfc, r.significant),
+        "deg_recall_50": lambda: deg_recall(p.t, r.t),
+        "e_distance": lambda: energy(50, energy_distance),
+        "wasserstein": transport,
+        "discr_cos": lambda: discr_cos(q, m, c),
+        "mmd": lambda: energy("genes", mmd_energy),
+        "mmd_pca30": lambda: energy(30, mmd_energy),
+        "mmd_rbf": lambda: mmd_rbf(p.cells, r.cells),
+        "cosine_logfc": lambda: cosine_logfc(q, m, c),
+    }
+    return {k: values[k]() for k in keys if k in values}
+
+
+def _rank_metrics(p, r, own, world, keys):
+    """{key: (P,) values} for the predictions p of one covariate; r: all its real populations, own (P,): theirs in r.
+
+    PDS looks for the truth among all real conditions; the ranks compare the predictions that there are.
+    """
+    def stack(attribute, populations):
+        return np.array([getattr(x, attribute) for x in populations])
+
+    def mmd_rank(attribute):
+        cells = [[getattr(x, attribute) for x in populations] for populations in (p, mine)]
+        return prediction_rank(mmd_matrix(*cells), MMD_TIE)
+
+    q, m, mine = stack("mean", p), stack("mean", r), [r[i] for i in own]
+    values = {
+        "pds": lambda: discrimination(q, m, own, targets=[world.targets(x.group) for x in p]),
+        "pds_all_genes": lambda: discrimination(q, m, own),
+        "pds_l2": lambda: discrimination(q, m, own, "euclidean"),
+        "pds_cosine": lambda: discrimination(stack("effect", p), stack("effect", r), own, "cosine"),
+        "rmse_rank": lambda: prediction_rank(cdist(q, m[own])),      # the order of rmse
+        "cosine_logfc_rank": lambda: prediction_rank(cdist(stack("logfc", p), stack("logfc", mine), "cosine")),
+        "mmd_rank": lambda: mmd_rank("ranked_cells"),
+        "mmd_pca30_rank": lambda: mmd_rank("ranked_pcs"),
+        "deg_recall_50_rank": lambda: prediction_rank(np.array([[-deg_recall(x.t, y.t) for y in mine] for x in p])),
+    }
+    return {k: values[k]() for k in keys if k in values}
+
+
+def _score(populations, real, world, keys):
+    """{group: {key: value}} of predicted populations; an iterable: each is freed once it has been looked at."""
+    needed_by = {"mmd_rank": "ranked_cells", "mmd_pca30_rank": "ranked_pcs", "deg_recall_50_rank": "t"}
+    out, seen = {}, {}
+    for p in populations:
+        out[p.group] = _condition_metrics(p, real[p.group], world, keys)
+        for attribute in ["effect", "logfc"] + [needed_by[k] for k in keys if k in needed_by]:
+            getattr(p, attribute)                                    # computed now, for the ranks
+        p.source = None
+        seen[p.group] = p
+    for covariate in world.used:
+        block = [g for g in real if world.covariate(g) == covariate]
+        mine = [g for g in block if g in seen]
+        if mine:
+            own = [block.index(g) for g in mine]
+            ranks = _rank_metrics([seen[g] for g in mine], [real[g] for g in block], own, world, keys)
+            for key, column in ranks.items():
+                for g, value in zip(mine, column):
+                    out[g][key] = float(value)
+    return out
+
+
+def _replicate(real, world, keys):
+    """Scores of one random half of the real cells of each condition against the other half."""
+    one, other = {}, {}
+    for g, x in real.items():
+        if x.shape[0] > 1:
+            order, cut = _rng(world.seed, "replicate", g).permutation(x.shape[0]), x.shape[0] // 2
+            one[g], other[g] = (_Population(x[np.sort(rows)], g, world) for rows in (order[:cut], order[cut:]))
+    return _score(one.values(), other, world, keys)
+
+
+# -------------------------------------------------------------------------------- evaluation
+
+def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=True, bootstrap=1000, train_mean=None):
+    """Every metric of a prediction, with floors, a replicate reference and intervals. All values log1p CP10k.
+
+    pred, real: {group: (cells, G)}, arrays or CSR; a group is a condition 'A' or 'A+B', with covariates
+    'A+B@cov1,cov2'. Real groups that are not predicted are ignored. control: real control cells (cells, G), or
+    {covariates: (cells, G)}. genes: G names. train: {group: (cells, G)} of the training perturbations, read once, for
+    the Systema reference and the floors; without it these are absent, save what train_mean allows, the mean (G,) of
+    the training perturbations' means. keys: default all. floors=False leaves out floors and replicate, five sixths of
+    the time. bootstrap: resamples of conditions for ci95.
+
+    Returns a dict that json can write, with None for NaN:
+      aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number}, ci95 {key: [low,
+      high]}; groups {'single', 'double', ..., 'single_unseen', 'double_one_unseen', ...: {key: mean}}; per_condition
+      {group: {key: value}}; floors {'control', 'mean', 'mean_cells', 'additive': {key: mean} or None},
+      floors_n_valid; replicate {key: mean}, one half of the real cells scored against the other; score_vs_floor {key:
+      (score - best floor) / (replicate - best floor)}; info: cells, variance of the components, Sinkhorn's epsilon,
+      caps, notes.
+    Raises ValueError for inputs that do not fit together.
+    """
+    groups = list(pred)
+    missing, unknown = [g for g in groups if g not in real], sorted(set(keys or ()) - set(KEYS))
+    if not groups or missing:
+        raise ValueError(f"no real cells of predicted conditions {missing[:5]}" if groups else "nothing is predicted")
+    if unknown:
+        raise ValueError(f"unknown metrics {unknown}; the keys are {' '.join(KEYS)}")
+    if len(set(genes)) != len(genes):
+        raise ValueError("gene names are not unique")
+    pred, real = {g: pred[g] for g in groups}, {g: real[g] for g in groups}
+    world = _World(groups, control, genes, seed)
+    controls = {v: x.source for v, x in world.control.items()}
+    for side, cells in (("predicted", pred), ("real", real), ("control", controls)):
+        for g, x in cells.items():
+            if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] != len(genes):
+                raise ValueError(f"{side} cells of '{g}' have shape {x.shape}; expected (cells, {len(genes)} genes)")
+            if not np.isfinite(x.data if sparse.issparse(x) else x).all():
+                raise ValueError(f"{side} cells of '{g}' hold NaN or infinite values")
+    truth, sizes = {g: _Population(x, g, world) for g, x in real.items()}, {g: x.shape[0] for g, x in pred.items()}
+    training = _Training(train, world, max(sizes.values())) if train is not None and len(train) else None
+    if training:
+        centroids = {v: training.centroid(v) for v in world.used}
+        world.reference = {g: centroids[world.covariate(g)] for g in groups}
+    elif train_mean is not None:
+        world.reference = dict.fromkeys(groups, world.in_order(np.asarray(train_mean, np.float64)))
+    keys = [k for k in KEYS if (keys is None or k in keys) and (world.reference or k not in SYSTEMA)]
+    if {"e_distance", "wasserstein", "mmd_pca30", "mmd_pca30_rank"} & set(keys):
+        fitted_on = [*truth.values(), *(world.control[v] for v in world.used)]
+        world.basis = fit_pca(lambda: (x.cells for x in fitted_on))
+
+    scores = _score((_Population(x, g, world) for g, x in pred.items()), truth, world, keys)
+    result = {"aggregate": _aggregate(scores, keys), "n_valid": _n_valid(scores, keys),
+              "ci95": _intervals(scores, keys, _rng(seed, "bootstrap"), bootstrap),
+              "groups": {name: _aggregate({g: scores[g] for g in members}, keys)
+                         for name, members in _condition_groups(world, training).items()},
+              "per_condition": {g: {k: _plain(v[k]) for k in keys} for g, v in scores.items()},
+              "floors": {}, "floors_n_valid": {}, "replicate": {}, "score_vs_floor": {},
+              "info": _information(world, truth, sizes, keys)}
+    if floors:
+        possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
+        partial = set()
+        for name in FLOORS:
+            values = _score(_floor(name, world, training, sizes), truth, world, keys) if possible[name] else {}
+            result["floors"][name] = _aggregate(values, keys) if values else None
+            result["floors_n_valid"][name] = _n_valid(values, keys) if values else None
+            if 0 < len(values) < len(groups):
+                partial.add(name)
+                result["info"]["notes"].append(f"the {name} floor exists for {len(values)} of {len(groups)} conditions "
+                                               "and averages over these; score_vs_floor leaves it out")
+        result["replicate"] = _aggregate(_replicate(real, world, keys), keys)
+        result["score_vs_floor"] = {k: _versus_floor(k, result, partial) for k in keys}
+    return result
+
+
+def _condition_groups(world, training):
+    """{'single': [groups], 'double': ..., 'double_one_unseen': ...}; unseen: in no training condition."""
+    order, number = {1: "single", 2: "double", 3: "triple"}, {1: "one", 2: "two", 3: "three"}
+    known = {p for g in training.groups for p in world.perturbations(g)} if training else None
+    out = {}
+    for g in sorted(world.groups, key=lambda g: len(world.perturbations(g))):
+        perturbations = world.perturbations(g)
+        name = order.get(len(perturbations), f"{len(perturbations)}_perturbations")
+        out.setdefault(name, []).append(g)
+        unseen = 0 if known is None else sum(p not in known for p in perturbations)
+        if unseen:
+            which = f"{name}_{number.get(unseen, unseen)}_unseen" if len(perturbations) > 1 else f"{name}_unseen"
+            out.setdefault(which, []).append(g)
+    return out
+
+
+def _plain(value):
+    """A float, or None for NaN and infinity, which JSON does not have."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _table(scores, keys):
+    """(conditions, keys) values."""
+    return np.array([[values[k] for k in keys] for values in scores.values()], dtype=float).reshape(-1, len(keys))
+
+
+def _aggregate(scores, keys):
+    """{key: mean over the conditions where it is defined, or None}."""
+    columns = (column[np.isfinite(column)] for column in _table(scores, keys).T)
+    return {k: _plain(column.mean()) if len(column) else None for k, column in zip(keys, columns)}
+
+
+def _n_valid(scores, keys):
+    return {k: int(n) for k, n in zip(keys, np.isfinite(_table(scores, keys)).sum(axis=0))}
+
+
+def _intervals(scores, keys, rng, resamples):
+    """95% percentile bootstrap over conditions: {key: [low, high], or None with fewer than two defined conditions}."""
+    table = _table(scores, keys)
+    defined = np.isfinite(table)
+    weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), max(resamples, 1)).astype(float)
+    with np.errstate(invalid="ignore"):                              # 0 / 0: a resample without a defined condition
+        means = (weights @ np.where(defined, table, 0)) / (weights @ defined)
+    return {k: [float(v) for v in np.nanpercentile(means[:, i], [2.5, 97.5])]
+            if resamples > 0 and defined[:, i].sum() > 1 else None for i, k in enumerate(keys)}
+
+
+def _versus_floor(key, result, partial):
+    """(score - best floor) / (replicate - best floor); None when the replicate is not better than the best floor.
+
+    A correlation that is undefined for a floor counts as 0 there; other undefined values are left out, and so are the
+    floors in `partial`, which average over other conditions than the score does.
+    """
+    values = [floor[key] for name, floor in result["floors"].items() if floor and name not in partial]
+    values = [0.0 if v is None and key in CORRELATIONS else v for v in values]
+    score, replicate = result["aggregate"][key], result["replicate"][key]
+    sign = 1 if KEYS[key].arrow == "↑" else -1
+    best = max((v for v in values if v is not None), key=lambda v: sign * v, default=None)
+    if None in (best, score, replicate) or sign * (replicate - best) <= 0:
+        return None
+    return _plain((score - best) / (replicate - best))
+
+
+def _information(world, truth, sizes, keys):
+    """What a reader needs to judge the numbers."""
+    def spread(values):
+        return {"min": float(np.min(values)), "median": float(np.median(values)), "max": float(np.max(values))}
+
+    info = {"conditions": len(truth), "genes": len(world.column), "seed": world.seed, "notes": [],
+            "cells_pred": spread(list(sizes.values())), "cells_real": spread([x.n for x in truth.values()]),
+            "cells_control": {v: world.control[v].n for v in world.used}}
+    if world.basis:
+        share = np.cumsum(world.basis.explained)
+        info["pca_variance_explained"] = {str(k): float(share[:k][-1]) for k in (30, 50)}
+    if world.sinkhorn:
+        epsilon, error = np.array(list(world.sinkhorn.values())).T
+        info["sinkhorn_epsilon"] = {"of_mean_cost": 0.05, **spread(epsilon)}
+        if (error > 1e-4).any():
+            info["notes"].append(f"Sinkhorn did not converge for {int((error > 1e-4).sum())} conditions")
+    if {"mmd_rank", "mmd_pca30_rank"} & set(keys):
+        limit = {g: world.rank_cells(g) for g in truth}
+        capped = sum(max(truth[g].n, sizes[g]) > limit[g] for g in truth)
+        info["rank_cells"] = min(limit.values()) if capped else None
+        if capped:
+            info["notes"].append(f"MMD ranks use at most {info['rank_cells']} cells per condition; {capped} had more")
+    return info
+
+
+def compare(a, b, key=None):
+    """Paired Wilcoxon signed-rank p-value between two evaluate() results, over the conditions that both define.
+
+    {key: p or None}, or p alone for one key. None without shared conditions, 1.0 when all differences are zero; with
+    fewer than six conditions p cannot fall below 0.05. Two-sided, and not corrected for the number of keys.
+    """
+    if key is None:
+        return {k: compare(a, b, k) for k in a["aggregate"] if k in b["aggregate"]}
+    pairs = [(a["per_condition"][g].get(key), b["per_condition"][g].get(key))
+             for g in a["per_condition"] if g in b["per_condition"]]
+    difference = np.array([x - y for x, y in pairs if x is not None and y is not None])
+    if len(difference) == 0:
+        return None
+    return float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
+
+
+# -------------------------------------------------------------------------------- tables, command line
+
+def result_rows(result, name):
+    """[(row name, {key: value})] of an evaluate() result for format_table: floors, the method, the replicate."""
+    rows = [(floor, values) for floor, values in result["floors"].items() if values] + [(name, result["aggregate"])]
+    return rows + ([("replicate", result["replicate"])] if result["replicate"] else [])
+
+
+def format_table(rows, keys=None, ci=None, width=160):
+    """Text table: a line per (name, {key: value}), a column per key (default TABLE_KEYS) with the better direction.
+
+    ci: {key: [low, high]} (evaluate()'s ci95), printed below the first row that is not a floor. Missing values are '-'.
+    What is wider than `width` characters goes on below.
+    """
+    keys, rows = list(keys or TABLE_KEYS), list(rows)
+    if ci:
+        at = next((i + 1 for i, (name, _) in enumerate(rows) if name not in FLOORS), len(rows))
+        rows[at:at] = [(f"  95% {end}", {k: v and v[i] for k, v in ci.items()}) for i, end in enumerate(("from", "to"))]
+
+    def text(value):
+        return "-" if value is None or not math.isfinite(value) else f"{value:.{4 if abs(value) < 0.1 else 3}f}"
+
+    start = max((len(name) for name, _ in rows), default=0)
+    blocks, used = [[]], start
+    for k in keys:
+        column = [k + KEYS[k].arrow] + [text(values.get(k)) for _, values in rows]
+        size = 1 + max(map(len, column))
+        if blocks[-1] and used + size > width:
+            blocks.append([])
+            used = start
+        blocks[-1].append([cell.rjust(size) for cell in column])
+        used += size
+    label = [name.ljust(start) for name in ["", *(name for name, _ in rows)]]
+    return "\n\n".join("\n".join("".join(line) for line in zip(label, *block)) for block in blocks)
+
+
+class _Groups(Mapping):
+    """{group: (cells, genes) CSR} of the perturbed cells of a file, cut out when asked for; controls by covariate."""
+
+    def __init__(self, cells, columns, use_covariates):
+        self.X, self.columns, self.rows, self.controls = cells.X, columns, {}, {}
+        pairs = sorted(set(zip(cells.condition, cells.covariate)))
+        number = {pair: i for i, pair in enumerate(pairs)}
+        which = np.array([number[pair] for pair in zip(cells.condition, cells.covariate)])
+        order = np.argsort(which, kind="stable")
+        for (condition, covariate), rows in zip(pairs, np.split(order, np.cumsum(np.bincount(which))[:-1])):
+            if condition == "control":
+                self.controls[covariate] = self.cut(rows)
+            else:
+                self.rows[f"{condition}@{covariate}" if use_covariates else condition] = rows
+
+    def cut(self, rows):
+        return self.X[rows] if self.columns is None else self.X[rows][:, self.columns]
+
+    def __getitem__(self, group):
+        return self.cut(self.rows[group])
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+
+def _listed(names, limit=5):
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _load(path, config, genes, **options):
+    """Log-normalised cells of a real file over the genes of the prediction, as _Groups; and the file's Cells."""
+    import data
+    cells = data.read_cells(path, config, **options)
+    data.lognormalise(cells)
+    where = {g: i for i, g in enumerate(cells.genes)}
+    missing = [g for g in genes if g not in where]
+    if missing:
+        raise data.DataError(f"{path}: lacks {len(missing)} of the {len(genes)} genes of the prediction "
+                             f"({_listed(missing)}); genes are matched by name: check --gene-key, or leave them out")
+    columns = None if genes == list(cells.genes) else np.array([where[g] for g in genes])
+    return _Groups(cells, columns, bool(config.covariates)), cells
+
+
+def _load_prediction(path, config):
+    """Cells of a prediction file.
+
+    Its columns may have other names than those of the real file: what the flags do not find is searched for. Values may
+    end lower than those of real data (a mean over cells, few genes) or below zero, so they are also read as declared.
+    """
+    import data
+    named = dataclasses.replace(config, layer="", counts=False, lognorm=False)
+    searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
+    first = None
+    for attempt in (named, searched):
+        for lognorm in (False, True):
+            try:
+                cells = data.read_cells(path, dataclasses.replace(attempt, lognorm=lognorm),
+                                        control_required=False, check=False)
+            except data.DataError as error:
+                first = first or error
+                continue
+            if cells.scale == "counts":
+                raise data.DataError(f"{path}: holds counts (integers up to {cells.X.max():g}); predictions must be "
+                                     "log1p of counts per 10,000: normalise over all genes and take log1p first")
+            return cells
+    raise first
+
+
+def _parser():
+    import data
+    parser = data.Parser(prog="metrics.py", description="Score predicted cells against real cells (AnnData files).")
+    add = parser.add_argument
+    add("pred", help="predicted cells, log1p CP10k; obs names the condition")
+    add("real", help="real cells with their controls; counts are normalised over all genes of the file")
+    add("--reference", default="", help="training cells, for the Systema reference and the floors")
+    add("--pert-key", default="", help="obs column of the perturbation (default: searched for)")
+    add("--control", "--control-label", dest="control_label", default="", help="its value for control cells")
+    add("--covariates", default="", help="obs columns, comma-separated, within which controls are matched")
+    add("--dose-key", default="", help="obs column of the dose")
+    add("--gene-key", default="", help="var column of the gene names")
+    add("--layer", default="", help="matrix of the real file and the reference (default: X)")
+    add("--counts", action="store_true", help="declare real file and reference raw counts")
+    add("--lognorm", action="store_true", help="declare real file and reference log-normalised")
+    add("--keys", default="", help="metrics to print, comma-separated, or 'all'; the file holds all")
+    add("--floors", action=argparse.BooleanOptionalAction, default=True, help="score floors and replicate too")
+    add("--seed", type=int, default=0, help="of floors, replicate and bootstrap")
+    add("--out", default="", help="JSON file for every number")
+    return parser
+
+
+def main(argv=None):
+    """Score a prediction file: print the table, write --out; 'error: ...' and exit code 2 for unusable input."""
+    import data
+    parser = _parser()
+    args = vars(parser.parse_args(argv))
+    path, truth, reference, keys, out = (args.pop(k) for k in ("pred", "real", "reference", "keys", "out"))
+    floors, seed = args.pop("floors"), args.pop("seed")
+    shown = list(KEYS) if keys == "all" else [k.strip() for k in keys.split(",")] if keys else list(TABLE_KEYS)
+    if set(shown) - set(KEYS):
+        parser.error(f"--keys: unknown metrics {_listed(set(shown) - set(KEYS))}; the metrics are {' '.join(KEYS)}")
+    if seed < 0:
+        parser.error("--seed must not be negative")
+    with data.clean_errors():
+        config = data.DataConfig(**args)                             # what is left are data flags
+        cells = _load_prediction(path, config)
+        genes, pred = list(cells.genes), _Groups(cells, None, bool(config.covariates))
+        real, cells = _load(truth, config, genes)
+        unknown = set(pred) - set(real)
+        if unknown:
+            raise data.DataError(f"{truth}: has no cells of {len(unknown)} predicted conditions ({_listed(unknown)}); "
+                                 f"it has {_listed(real)}. Leave them out, or check --pert-key and --covariates")
+        lonely = {g.partition("@")[2] for g in pred} - set(real.controls) if config.covariates else ()
+        if lonely:
+            raise data.DataError(f"{truth}: has no control cells of {_listed(lonely)}; check --covariates, --control")
+        train, train_mean = None, None
+        if reference:
+            train, _ = _load(reference, config, genes, control_required=False)
+            train.rows = {g: rows for g, rows in train.rows.items() if g not in pred}
+            if not train:
+                raise data.DataError(f"{reference}: holds only predicted conditions; give the training cells")
+        elif "train_pert_mean" in cells.uns:
+            train_mean = np.ravel(cells.uns["train_pert_mean"])
+            if len(train_mean) != len(cells.genes):
+                raise data.DataError(f"{truth}: uns['train_pert_mean'] has {len(train_mean)} values for "
+                                     f"{len(cells.genes)} genes; it needs one per gene, or give --reference")
+            train_mean = train_mean if real.columns is None else train_mean[real.columns]
+        control = real.controls if config.covariates else real.controls[""]
+        result = evaluate(pred, real, control, genes, train, seed=seed, floors=floors, train_mean=train_mean)
+        cells_pred, cells_real = (sum(cells[g].shape[0] for g in pred) for cells in (pred, real))
+        print(f"{len(pred)} conditions, {len(genes):,} genes, {cells_pred:,} predicted and {cells_real:,} real cells, "
+              f"{sum(x.shape[0] for x in real.controls.values()):,} controls")
+        for what, n in (("conditions are not predicted", len(real) - len(pred)),
+                        ("genes are not in the prediction", len(cells.genes) - len(genes))):
+            if n:
+                print(f"note: {n:,} {what} and are ignored")
+        for note in result["info"]["notes"]:
+            print(f"note: {note}")
+        if train is None:
+            print("note: without --reference there is " + ("no floor but the control, and no Systema reference"
+                  if train_mean is None else "no floor but the control and the mean (uns['train_pert_mean'])"))
+        rows = result_rows(result, "prediction") + ([("vs floor", result["score_vs_floor"])] if floors else [])
+        print(format_table(rows, shown, result["ci95"]))
+        if out:
+            with data.atomic(out) as temporary:
+                temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+            print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

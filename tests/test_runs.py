@@ -1,0 +1,381 @@
+"""The method scripts as a user runs them: subprocesses on a small demo, resume, crashes, several processes, misuse."""
+import ast
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import data
+import metrics
+from conftest import ROOT, TINY
+
+METHODS = [m for m in ("scdfm", "primeflow", "scbig", "celltarnet") if (ROOT / f"{m}.py").exists()]
+ALLOWED = {"torch", "numpy", "scipy", "h5py", "matplotlib", "data", "metrics"} | set(sys.stdlib_module_names)
+
+
+def ok(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def error(done, *words):
+    """Exit code 2, one line 'error: ...' with these words, no traceback."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in done.stderr, f"{word!r} not in {done.stderr}"
+
+
+def weights(folder):
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    return {f"{p}.{k}": v for p, part in state["parts"].items() if p in ("model", "ema") for k, v in part.items() if torch.is_tensor(v)}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def trained(request, demo, run, tmp_path_factory):
+    """One finished tiny run of each method: (method, folder, console output)."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    return request.param, folder, ok(run(f"{request.param}.py", "--data", demo, "--preset", "demo", *TINY, "--out", folder))
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+
+def test_run_prints_the_table_and_writes_its_files(trained, demo):
+    method, folder, out = trained
+    assert sorted(p.name for p in folder.iterdir()) == ["ckpt.pt", "config.json", "log.jsonl", "metrics.json", "pred.h5ad", "split.json"]
+    table = out[out.index("l2↓"):].strip().splitlines()[1:]
+    assert [line.split()[0] for line in table] == ["control", "mean", "mean_cells", "additive", method, "replicate"]
+    for key in ("l2↓", "pearson_delta↑", "pds↑", "e_distance↓"):
+        assert key in out
+    result = json.loads((folder / "metrics.json").read_text())
+    assert {"method", "data", "split", "fold", "seed", "seconds", "peak_memory_mb", "config", "versions", "aggregate", "n_valid", "groups",
+            "per_condition", "floors", "replicate"} <= set(result)
+    assert result["method"] == method and set(result["floors"]) == {"control", "mean", "mean_cells", "additive"}
+    split = json.loads((folder / "split.json").read_text())
+    assert sorted(result["per_condition"]) == split["test"] and len(split["test"]) == 7
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 20 and all(np.isfinite(entry["loss"]) for entry in log)
+    assert json.loads((folder / "config.json").read_text())["steps"] == 20
+
+
+def test_prediction_file_scores_to_the_same_numbers(trained, demo, run, tmp_path):
+    """metrics.py on pred.h5ad and the data file gives what the run itself printed."""
+    method, folder, _ = trained
+    ok(run("metrics.py", folder / "pred.h5ad", demo, "--reference", demo, "--out", tmp_path / "m.json"))
+    again, own = json.loads((tmp_path / "m.json").read_text()), json.loads((folder / "metrics.json").read_text())
+    for key in ("l2", "mse", "pearson_delta", "pds", "e_distance", "de_spearman"):
+        assert again["aggregate"][key] == pytest.approx(own["aggregate"][key], rel=1e-4), key
+
+
+def test_prediction_file_is_anndata_with_real_controls(trained, demo):
+    _, folder, _ = trained
+    pred, real = data.read_cells(folder / "pred.h5ad"), data.load(demo, data.DataConfig(), "additive")
+    assert pred.genes == real.genes and (pred.X.data >= 0).all()
+    np.testing.assert_allclose(pred.X[pred.condition == "control"].toarray(), real.controls("test")[""], rtol=1e-6)
+    for condition in real.split["test"]:
+        assert (pred.condition == condition).sum() == 8
+
+
+def test_same_seed_same_numbers_other_seed_others(trained, demo, call, tmp_path):
+    method, folder, _ = trained
+    ok(call(f"{method}.py", "--data", demo, "--preset", "demo", *TINY, "--out", tmp_path / "same"))
+    ok(call(f"{method}.py", "--data", demo, "--preset", "demo", *TINY, "--out", tmp_path / "other", "--seed", 1))
+    first, same, other = (json.loads((f / "metrics.json").read_text())["aggregate"] for f in (folder, tmp_path / "same", tmp_path / "other"))
+    assert first == same and first["l2"] != other["l2"]
+
+
+# ------------------------------------------------------------------------------------------------ resume and crashes
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_bit_identical(method, demo, call, tmp_path):
+    """60 steps = 30 + resume + 30, with dropout and EMA, weights and predictions to the last bit."""
+    flags = ["--data", demo, "--preset", "demo", *TINY, "--steps", 60, "--ema", 0.9, "--dropout", 0.1]
+    ok(call(f"{method}.py", *flags, "--out", tmp_path / "whole"))
+    out = ok(call(f"{method}.py", *flags, "--out", tmp_path / "halves", "--stop-at", 30))
+    assert f"python {method}.py --out {tmp_path / 'halves'} --resume" in out
+    assert not (tmp_path / "halves" / "metrics.json").exists()
+    ok(call(f"{method}.py", "--out", tmp_path / "halves", "--resume"))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    aggregates = [json.loads((tmp_path / f / "metrics.json").read_text())["aggregate"] for f in ("whole", "halves")]
+    assert aggregates[0] == aggregates[1]
+    logs = [[json.loads(line) for line in (tmp_path / f / "log.jsonl").read_text().splitlines()] for f in ("whole", "halves")]
+    assert [(e["step"], e["loss"]) for e in logs[0]] == [(e["step"], e["loss"]) for e in logs[1]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_validation_during_training_changes_nothing(method, demo, call, trained, tmp_path):
+    if trained[0] != method:
+        pytest.skip("the fixture holds another method")
+    out = ok(call(f"{method}.py", "--data", demo, "--preset", "demo", *TINY, "--eval-every", 5, "--out", tmp_path / "run"))
+    assert out.count("validation  l2") == 3
+    assert all(torch.equal(a, b) for a, b in zip(weights(trained[1]).values(), weights(tmp_path / "run").values()))
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert sum("val" in e for e in entries) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ctrl_c_saves_and_says_how_to_go_on(method, demo, tmp_path):
+    command = [sys.executable, str(ROOT / f"{method}.py"), "--data", demo, "--preset", "demo", *TINY, "--steps", "5000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    for _ in range(600):
+        if log.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert "--resume" in out and "Traceback" not in err
+    assert 0 < torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] < 5000
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kill_during_a_save_leaves_a_loadable_checkpoint(method, demo, run, tmp_path):
+    """A copy of the script that saves at every step and dies in the middle of its 30th save."""
+    for name in (f"{method}.py", "data.py", "metrics.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    script = tmp_path / f"{method}.py"
+    text = script.read_text().replace("CHECKPOINT_MINUTES = 5", "CHECKPOINT_MINUTES = 0")
+    text = text.replace("        torch.save(state, temporary)\n", "        torch.save(state, temporary)\n        if step == 30:\n"
+                        "            size = temporary.stat().st_size\n            os.truncate(temporary, size // 2)\n            os.kill(os.getpid(), 9)\n")
+    assert "os.kill" in text
+    script.write_text(text)
+    flags = ["--data", demo, "--preset", "demo", *TINY, "--steps", 60, "--out", tmp_path / "run"]
+    assert run(f"{method}.py", *flags, cwd=tmp_path).returncode == -9
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 29
+    ok(run(f"{method}.py", "--out", tmp_path / "run", "--resume"))
+    ok(run(f"{method}.py", *flags[:-1], tmp_path / "whole"))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_disk_full_while_saving_keeps_the_old_checkpoint(method, demo, tmp_path):
+    """The file size limit of the process stands in for a full disk."""
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / f"{method}.py"), "--data", demo, "--preset", "demo", *TINY, "--out", str(folder)]
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    subprocess.run([*command, "--stop-at", "10"], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    before = hashlib.sha256((folder / "ckpt.pt").read_bytes()).hexdigest()
+    done = subprocess.run([sys.executable, str(ROOT / f"{method}.py"), "--out", str(folder), "--resume"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, preexec_fn=limit)
+    error(done, "ckpt.pt", "cannot be written", "free some space")
+    assert hashlib.sha256((folder / "ckpt.pt").read_bytes()).hexdigest() == before
+    assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one_with_twice_the_batch(method, demo, call, tmp_path):
+    flags = ["--data", demo, "--preset", "demo", *TINY, "--steps", 10, "--dropout", 0.0, "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / f"{method}.py")]
+    done = subprocess.run([*torchrun, *map(str, flags), "--out", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("replicate") == 1                  # one process talks
+    ok(call(f"{method}.py", *flags, "--out", tmp_path / "one", "--batch-size", 32, "--conditions-per-batch", 8))
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a.keys() == b.keys()
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=2e-5, msg=k)
+    untrained = ["--steps", 1, "--stop-at", 1]                  # the comparison can fail: other weights are further away
+    ok(call(f"{method}.py", *flags, *untrained, "--seed", 1, "--out", tmp_path / "other"))
+    assert max((a[k] - v).abs().max().item() for k, v in weights(tmp_path / "other").items() if v.dtype.is_floating_point) > 1e-2
+
+
+# ------------------------------------------------------------------------------------------------ prediction
+
+def test_predict_singles_doubles_and_triples_never_seen(trained, demo, call, tmp_path):
+    method, folder, _ = trained
+    ok(call(f"{method}.py", "--ckpt", folder / "ckpt.pt", "--predict", "GENE3", "TF2+TF1", "TF1+TF2+TF3", "--cells", 7, "--out", tmp_path / "p.h5ad"))
+    p = data.read_cells(tmp_path / "p.h5ad")
+    assert {c: int((p.condition == c).sum()) for c in set(p.condition)} == {"GENE3": 7, "TF1+TF2": 7, "TF1+TF2+TF3": 7, "control": 50}
+    x = {c: p.X[p.condition == c].toarray() for c in set(p.condition)}
+    assert not np.array_equal(x["GENE3"], x["TF1+TF2"])
+    ok(call(f"{method}.py", "--ckpt", folder / "ckpt.pt", "--predict", "TF1+TF2", "--cells", 7, "--out", tmp_path / "again.h5ad"))
+    again = data.read_cells(tmp_path / "again.h5ad")
+    np.testing.assert_array_equal(again.X[again.condition == "TF1+TF2"].toarray(), x["TF1+TF2"])  # whatever else is asked for
+
+
+def test_predict_from_own_controls_and_for_all_genes(demo, call, tmp_path):
+    """Evaluation genes are fewer than the panel here; the controls have other genes too, in another order, and no labels."""
+    for method in METHODS:
+        folder = tmp_path / method
+        ok(call(f"{method}.py", "--data", demo, "--preset", "demo", *TINY, "--eval-genes", 10, "--out", folder))
+        cells = data.read_cells(demo)
+        rows = np.flatnonzero(cells.condition == "control")[:20]
+        order = np.random.default_rng(0).permutation(len(cells.genes))
+        X = np.concatenate([cells.X[rows].toarray()[:, order], np.ones((20, 1), np.float32)], axis=1)
+        data.write_h5ad(tmp_path / "mine.h5ad", X, {}, [cells.genes[i] for i in order] + ["EXTRA"])
+        flags = ["--ckpt", folder / "ckpt.pt", "--predict", "TF1", "--controls", tmp_path / "mine.h5ad", "--cells", 30]
+        ok(call(f"{method}.py", *flags, "--out", tmp_path / "few.h5ad"))
+        ok(call(f"{method}.py", *flags, "--out", tmp_path / "all.h5ad", "--all-genes"))
+        few, every = data.read_cells(tmp_path / "few.h5ad"), data.read_cells(tmp_path / "all.h5ad")
+        assert len(few.genes) == 10 and every.genes == cells.genes
+        assert (few.condition == "TF1").sum() == (every.condition == "TF1").sum() == 30
+        assert (every.condition == "control").sum() == 20
+        expected = np.log1p(1e4 * X / X.sum(1, keepdims=True))[:, np.argsort(order)]
+        np.testing.assert_allclose(every.X[every.condition == "control"].toarray(), expected, rtol=1e-4)
+
+
+def test_predict_refuses_what_it_cannot_do(trained, demo, call, tmp_path):
+    method, folder, _ = trained
+    script, ckpt = f"{method}.py", ["--ckpt", folder / "ckpt.pt", "--out", tmp_path / "p.h5ad"]
+    error(call(script, *ckpt, "--predict", "TF1+NOGENE"), "NOGENE", "neither a gene of the panel")
+    error(call(script, *ckpt, "--predict", "GENE33"), "did you mean", "GENE")
+    error(call(script, *ckpt, "--predict", "control"), "names no perturbation")
+    error(call(script, *ckpt, "--predict", "TF1@nowhere"), "nowhere", "no control cells")
+    error(call(script, "--predict", "TF1"), "--ckpt")
+    error(call(script, "--ckpt", folder / "ckpt.pt"), "--predict")
+    error(call(script, *ckpt, "--predict", "TF1", "--cells", 0), "--cells 0")
+    error(call(script, *ckpt, "--predict", "TF1", "--controls", tmp_path / "no.h5ad"), "no such file")
+    data.write_h5ad(tmp_path / "few.h5ad", np.ones((5, 3), np.float32), {}, ["TF1", "TF2", "TF3"])
+    error(call(script, *ckpt, "--predict", "TF1", "--controls", tmp_path / "few.h5ad"), "few.h5ad", "lacks 37 of the 40 genes")
+    assert not (tmp_path / "p.h5ad").exists()
+
+
+# ------------------------------------------------------------------------------------------------ misuse
+
+def test_checkpoints_that_are_none(trained, call, tmp_path):
+    method, folder, _ = trained
+    script = f"{method}.py"
+    error(call(script, "--ckpt", tmp_path / "no.pt", "--predict", "TF1"), "no such checkpoint")
+    (tmp_path / "text.pt").write_text("hello")
+    error(call(script, "--ckpt", tmp_path / "text.pt", "--predict", "TF1"), "text.pt", "damaged")
+    (tmp_path / "half.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:5000])
+    error(call(script, "--ckpt", tmp_path / "half.pt", "--predict", "TF1"), "half.pt", "damaged")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    error(call(script, "--ckpt", tmp_path / "foreign.pt", "--predict", "TF1"), "foreign.pt")
+    torch.save({"method": "othermethod"}, tmp_path / "other.pt")
+    error(call(script, "--ckpt", tmp_path / "other.pt", "--predict", "TF1"), "checkpoint of othermethod")
+
+
+def test_resume_refuses_another_config(trained, demo, call, tmp_path):
+    method, folder, _ = trained
+    script = f"{method}.py"
+    error(call(script, "--out", folder, "--resume", "--lr", 1), "--lr", "drop the flag")
+    error(call(script, "--out", folder, "--resume", "--split", "unseen"), "--split additive, not unseen")
+    error(call(script, "--out", tmp_path / "none", "--resume"), "no checkpoint")
+    error(call(script, "--data", demo, *TINY, "--out", folder), "already holds")
+
+
+def test_changed_data_is_noticed_on_resume(call, tmp_path):
+    data.simulate(tmp_path / "a.h5ad", cells=560, genes=40)
+    for method in METHODS:
+        flags = ["--data", tmp_path / "a.h5ad", "--preset", "demo", *TINY, "--out", tmp_path / method]
+        ok(call(f"{method}.py", *flags, "--stop-at", 5))
+    data.simulate(tmp_path / "a.h5ad", cells=560, genes=44, seed=1)
+    for method in METHODS:
+        error(call(f"{method}.py", "--out", tmp_path / method, "--resume"), "has changed")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "nothing.h5ad"], ["nothing.h5ad", "no such file"]),
+    (["--split", "sideways"], ["sideways", "additive"]),
+    (["--split", "transfer"], ["--covariates"]),
+    (["--nonsense"], ["--nonsense"]),
+    (["--steps", "many"], ["--steps"]),
+    (["--steps", "0"], ["--steps"]),
+    (["--lr", "-1"], ["--lr"]),
+    (["--device", "tpu9"], ["--device tpu9"]),
+    (["--pert-key", "nope"], ["nope", "condition"]),
+    (["--layer", "nope"], ["nope"]),
+    (["--covariates", "nope"], ["nope"]),
+    (["--control-label", "nope"], ["nope", "control"]),
+    (["--lognorm"], ["--lognorm", "integers"]),
+    (["--eval-c", "5"], ["--eval-c"]),          # no guessing of abbreviated flags
+])
+def test_misuse_is_one_clear_line(method, flags, words, demo, call, tmp_path):
+    given = [] if "--data" in flags else ["--data", demo]
+    error(call(f"{method}.py", *given, *TINY, "--out", tmp_path / "run", *flags), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("method", METHODS)
+def test_cuda_where_there_is_none(method, demo, call, tmp_path):
+    error(call(f"{method}.py", "--data", demo, *TINY, "--device", "cuda", "--out", tmp_path / "run"), "--device cuda", "use --device cpu")
+
+
+def test_batches_that_do_not_divide(demo, call, tmp_path):
+    for method in METHODS:
+        error(call(f"{method}.py", "--data", demo, "--preset", "demo", *TINY, "--batch-size", 18, "--out", tmp_path / "run"), "--batch-size 18")
+        assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the house
+
+def plumbing(method):
+    text = (ROOT / f"{method}.py").read_text()
+    return re.search(r"^# -+ plumbing, the same in all four methods\n(.*?)^# -+ end of plumbing$", text, re.M | re.S).group(1)
+
+
+def test_plumbing_is_the_same_text_in_every_method():
+    assert all(len(plumbing(m)) > 1000 and plumbing(m) == plumbing(METHODS[0]) for m in METHODS)
+
+
+def test_only_the_allowed_packages_are_imported():
+    for path in ROOT.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+        names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        assert {n.split(".")[0] for n in names} <= ALLOWED, path.name
+        if path.stem in METHODS or path.stem in ("data", "metrics"):
+            assert not {n.split(".")[0] for n in names} & set(METHODS), f"{path.name} imports a method"
+        if path.stem == "data":
+            assert "metrics" not in names
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fork_runs_in_an_empty_folder(method, demo, run, tmp_path):
+    """One method file with data.py and metrics.py is all that a reader needs to copy."""
+    for name in (f"{method}.py", "data.py", "metrics.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / f"{method}.py").rename(tmp_path / "mine.py")
+    ok(run("mine.py", "--data", demo, "--preset", "demo", *TINY, "--steps", 3, "--out", "here", cwd=tmp_path))
+    assert (tmp_path / "here" / "metrics.json").exists()
+
+
+def test_readme_commands_are_real():
+    """Every script that the README calls exists, and every flag that it shows is known."""
+    readme = (ROOT / "README.md").read_text()
+    for script, flags in re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)([^\n`|]*)", readme):
+        assert (ROOT / script).exists(), script
+        known = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True).stdout
+        for flag in re.findall(r"--[a-z][a-z-]*", flags):
+            assert flag in known, f"{script} {flag}"
+    assert "pip install -r requirements.txt && python scdfm.py" in readme and "python -m pytest" in readme
+
+
+def test_help_shows_every_flag_with_its_meaning():
+    for method in METHODS:
+        text = subprocess.run([sys.executable, str(ROOT / f"{method}.py"), "--help"], capture_output=True, text=True).stdout
+        for flag, meaning in (("--hvg ", "A.4.1"), ("--steps ", "length of the schedule"), ("--covariates ", "controls are matched"),
+                              ("--compile", "default on for CUDA")):
+            assert flag in text and meaning in " ".join(text.split())
+
+
+def test_files_open_in_plain_h5py(trained):
+    _, folder, _ = trained
+    with h5py.File(folder / "pred.h5ad") as file:
+        assert file.attrs["encoding-type"] == "anndata" and file["X"].shape[1] == len(file["var/_index"])
+    assert set(metrics.TABLE_KEYS) <= set(json.loads((folder / "metrics.json").read_text())["aggregate"])
