@@ -410,7 +410,8 @@ class LabelRules:
             if self.is_control(token):
                 self.seen_controls.add(token)
             else:
-                perturbations.add(f"{token}:{d}" if d else token)
+                name = token.replace("+", "plus")        # (+)-JQ1: '+' joins perturbations and nothing else
+                perturbations.add(f"{name}:{d}" if d else name)
         return "+".join(sorted(perturbations)) or CONTROL
 
     def apply(self, labels, doses=None):
@@ -920,6 +921,12 @@ class Dataset:
             return take(self.control_rows[part][covariate])
         return {v: take(rows) for v, rows in self.control_rows[part].items()}
 
+    def panel(self):
+        """The plain facts of this data set that a model needs to predict."""
+        trained = sorted({p for g in self.part("train") for p in g.partition("@")[0].split("+")})
+        return Panel(list(self.genes), self.eval_genes.tolist(), list(self.perturbations), self.pert_gene.tolist(),
+                     trained)
+
     def populations(self, part, genes=None):
         """Lazy mapping {group: (n, G')} of the perturbed cells of a part, for metrics.evaluate."""
         return _Populations(self, self.part(part), genes)
@@ -963,6 +970,45 @@ def _control_parts(dataset, shares):
                                 "share the controls")
             out[part][covariate] = np.sort(piece)
     return out
+
+
+@dataclass
+class Panel:
+    """What a model knows of its data, as plain types: kept in its checkpoint, enough to predict without the file."""
+    genes: list             # names of the G genes, in the order of the columns
+    eval_genes: list        # columns that are evaluated
+    perturbations: list     # names of the P perturbations of the file
+    pert_gene: list         # column of each perturbation's gene, or -1
+    trained: list           # perturbations that a training condition holds
+
+    def outside(self):
+        """Perturbations that are no gene of the panel."""
+        return [p for p, g in zip(self.perturbations, self.pert_gene) if g < 0]
+
+    def eval_names(self):
+        """Names of the evaluation genes."""
+        return [self.genes[i] for i in self.eval_genes]
+
+
+def pick_rows(x, n, seed):
+    """n rows of x, at random: without replacement while there are enough, else each as often as any other."""
+    return x[np.random.default_rng(seed).permutation(max(n, len(x)))[:n] % len(x)]
+
+
+def read_controls(path, config, genes):
+    """{covariate: (n, G)} control cells of a user's file, log1p CP10k, on a model's genes (matched by name).
+
+    A file without labels is all control cells. Raises DataError when a gene is missing.
+    """
+    cells = read_cells(path, config, perturbed_required=False)
+    lognormalise(cells)
+    column = {g: i for i, g in enumerate(cells.genes)}
+    missing = [g for g in genes if g not in column]
+    if missing:
+        raise DataError(f"--controls {path}: lacks {len(missing):,} of the {len(genes):,} genes of the model "
+                        f"({', '.join(missing[:5])}); add them (zero where not measured)")
+    X, control = cells.X[:, [column[g] for g in genes]], cells.condition == CONTROL
+    return {v: X[control & (cells.covariate == v)].toarray() for v in sorted(set(cells.covariate[control]))}
 
 
 def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
@@ -1134,6 +1180,18 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
         for name in ("layers", "obsm", "varm", "obsp", "varp"):
             _write_dict(file, name, {})
         _write_dict(file, "uns", uns or {})
+
+
+def write_populations(path, pred, control, genes, covariates, method):
+    """Predicted cells {group: (n, G)} and real control cells {covariate: (m, G)} as one AnnData file, log1p CP10k."""
+    everything = pred | {group_name(CONTROL, v): x for v, x in control.items()}
+    labels = [g.partition("@") for g, x in everything.items() for _ in range(len(x))]
+    obs = {"condition": np.array([condition for condition, _, _ in labels], dtype=object)}
+    keys = DataConfig(covariates=covariates).covariate_keys
+    for i, key in enumerate(keys):          # at most as many pieces as keys: a cell type may hold a comma
+        obs[key] = np.array([covariate.split(",", len(keys) - 1)[i] for _, _, covariate in labels], dtype=object)
+    X = np.concatenate(list(everything.values())).astype(np.float32)
+    write_h5ad(path, X, obs, genes, {"method": method, "scale": "log1p CP10k"})
 
 
 def write_prepared(path, data):

@@ -1,14 +1,15 @@
-"""scDFM: conditional flow matching in expression space with an MMD term, on a perturbation-aware differential transformer.
+"""scDFM: flow matching in expression space with an MMD term, on a perturbation-aware differential transformer.
 
-A cell is a sequence of gene tokens. A transformer predicts the velocity that turns Gaussian noise into a perturbed cell, given
-a control cell (cross-attention), the perturbation (an adapter in every layer) and the flow time (adaLN-Zero). Attention is
-differential: the difference of two softmax maps. Gene tokens come from an encoder whose attention is masked by the
-co-expression graph, and a CRISPR perturbation is embedded by the same encoder, so that genes never perturbed in training can
-be predicted. Training adds the MMD between the generated and the real cells of one condition to the flow matching loss.
+A cell is a sequence of gene tokens. A transformer predicts the velocity that turns Gaussian noise into a perturbed
+cell, given a control cell (cross-attention), the perturbation (an adapter in every layer) and the flow time
+(adaLN-Zero). Attention is differential: the difference of two softmax maps. Gene tokens come from an encoder whose
+attention is masked by the co-expression graph; a CRISPR perturbation is embedded by the same encoder, so that genes
+never perturbed in training can be predicted. Training adds the MMD between the generated and the real cells of one
+condition to the flow matching loss.
 
-Paper: Yu, Wang, Liao, Wu, "scDFM: Distributional flow matching for robust single-cell perturbation prediction" (equation and
-algorithm numbers below are the paper's). Official code: github.com/AI4Science-WestlakeU/scDFM @2cf6bca (MIT), called
-"official". Nothing here is copied from it.
+Paper: Yu, Wang, Liao, Wu, "scDFM: Distributional flow matching for robust single-cell perturbation prediction"; numbers
+of equations, tables and algorithms below are the paper's. Official code: github.com/AI4Science-WestlakeU/scDFM @2cf6bca
+(MIT), called "official" below. Nothing here is copied from it.
 
     python scdfm.py                                             demo data, laptop size, about 2 minutes on 2 cores
     python scdfm.py --data norm.h5 --split holdout              the paper's configuration; GPU if there is one
@@ -30,7 +31,7 @@ import sys
 import time
 import typing
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import h5py
@@ -59,7 +60,7 @@ class Config(data.DataConfig):
     folds: int = 10                 # number of folds of --split cv
     seed: int = 0                   # weights, batches and samples; the split depends on --fold alone
     preset: typing.Literal["", "demo", "paper"] = ""  # size; '' is demo for --data demo and paper otherwise
-    out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fFOLD-sSEED. With --predict: the file to write
+    out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --predict: the file to write
     steps: int = 100_000            # length of the schedule (paper A.3)
     stop_at: int = 0                # end at this step as Ctrl-C does; --resume goes on
     batch_size: int = 96            # target cells per step and process (paper; official run.sh 48)
@@ -99,25 +100,27 @@ def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
     cells, conditions = config.batch_size, config.conditions_per_batch
     if conditions < 1 or cells % conditions or cells // conditions < (2 if config.mmd_weight else 1):
-        raise DataError(f"--batch-size {cells} --conditions-per-batch {conditions}: the batch must hold the same number of cells of every "
-                        "condition, at least two with the MMD")
+        raise DataError(f"--batch-size {cells} --conditions-per-batch {conditions}: the batch must hold as many cells "
+                        "of one condition as of another, at least two with the MMD")
     if config.cross_attention == "maps" and not config.differential:
         raise DataError("--cross-attention maps is a differential attention; remove --no-differential")
     if config.heads < 1 or config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
-    if min(config.layers, config.gene_subset, config.ode_steps) < 1 or not 0 <= config.dropout < 1 or not 0 <= config.ema < 1 or config.knn < 0:
-        raise DataError("--layers, --gene-subset and --ode-steps must be positive, --knn not negative, --dropout and --ema in [0, 1)")
+    if min(config.layers, config.gene_subset, config.ode_steps) < 1 or config.knn < 0:
+        raise DataError("--layers, --gene-subset and --ode-steps must be positive, --knn not negative")
+    if not 0 <= config.dropout < 1 or not 0 <= config.ema < 1:
+        raise DataError("--dropout and --ema must be at least 0 and below 1")
 
 
-DEMO = dict(steps=1000, batch_size=64, conditions_per_batch=8, lr=2e-3, lr_min=1e-5, width=64, layers=2, heads=2, dropout=0.0,
-            gene_subset=60, ode_steps=10, eval_cells=100)
+DEMO = dict(steps=1000, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2,
+            dropout=0.0, gene_subset=60, ode_steps=10, eval_cells=100)
 
 
-# ------------------------------------------------------------------------------------------------ model
+# -------------------------------------------------------------------------------- model
 
 def coexpression_graph(dataset, k, device="cpu"):
-    """Boolean (G, G): the k genes of highest |Pearson| per gene over training and control cells, symmetrised by union, and
-    self loops (eq. 7). A gene without variance keeps only its self loop."""
+    """Boolean (G, G): per gene the k genes of highest |Pearson| over training and control cells, symmetrised by union,
+    and self loops (eq. 7). A gene without variance keeps only its self loop."""
     X, rows = dataset.X, dataset.fit_rows
     total, square = data.gene_moments(X, rows)
     mean = total / len(rows)
@@ -138,8 +141,8 @@ def coexpression_graph(dataset, k, device="cpu"):
 
 
 class GeneEncoder(nn.Module):
-    """E_g: table -> LayerNorm -> one pre-norm transformer layer in which the asked tokens attend to all tokens that the graph
-    allows (official layers.py GeneEncoder). Tokens: G genes, the empty slot, perturbations that are no gene of the panel."""
+    """E_g: table -> LayerNorm -> one pre-norm transformer layer in which the asked tokens attend to all tokens that the
+    graph allows (official layers.py). Tokens: G genes, the empty slot, perturbations that are no gene of the panel."""
 
     def __init__(self, tokens, width, heads, dropout, graph):
         super().__init__()
@@ -147,8 +150,9 @@ class GeneEncoder(nn.Module):
         self.table = nn.Embedding(tokens, width)
         self.norm_table, self.norm_attention, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
         self.q, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width, bias=False)                # a bias of K cancels in the softmax; that of V is in out
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.kv = nn.Linear(width, 2 * width, bias=False)                # a bias of K would cancel in the softmax
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout),
+                                 nn.Linear(4 * width, width))
         self.register_buffer("graph", None)
         if graph is not None:
             self.graph = torch.eye(tokens, dtype=torch.bool, device=graph.device)
@@ -177,8 +181,8 @@ def differential_attention(q, k, v, lam, norm_weight, lam_init):
 
 
 class Attention(nn.Module):
-    """Differential (or plain) multi-head attention. source: 'self', 'paper' (K and V from the control cells, eq. 12) or 'maps'
-    (official cross-attention: map 1 on h itself, map 2 on the control cells, V from h)."""
+    """Differential (or plain) multi-head attention. source: 'self'; 'paper', K and V from the control cells (eq. 12);
+    or 'maps', the official cross-attention: map 1 on h itself, map 2 on the control cells, V from h."""
 
     def __init__(self, width, heads, layer, differential, source):
         super().__init__()
@@ -234,7 +238,7 @@ class Block(nn.Module):
 
 
 class Injection(nn.Module):
-    """First layer of an MLP on [h ; e_p]. The linear map is split in two, so that the half of e_p is computed per condition."""
+    """First layer of an MLP on [h ; e_p], its linear map split in two: the half of e_p is computed per condition."""
 
     def __init__(self, width):
         super().__init__()
@@ -263,15 +267,12 @@ class Layer(nn.Module):
 class ScDFM(nn.Module):
     """Velocity field v(x_t | t, control, perturbation) over S gene tokens (eq. 6-13)."""
 
-    def __init__(self, config, genes, pert_gene, graph):
+    def __init__(self, config, genes, perturbations, outside, graph):
+        """genes: size of the panel; perturbations: their number; outside: how many of them are no gene of the panel."""
         super().__init__()
         d, self.n_layers = config.width, config.layers
-        outside = [i for i, g in enumerate(pert_gene) if g < 0]          # perturbations that are no gene of the panel
-        self.empty = genes                                               # token of an empty slot ('control')
-        self.encoder = GeneEncoder(genes + 1 + len(outside), d, config.heads, config.dropout, graph)
-        self.pert_table = None
-        if config.pert_embedding == "table":
-            self.empty, self.pert_table = len(pert_gene), nn.Embedding(len(pert_gene) + 1, d)
+        self.encoder = GeneEncoder(genes + 1 + outside, d, config.heads, config.dropout, graph)   # 1: the empty slot
+        self.pert_table = nn.Embedding(perturbations + 1, d) if config.pert_embedding == "table" else None
         self.value, self.value_control = (nn.Sequential(nn.Linear(1, d), nn.ReLU(), nn.Linear(d, d), nn.LayerNorm(d),
                                                         nn.Dropout(config.dropout)) for _ in range(2))
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
@@ -287,7 +288,7 @@ class ScDFM(nn.Module):
         return self.modulate(self.time(timestep_embedding(1000 * t))).unflatten(-1, (self.n_layers, 12, -1))
 
     def context(self, control, genes, tokens, weight):
-        """All that does not depend on x_t and t. control (B, S), genes (S,), tokens and weight (C, K slots), B = C * b."""
+        """All that depends on neither x_t nor t. control (B, S), genes (S,), tokens, weight (C, K slots), B = C * b."""
         (B, S), (C, K) = control.shape, tokens.shape
         asked = genes if self.pert_table is not None else torch.cat([genes, tokens.flatten()])
         embedded = self.encoder(asked)                                   # once for the batch: (S [+ C K], d)
@@ -298,8 +299,8 @@ class ScDFM(nn.Module):
             return e.repeat_interleave(B // C, dim=0, output_size=B)[:, None]
         gene = embedded[:S]
         h_c = self.value_control(control.clamp(max=512)[..., None]) + gene       # eq. 6: (B, S, d)
-        return {"gene": gene, "decoder": per_cell(self.inject.e(e)),
-                "layers": [(per_cell(layer.inject.e(e)), layer.cross_block.attention.cache(h_c)) for layer in self.layers]}
+        layers = [(per_cell(layer.inject.e(e)), layer.cross_block.attention.cache(h_c)) for layer in self.layers]
+        return {"gene": gene, "layers": layers, "decoder": per_cell(self.inject.e(e))}
 
     def velocity(self, x, modulation, context):
         """x (B, S), modulation (B or 1, L, 12, d) -> velocity (B, S) float32."""
@@ -319,12 +320,12 @@ def timestep_embedding(t, size=256, max_period=10_000):
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------ losses
+# -------------------------------------------------------------------------------- losses
 
 def mmd_squared(real, generated):
     """Unbiased squared MMD with four Gaussian kernels (algorithm 1), per condition: (C, m, S), (C, n, S) -> (C,), fp32.
 
-    Bandwidths sigma^2 = s x the lower median squared distance of the real cells, s in {0.5, 1, 2, 4}; no gradient through them.
+    Bandwidths: sigma^2 = s x the lower median squared distance of the real cells, s in {0.5, 1, 2, 4}, no gradient.
     """
     with torch.autocast(real.device.type, enabled=False):
         x, y = real.float(), generated.float()
@@ -342,7 +343,7 @@ def mmd_squared(real, generated):
 
 
 def scdfm_loss(net, x1, control, t, x0, genes, tokens, weight, mmd_weight):
-    """Flow matching + lambda MMD^2 of the one-step endpoint (eq. 2-5). x1, control, x0 (B, S), t (B,). Returns both terms."""
+    """Both terms of eq. 4: flow matching, and MMD^2 of the one-step endpoint. x1, control, x0 (B, S), t (B,)."""
     x_t = (1 - t)[:, None] * x0 + t[:, None] * x1
     v = net(x_t, t, control, genes, tokens, weight)
     flow = (v - (x1 - x0)).square().mean()
@@ -353,14 +354,14 @@ def scdfm_loss(net, x1, control, t, x0, genes, tokens, weight, mmd_weight):
     return flow, mmd_squared(x1.unflatten(0, (C, -1)), x1_hat.unflatten(0, (C, -1))).mean()
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# -------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
 def sample(model, control, genes, tokens, weight, config, generator, velocity=None):
     """Generate one cell per control cell by integrating the flow from noise at t=0 to t=1 (algorithm 3).
 
-    control (B, S) log1p CP10k, genes (S,) columns of the panel, tokens and weight (1, K). Everything constant over the ODE is
-    computed once: the context, and the modulation of all time points. Returns (B, S) float32, clamped at 0.
+    control (B, S) log1p CP10k, genes (S,) columns of the panel, tokens and weight (1, K). Everything constant over the
+    ODE is computed once: the context, and the modulation of all time points. Returns (B, S) float32, clamped at 0.
     """
     velocity = velocity or model.velocity
     context = model.context(control, genes, tokens, weight)
@@ -384,14 +385,14 @@ def sample(model, control, genes, tokens, weight, config, generator, velocity=No
 
 
 def slots(conditions, panel, config):
-    """Tokens and weights (C, K) of conditions: e_p is the mean over at least two slots, unused ones hold the empty token."""
-    outside = [p for p, g in zip(panel.perturbations, panel.pert_gene) if g < 0]
+    """Tokens and weights (C, K) of conditions: e_p is the mean over two or more slots; unused ones hold the empty
+    token."""
     if config.pert_embedding == "table":
         number, empty = {p: i for i, p in enumerate(panel.perturbations)}, len(panel.perturbations)
     else:
         number, empty = {g: i for i, g in enumerate(panel.genes)}, len(panel.genes)
         number |= {p: g for p, g in zip(panel.perturbations, panel.pert_gene) if g >= 0}
-        number |= {p: empty + 1 + i for i, p in enumerate(outside)}
+        number |= {p: empty + 1 + i for i, p in enumerate(panel.outside())}
     parts = [c.split("+") for c in conditions]
     K = max(2, max(map(len, parts)))
     tokens, weight = torch.full((len(parts), K), empty), torch.zeros(len(parts), K)
@@ -402,26 +403,25 @@ def slots(conditions, panel, config):
 
 
 def known(panel, config):
-    """Names that --predict accepts, and those of them that no training condition holds and no gene embeds."""
-    names = set(panel.perturbations) | (set(panel.genes) if config.pert_embedding == "gene" else set())
-    embedded = set() if config.pert_embedding == "table" else \
-        set(panel.genes) | {p for p, g in zip(panel.perturbations, panel.pert_gene) if g >= 0}
-    return names, names - embedded - set(panel.trained)
+    """Names that can be predicted, and those among them whose embedding no training condition has reached."""
+    if config.pert_embedding == "table":
+        return set(panel.perturbations), set(panel.perturbations) - set(panel.trained)
+    return set(panel.perturbations) | set(panel.genes), set(panel.outside()) - set(panel.trained)
 
 
 def build(config, panel, graph=None):
     """The model for a panel; without a graph, one to load weights into."""
     if graph is None and config.knn:
         graph = torch.zeros(len(panel.genes), len(panel.genes), dtype=torch.bool)
-    return ScDFM(config, len(panel.genes), panel.pert_gene, graph)
+    return ScDFM(config, len(panel.genes), len(panel.perturbations), len(panel.outside()), graph)
 
 
-def generate(model, panel, config, run, condition, control, columns, seed):
-    """Predicted cells of one condition: control (n, G) log1p CP10k cells, one per cell to generate, columns (E,) of the panel
-    to predict -> (n, E) float32. Chunks of cells bound the memory; every call is independent of the others."""
-    generator = torch.Generator(run.device).manual_seed(seed)
-    tokens, weight = (a.to(run.device) for a in slots([condition], panel, config))
-    per_cell = len(columns) * config.width * 4 * (4 * config.layers + 24)                # bytes: cached K, V; activations
+def generate(model, run, condition, control, columns, seed):
+    """Predicted cells of one condition, from as many control cells (n, G) log1p CP10k, for columns (E,) of the panel:
+    (n, E) float32. Chunks of cells bound the memory; a call does not depend on any other."""
+    config, generator = run.config, torch.Generator(run.device).manual_seed(seed)
+    tokens, weight = (a.to(run.device) for a in slots([condition], run.panel, config))
+    per_cell = len(columns) * config.width * 4 * (4 * config.layers + 24)        # bytes: cached K and V, activations
     room = 16e9 if run.device.type == "cuda" else 1.2e9
     chunks = math.ceil(len(control) / min(256, max(1, room // per_cell)))
     columns, out = torch.as_tensor(columns, device=run.device), []
@@ -432,14 +432,16 @@ def generate(model, panel, config, run, condition, control, columns, seed):
     return torch.cat(out).numpy()
 
 
-# ------------------------------------------------------------------------------------------------ training
+# -------------------------------------------------------------------------------- training
 
-def train(config, dataset, panel, run, state):
-    """Train to config.steps or config.stop_at; returns the model that predicts, or None when it was stopped before the end."""
-    torch.manual_seed(config.seed)
+def train(run, state):
+    """Train to --steps or --stop-at. Returns the model that predicts, or None when stopped before the end."""
+    config, dataset, panel = run.config, run.dataset, run.panel
     G, S = len(panel.genes), min(config.gene_subset, len(panel.genes))
     C, b = config.conditions_per_batch, config.batch_size // config.conditions_per_batch
+
     # model, optimiser, schedule; a resumed run takes them over, the graph included
+    torch.manual_seed(config.seed)
     graph = coexpression_graph(dataset, config.knn, run.device) if config.knn and not state else None
     model = build(config, panel, graph).to(run.device)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
@@ -448,33 +450,33 @@ def train(config, dataset, panel, run, state):
     sampler = torch.Generator(run.device).manual_seed(config.seed)
     torch.manual_seed(config.seed + run.rank)                            # dropout differs between processes
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
-    start, seconds = restore(state, parts, sampler, run)
-    run.say(f"{METHOD}: {sum(p.numel() for p in model.parameters()):,} parameters, {G:,} genes ({S:,} per step), "
-            f"{len(dataset.part('train'))} training conditions")
-    net = run.wrap(model)
-    predictor = ema.module if ema else model
+    start, seconds = restore(run, state, parts, sampler)
+    net, predictor = run.wrap(model), ema.module if ema else model
 
-    # every group's index on the device, once
-    train_groups = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in train_groups], device=run.device)
-    tokens, weight = (a.to(run.device) for a in slots([g.partition("@")[0] for g in train_groups], panel, config))
-    all_C, total = C * run.world, C * b * run.world
-    my_C, mine = slice(run.rank * C, (run.rank + 1) * C), slice(run.rank * C * b, (run.rank + 1) * C * b)
+    # training conditions: index of their group, and their slots, once
+    names = dataset.part("train")
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=run.device)
+    tokens, weight = (a.to(run.device) for a in slots([g.partition("@")[0] for g in names], panel, config))
+    run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} training conditions, {G:,} genes "
+            f"({S:,} per step)")
 
-    progress = Progress(config, run, start, seconds, cells_per_step=total)
+    cells = C * b * run.world                                            # per step, over all processes
+    mine, my_C = slice(run.rank * C * b, (run.rank + 1) * C * b), slice(run.rank * C, (run.rank + 1) * C)
+    progress = Progress(run, start, seconds, cells)
     for step in range(start + 1, config.steps + 1):
         # batch: every process draws all of it and keeps its share, so that N processes equal one with N times the batch
-        pick = torch.randint(len(group), (all_C,), generator=sampler, device=run.device)
+        pick = torch.randint(len(group), (C * run.world,), generator=sampler, device=run.device)
         target = dataset.draw(group[pick], b, sampler)[mine]
         source = dataset.draw(dataset.controls_for(group[pick]), b, sampler)[mine]
         genes = torch.randperm(G, generator=sampler, device=run.device)[:S]
-        t = torch.rand(total, generator=sampler, device=run.device)[mine]
-        x0 = torch.randn(total, S, generator=sampler, device=run.device)[mine]
+        t = torch.rand(cells, generator=sampler, device=run.device)[mine]
+        x0 = torch.randn(cells, S, generator=sampler, device=run.device)[mine]
         x1, control = dataset.gather(target, genes), dataset.gather(source, genes)
+        pick = pick[my_C]
 
         # forward in bf16 where chosen, loss in fp32
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-            flow, mmd = scdfm_loss(net, x1, control, t, x0, genes, tokens[pick[my_C]], weight[pick[my_C]], config.mmd_weight)
+            flow, mmd = scdfm_loss(net, x1, control, t, x0, genes, tokens[pick], weight[pick], config.mmd_weight)
         loss = flow + config.mmd_weight * mmd
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -486,69 +488,70 @@ def train(config, dataset, panel, run, state):
         # console, log, validation, checkpoint; none of it touches the random state
         progress.update(step, loss=loss, flow=flow, mmd=mmd)
         if config.eval_every and step % config.eval_every == 0 and step < config.steps and run.main:
-            progress.note(step, validate(config, dataset, panel, run, predictor))
-        if stop := progress.should_stop(step) or step == config.steps or progress.checkpoint_due():
-            save_checkpoint(run, config, panel, dataset, step, progress.seconds(), parts, sampler)
-        if stop and progress.stopped(step):
-            return None
+            progress.note(step, validate(run, predictor))
+        if (stop := progress.should_stop(step)) or step == config.steps or progress.checkpoint_due():
+            save_checkpoint(run, step, progress.seconds(), parts, sampler)
+        if stop and step < config.steps:
+            return progress.stopped(step)
     progress.close()
     return predictor.eval()
 
 
-# ------------------------------------------------------------------------------------------------ plumbing, the same in all four methods
+# ------------------------------------------------------------------ plumbing, the same in all four methods
 
 FREE_ON_RESUME = {"device", "out", "stop_at", "eval_every", "eval_cells", "compile", "resume", "cache_gb"}
 CHECKPOINT_MINUTES = 5
 
 
 def parse_config(argv=None):
-    """Command line -> Config and stored checkpoint (or None). A new run starts from the preset; --resume and --ckpt start from
-    what was stored. Unknown flags, and flags that contradict a resumed run, are errors."""
+    """Command line -> Config and stored checkpoint (or None). A new run starts from the preset, --resume and --ckpt
+    from what was stored. Unknown flags, and flags that contradict a resumed run, are errors."""
     parser = data.Parser(prog=f"{METHOD}.py", description=__doc__)
     data.add_flags(parser, Config)
     typed = vars(parser.parse_args(argv))
-    with_ckpt = {"predict", "controls", "cells", "all_genes"} & set(typed)
-    if "ckpt" in typed or with_ckpt:
+    if {"ckpt", "predict", "controls", "cells", "all_genes"} & set(typed):
         if "ckpt" not in typed or "predict" not in typed:
-            raise DataError("--predict CONDITION ... and --ckpt FILE belong together; to continue a run use --resume")
+            raise DataError("--ckpt FILE and --predict CONDITION ... belong together; to continue a run use --resume")
         state = load_checkpoint(typed["ckpt"])
         return Config(**state["config"] | {"out": "pred.h5ad"} | typed), state
-    fresh = DEMO if typed.get("preset", "demo" if typed.get("data", "demo") == "demo" else "paper") == "demo" else {}
-    config = Config(**fresh | typed)
-    config.out = config.out or "runs/" + "-".join([METHOD, Path(config.data).stem, Path(config.split).stem.replace(":", "_"),
-                                                   f"f{config.fold}", f"s{config.seed}"])
-    if config.steps < 1 or config.batch_size < 1 or not config.lr > 0 or config.eval_cells < 2 or config.stop_at < 0:
+    preset = typed.get("preset", "demo" if typed.get("data", "demo") == "demo" else "paper")
+    config = Config(**(DEMO if preset == "demo" else {}) | typed)
+    name = [METHOD, Path(config.data).stem, Path(config.split).stem.replace(":", "_"), f"f{config.fold}-s{config.seed}"]
+    config.out = config.out or "runs/" + "-".join(name)
+    if min(config.steps, config.batch_size) < 1 or config.lr <= 0 or config.eval_cells < 2 or config.stop_at < 0:
         raise DataError("--steps, --batch-size, --lr must be positive, --eval-cells at least 2, --stop-at not negative")
     check(config)
     if not config.resume:
         return config, None
-    if not Path(config.out, "ckpt.pt").exists():
-        raise DataError(f"--resume: {config.out} has no checkpoint (ckpt.pt); start the run without --resume, or name its folder with --out")
-    state = load_checkpoint(Path(config.out, "ckpt.pt"))
+    ckpt = Path(config.out, "ckpt.pt")
+    if not ckpt.exists():
+        raise DataError(f"--resume: {ckpt} does not exist; start without --resume, or name the run's folder with --out")
+    state = load_checkpoint(ckpt)
     for name, value in typed.items():
         if name not in FREE_ON_RESUME and state["config"][name] != value:
-            raise DataError(f"--resume: the run in {config.out} has --{name.replace('_', '-')} {state['config'][name]}, not {value}; "
+            flag = name.replace("_", "-")
+            raise DataError(f"--resume: the run in {config.out} has --{flag} {state['config'][name]}, not {value}; "
                             "drop the flag to go on, or start another run with --out")
     return Config(**state["config"] | {"stop_at": 0} | typed | {"out": config.out}), state
 
 
 class Run:
-    """Device, precision, processes and folder of this run."""
+    """Configuration, device, precision, processes and folder of this run; later its dataset and panel."""
 
     def __init__(self, config):
+        self.config, self.out, self._compiled, self.dataset, self.panel = config, Path(config.out), {}, None, None
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, local = self.rank == 0, int(os.environ.get("LOCAL_RANK", 0))
+        self.main = self.rank == 0
         name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.device = torch.device(name if name != "cuda" else f"cuda:{local}")
+            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         except RuntimeError:
             raise DataError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
-        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
-            raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible here; use --device cpu or another index")
         cuda = self.device.type == "cuda"
+        if cuda and self.device.index >= torch.cuda.device_count():
+            raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and cuda and torch.cuda.is_bf16_supported())
         self.compile = cuda if config.compile is None else config.compile
-        self.out, self._compiled = Path(config.out), {}
         if cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -557,16 +560,13 @@ class Run:
 
     def wrap(self, model):
         """The model to call in training: distributed over processes, compiled if asked."""
-        net = model
         if self.world > 1:
-            net = nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
-        return torch.compile(net) if self.compile else net
+            model = nn.parallel.DistributedDataParallel(model)
+        return torch.compile(model) if self.compile else model
 
     def compiled(self, function):
-        """A function compiled once (sampling runs the same graph many times)."""
-        if not self.compile:
-            return function
-        return self._compiled.setdefault(function.__qualname__, torch.compile(function))
+        """A function compiled once, for sampling, which runs it many times."""
+        return self._compiled.setdefault(function.__qualname__, torch.compile(function)) if self.compile else function
 
     def say(self, text):
         if self.main:
@@ -579,21 +579,21 @@ class Run:
 
 
 class Progress:
-    """Status line, log.jsonl, Ctrl-C and the clock. Losses stay on the device between log lines: no sync inside a step."""
+    """Status line, log.jsonl, Ctrl-C and the clock. Losses stay on the device between log lines: no sync in a step."""
 
-    def __init__(self, config, run, start, seconds, cells_per_step):
-        self.config, self.run, self.cells, self.before = config, run, cells_per_step, seconds
-        self.every = max(1, min(100, config.steps // 100))
+    def __init__(self, run, start, seconds, cells_per_step):
+        self.run, self.steps, self.cells, self.before = run, run.config.steps, cells_per_step, seconds
+        self.every = max(1, min(100, self.steps // 100))
         self.began = self.last = self.saved = time.perf_counter()
-        self.last_step, self.sums, self.interrupted, self.log = start, None, False, run.out / "log.jsonl"
-        if run.main and self.log.exists():                               # a resumed run writes its lines after the checkpoint anew
+        self.last_step, self.sums, self.interrupted, self.log = start, 0, False, run.out / "log.jsonl"
+        if run.main and self.log.exists():      # lines written after the checkpoint will be written again
             lines = [line for line in self.log.read_text().splitlines() if json.loads(line)["step"] <= start]
             self.log.write_text("".join(line + "\n" for line in lines))
-        self.handler = signal.signal(signal.SIGINT, self._interrupt)
+        self.handler = signal.signal(signal.SIGINT, self.interrupt)
 
-    def _interrupt(self, *_):
+    def interrupt(self, *_):
         self.interrupted = True
-        self.close()                                                     # a second Ctrl-C ends at once
+        self.close()                            # a second Ctrl-C ends at once
 
     def close(self):
         """From here on Ctrl-C ends the program again."""
@@ -609,49 +609,46 @@ class Progress:
                 handle.write(json.dumps({"step": step, **values}) + "\n")
 
     def update(self, step, **losses):
-        values = torch.stack([v.detach() for v in losses.values()])
-        self.sums = values if self.sums is None else self.sums + values
-        if step % self.every and step != self.config.steps:
+        self.sums = self.sums + torch.stack([v.detach() for v in losses.values()])
+        if step % self.every and step != self.steps:
             return
         n, now = step - self.last_step, time.perf_counter()
         means = dict(zip(losses, (self.sums / n).tolist()))              # the only sync
         speed = n * self.cells / (now - self.last)
-        self.sums, self.last, self.last_step = None, now, step
+        self.sums, self.last, self.last_step = 0, now, step
         if not all(map(math.isfinite, means.values())):
-            raise DataError(f"training diverged at step {step} (loss {means['loss']}); lower --lr. The last checkpoint is kept in {self.run.out}")
+            raise DataError(f"training diverged at step {step} (loss {means['loss']}); lower --lr. {self.run.out} "
+                            "keeps the last checkpoint, if there was one")
         self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 1)})
-        left = (self.config.steps - step) * self.cells / speed
-        line = (f"step {step}/{self.config.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-                + f"  {speed:,.0f} cells/s  {clock(self.seconds())} elapsed  {clock(left)} left")
+        left = clock((self.steps - step) * self.cells / speed)
+        line = f"step {step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) + \
+            f"  {speed:,.0f} cells/s  {clock(self.seconds())} elapsed  {left} left"
         if self.run.main and sys.stdout.isatty():
-            print(f"\r{line}\033[K", end="\n" if step == self.config.steps else "", flush=True)
-        elif step % (10 * self.every) == 0 or step == self.config.steps:
+            print(f"\r{line}\033[K", end="\n" if step == self.steps else "", flush=True)
+        elif step % (10 * self.every) == 0 or step == self.steps:
             self.run.say(line)
 
     def should_stop(self, step):
-        """Ctrl-C, or --stop-at reached. With several processes they agree at log steps."""
+        """Ctrl-C, or --stop-at reached. Several processes agree on Ctrl-C at log steps."""
         stop = self.interrupted
-        if self.run.world > 1 and step % self.every == 0:
-            flag = torch.tensor(float(stop), device=self.run.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            stop = self.interrupted = flag.item() > 0
-        elif self.run.world > 1:
+        if self.run.world > 1:
             stop = False
-        return stop or step == self.config.stop_at
+            if step % self.every == 0:
+                flag = torch.tensor(float(self.interrupted), device=self.run.device)
+                dist.all_reduce(flag, dist.ReduceOp.MAX)
+                stop = self.interrupted = flag.item() > 0
+        return stop or step == self.run.config.stop_at
 
     def checkpoint_due(self):
-        if time.perf_counter() - self.saved < 60 * CHECKPOINT_MINUTES:
-            return False
-        self.saved = time.perf_counter()
-        return True
+        if due := time.perf_counter() - self.saved >= 60 * CHECKPOINT_MINUTES:
+            self.saved = time.perf_counter()
+        return due
 
     def stopped(self, step):
-        """After the checkpoint: is this the end, before the end of the schedule? Then say how to go on."""
-        if step == self.config.steps or not (self.interrupted or step == self.config.stop_at):
-            return False
+        """After the checkpoint of an unfinished run: say how to go on."""
         self.close()
-        self.run.say(f"\nstopped at step {step} of {self.config.steps}; go on with: python {METHOD}.py --out {self.run.out} --resume")
-        return True
+        self.run.say(f"\nstopped at step {step} of {self.steps}; go on with: python {METHOD}.py --out {self.run.out} "
+                     "--resume")
 
 
 def clock(seconds):
@@ -660,15 +657,16 @@ def clock(seconds):
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def save_checkpoint(run, config, panel, dataset, step, seconds, parts, sampler):
+def save_checkpoint(run, step, seconds, parts, sampler):
     """One dict of tensors and plain types, written beside the old checkpoint and renamed over it."""
     if not run.main:
         return
     rng = {"torch": torch.get_rng_state(), "sampler": sampler.get_state()}
     if run.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(run.device)
-    state = {"method": METHOD, "version": 1, "config": asdict(config), "step": step, "seconds": seconds, "rng": rng,
-             "panel": vars(panel), "split": dataset.split, "parts": {name: part.state_dict() for name, part in parts.items()}}
+    state = {"method": METHOD, "version": 1, "config": asdict(run.config), "step": step, "seconds": seconds, "rng": rng,
+             "panel": asdict(run.panel), "split": run.dataset.split,
+             "parts": {name: part.state_dict() for name, part in parts.items()}}
     with data.atomic(run.out / "ckpt.pt") as temporary:
         torch.save(state, temporary)
 
@@ -680,14 +678,14 @@ def load_checkpoint(path):
         method = state["method"]
     except FileNotFoundError:
         raise DataError(f"{path}: no such checkpoint; it is called ckpt.pt in a run's folder") from None
-    except Exception as error:                                           # torch.load raises many types on damaged files
-        raise DataError(f"{path}: is no checkpoint, or a damaged one ({type(error).__name__}); give the ckpt.pt of a run") from None
+    except Exception as error:                  # torch.load raises many types on damaged files
+        raise DataError(f"{path}: no checkpoint, or damaged ({type(error).__name__}); give a run's ckpt.pt") from None
     if method != METHOD:
         raise DataError(f"{path}: is a checkpoint of {method}, not of {METHOD}; run {method}.py")
     return state
 
 
-def restore(state, parts, sampler, run):
+def restore(run, state, parts, sampler):
     """Load a checkpoint into the parts and the random states; returns the step and the seconds to go on from."""
     if not state:
         return 0, 0.0
@@ -701,79 +699,71 @@ def restore(state, parts, sampler, run):
     return state["step"], state["seconds"]
 
 
-def predict_part(config, dataset, panel, run, model, part, eval_cells):
-    """Generate every condition of a part, as many cells as it really has, from real control cells of its covariates."""
-    out, groups, began = {}, dataset.part(part), time.perf_counter()
+def seed_of(group, seed):
+    """A seed per group, so that a prediction does not depend on what else is predicted."""
+    return zlib.crc32(f"{group} {seed}".encode())
+
+
+def predict_part(run, model, part, most):
+    """{group: (n, E)}: every condition of a part, as many cells as it really has (at most `most`), from controls."""
+    out, groups, began = {}, run.dataset.part(part), time.perf_counter()
     for i, group in enumerate(groups):
-        covariate = group.partition("@")[2]
-        control = pick_controls(dataset.controls(part, covariate=dataset.control_of(group)),
-                                min(len(dataset.rows[group]), eval_cells), (config.seed, zlib.crc32(group.encode())))
-        out[group] = generate(model, panel, config, run, group.removesuffix("@" + covariate), control, panel.eval_genes,
-                              zlib.crc32(f"{group} {config.seed}".encode()))
+        condition, _, covariate = group.partition("@")
+        control, seed = run.dataset.controls(part, covariate=covariate), seed_of(group, run.config.seed)
+        control = data.pick_rows(control, min(len(run.dataset.rows[group]), most), seed)
+        out[group] = generate(model, run, condition, control, run.panel.eval_genes, seed)
         if sys.stdout.isatty():
-            left = (time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1)
-            print(f"\rpredicted {i + 1}/{len(groups)} conditions of {part}  {clock(left)} left\033[K",
-                  end="\n" if i + 1 == len(groups) else "", flush=True)
+            left = clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
+            print(f"\rpredicted {i + 1}/{len(groups)} {part} conditions  {left} left\033[K", end="", flush=True)
     return out
 
 
-def pick_controls(control, n, seed):
-    """n control cells (n, G) to start from: without replacement while there are enough."""
-    return control[np.random.default_rng(seed).permutation(max(n, len(control)))[:n] % len(control)]
-
-
-def score(config, dataset, panel, pred, part, **options):
-    """metrics.evaluate on the evaluation genes: real test cells, real controls, floors from the training cells."""
-    genes = panel.eval_genes
+def score(run, pred, part, **options):
+    """metrics.evaluate on the evaluation genes: real cells and controls of the part, floors from the training cells."""
+    genes, dataset = run.panel.eval_genes, run.dataset
     control = dataset.controls(part, genes)
-    return metrics.evaluate(pred, dataset.populations(part, genes), control.get("", control), [panel.genes[i] for i in genes],
-                            train=dataset.populations("train", genes), seed=config.seed, **options)
+    return metrics.evaluate(pred, dataset.populations(part, genes), control.get("", control), run.panel.eval_names(),
+                            train=dataset.populations("train", genes), seed=run.config.seed, **options)
 
 
-def validate(config, dataset, panel, run, model):
-    """Scores of the validation conditions, for the log and the console. The random state is left as it was."""
-    if not dataset.part("val"):
+def validate(run, model):
+    """Scores of the validation conditions, for the console and the log."""
+    if not run.dataset.part("val"):
         return {}
     model.eval()
-    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-        pred = predict_part(config, dataset, panel, run, model, "val", min(config.eval_cells, 100))
-        result = score(config, dataset, panel, pred, "val", keys=["l2", "pearson_delta", "e_distance"], floors=False)
+    result = score(run, predict_part(run, model, "val", min(run.config.eval_cells, 100)), "val",
+                   keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
     model.train()
-    run.say("\nvalidation  " + "  ".join(f"{k} {v:.4f}" for k, v in result["aggregate"].items() if v is not None))
-    return {"val": result["aggregate"]}
+    run.say("\nvalidation  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
+    return {"val": result}
 
 
-def evaluate(config, dataset, panel, run, model, seconds):
+def evaluate(run, model, seconds):
     """Predict and score every test condition; write pred.h5ad and metrics.json; print the table."""
-    began = time.perf_counter()
-    pred = predict_part(config, dataset, panel, run, model, "test", config.eval_cells)
-    result = score(config, dataset, panel, pred, "test")
-    names = [panel.genes[i] for i in panel.eval_genes]
-    control = {data.group_name(data.CONTROL, v): x for v, x in dataset.controls("test", panel.eval_genes).items()}
-    write_populations(run.out / "pred.h5ad", pred | control, names, config)
+    config, began = run.config, time.perf_counter()
+    pred = predict_part(run, model, "test", config.eval_cells)
+    result = score(run, pred, "test")
+    control = run.dataset.controls("test", run.panel.eval_genes)
+    data.write_populations(run.out / "pred.h5ad", pred, control, run.panel.eval_names(), config.covariates, METHOD)
+    took = time.perf_counter() - began
     memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np, scipy, h5py)}
-    run.write_json("metrics.json", {"method": METHOD, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
-                                    "seconds": round(seconds + time.perf_counter() - began, 1), "peak_memory_mb": round(memory),
-                                    "config": asdict(config), "versions": versions} | result)
-    print(f"\n{len(pred)} test conditions, {len(names):,} genes, trained in {clock(seconds)}, evaluated in {clock(time.perf_counter() - began)}; "
-          f"files in {run.out}\n\n{metrics.format_table(metrics.result_rows(result, METHOD))}")
+    run.write_json("metrics.json", {
+        "method": METHOD, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
+        "seconds": round(seconds + took, 1), "peak_memory_mb": round(memory), "config": asdict(config),
+        "versions": versions, **result})
+    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {clock(seconds)}, evaluated "
+          f"in {clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
+    print(metrics.format_table(metrics.result_rows(result, METHOD)))
 
 
-def write_populations(path, populations, genes, config):
-    """{group: (n, G)} as one AnnData file with obs condition and covariates."""
-    labels = [g for g, x in populations.items() for _ in range(len(x))]
-    obs = {"condition": np.array([g.partition("@")[0] for g in labels], dtype=object)}
-    for i, key in enumerate(k.strip() for k in config.covariates.split(",") if k):
-        obs[key] = np.array([g.partition("@")[2].split(",")[i] for g in labels], dtype=object)
-    data.write_h5ad(path, np.concatenate(list(populations.values())).astype(np.float32), obs, genes,
-                    {"method": METHOD, "scale": "log1p CP10k"})
-
-
-def predict(config, run, state):
-    """--predict: cells of any conditions, from the data file's control cells or from --controls, written to --out."""
-    panel = Panel(**state["panel"])
+def predict(run, state):
+    """--predict: cells of any conditions, from the control cells of --data or of --controls, written to --out."""
+    config, panel = run.config, run.panel
+    if config.cells < 1 or run.out.exists():
+        raise DataError(f"--cells {config.cells}: must be positive" if config.cells < 1 else
+                        f"--out {run.out}: exists; choose another name, or remove it")
     names, untrained = known(panel, config)
     asked = []
     for text in config.predict:
@@ -782,73 +772,83 @@ def predict(config, run, state):
         for name in parts:
             if name not in names:
                 close = difflib.get_close_matches(name, names, 3)
-                raise DataError(f"--predict {text}: '{name}' is neither a gene of the panel ({len(panel.genes):,} genes) nor a perturbation "
-                                f"of the training file{'; did you mean ' + ', '.join(close) + '?' if close else ''}")
+                advice = f"did you mean {', '.join(close)}" if close else "check its spelling"
+                raise DataError(f"--predict {text}: '{name}' is neither a gene of the panel nor a perturbation of the "
+                                f"training file; {advice}")
             if name in untrained:
-                run.say(f"note: '{name}' was in no training condition and is no gene of the panel: its embedding is untrained")
+                run.say(f"note: '{name}' is no gene of the panel and was in no training condition: untrained embedding")
         if not parts:
             raise DataError(f"--predict {text}: names no perturbation; control cells are real, not predicted")
         asked.append(("+".join(parts), covariate))
-    if config.cells < 1:
-        raise DataError(f"--cells {config.cells}: must be positive")
-    control = read_controls(config, panel)
-    model = build(config, panel).to(run.device)
-    ema = AveragedModel(model) if config.ema else None
-    (ema or model).load_state_dict(state["parts"]["ema" if ema else "model"])
-    model = (ema.module if ema else model).eval()
+    control = own_controls(run)
+    weights = state["parts"].get("ema", state["parts"]["model"])
+    model = build(config, panel)
+    model.load_state_dict({k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"})
+    model.to(run.device).eval()
     columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
-    out = {}
+    # as many genes at a time as the model has seen together; the same control cells in every pass
+    passes = math.ceil(len(columns) / max(getattr(config, "gene_subset", len(columns)), len(panel.eval_genes)))
+    passes = [np.sort(p) for p in np.array_split(np.random.default_rng(config.seed).permutation(columns), passes)]
+    back = np.argsort(np.concatenate(passes))
+    pred = {}
     for condition, covariate in asked:
         if covariate and covariate not in control:
-            raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; there are {', '.join(sorted(control))}")
+            raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; there are "
+                            f"{', '.join(sorted(control))}")
         for value in [covariate] if covariate else sorted(control):
             group = data.group_name(condition, value)
-            seed = zlib.crc32(f"{group} {config.seed}".encode())
-            start = pick_controls(control[value], config.cells, seed)
-            pieces = np.random.default_rng(config.seed).permutation(columns)  # genes per pass: as many as in training or evaluation
-            pieces = np.array_split(pieces, math.ceil(len(pieces) / max(config.gene_subset, len(panel.eval_genes))))
-            x = np.concatenate([generate(model, panel, config, run, condition, start, np.sort(p), seed + i) for i, p in enumerate(pieces)], 1)
-            out[group] = x[:, np.argsort(np.concatenate([np.sort(p) for p in pieces]))]
-            run.say(f"predicted {group}: {len(start)} cells x {len(columns):,} genes")
-    controls = {data.group_name(data.CONTROL, v): x[:, columns] for v, x in control.items()}
-    write_populations(config.out, out | controls, [panel.genes[i] for i in columns], config)
-    run.say(f"wrote {config.out}: predicted and real control cells, log1p CP10k")
+            seed = seed_of(group, config.seed)
+            start = data.pick_rows(control[value], config.cells, seed)
+            pred[group] = np.concatenate([generate(model, run, condition, start, p, seed + i)
+                                          for i, p in enumerate(passes)], axis=1)[:, back]
+            run.say(f"predicted {group}: {config.cells:,} cells, {len(columns):,} genes")
+    control = {v: x[:, columns] for v, x in control.items()}
+    data.write_populations(run.out, pred, control, [panel.genes[i] for i in columns], config.covariates, METHOD)
+    run.say(f"wrote {run.out}: predicted cells and the control cells, log1p CP10k")
 
 
-def read_controls(config, panel):
-    """{covariate: (n, G)} control cells on the panel's genes, log1p CP10k: of --controls (matched by gene name) or of --data."""
-    if not config.controls:
-        dataset = load_data(config, "cpu")
-        if list(dataset.genes) != list(panel.genes):
-            raise DataError(f"{config.data}: gives other genes than the checkpoint was trained on; the file has changed. "
-                            "Name the file it was trained on with --data, or your control cells with --controls")
-        return dataset.controls("test")
-    cells = data.read_cells(config.controls, config, perturbed_required=False)
-    data.lognormalise(cells)
-    column = {g: i for i, g in enumerate(cells.genes)}
-    missing = [g for g in panel.genes if g not in column]
-    if missing:
-        raise DataError(f"--controls {config.controls}: lacks {len(missing):,} of the {len(panel.genes):,} genes of the model "
-                        f"({', '.join(missing[:5])}); add them (zero where not measured)")
-    X = cells.X[:, [column[g] for g in panel.genes]]
-    rows = cells.condition == data.CONTROL
-    return {v: X[rows & (cells.covariate == v)].toarray() for v in sorted(set(cells.covariate[rows]))}
+def own_controls(run):
+    """{covariate: (n, G)} control cells on the panel's genes, of --controls or of the training file."""
+    if run.config.controls:
+        return data.read_controls(run.config.controls, run.config, run.panel.genes)
+    dataset = load_data(run)
+    if list(dataset.genes) != run.panel.genes:
+        raise DataError(f"{run.config.data}: gives other genes than the model was trained on; it has changed. Name the "
+                        "training file with --data, or your own control cells with --controls")
+    return dataset.controls("test")
 
 
-@dataclass
-class Panel:
-    """What a model knows of its data, kept in the checkpoint: names and columns."""
-    genes: list
-    eval_genes: list        # columns that are evaluated
-    perturbations: list
-    pert_gene: list         # column of each perturbation's gene, or -1
-    trained: list           # perturbations that a training condition holds
-
-
-def load_data(config, device):
-    """The Dataset of a run; the split of a resumed or predicting run is the one that was stored."""
+def load_data(run):
+    """The Dataset of the run, on its device."""
+    config = run.config
     path = data.demo_file() if config.data == "demo" else config.data
-    return data.load(path, config, config.split, config.fold, config.folds, device)
+    return data.load(path, config, config.split, config.fold, config.folds, run.device)
+
+
+def start_or_resume(run, state):
+    """Load the data, check that a resumed run still has the same, write what is known before training."""
+    config, out = run.config, run.out
+    unfinished = ("config.json", "split.json", "log.jsonl")  # what a run leaves that ended before its first checkpoint
+    others = [p.name for p in out.iterdir() if p.name not in unfinished] if out.is_dir() else []
+    if run.main and not state and (others or out.is_file()):
+        raise DataError(f"{out}: already holds {', '.join(others[:3]) or 'a file'}; go on with --resume, choose "
+                        "another --out, or remove it")
+    run.say(f"{METHOD} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; {run.device}, "
+            f"{'bf16' if run.bf16 else 'fp32'}{', compiled' if run.compile else ''}; folder {out}")
+    run.dataset = dataset = load_data(run)
+    run.panel = dataset.panel()
+    for note in dataset.source.notes:
+        run.say(f"note: {note}")
+    if state and asdict(run.panel) != state["panel"]:
+        raise DataError(f"--resume: {config.data} no longer gives the genes and conditions of the run in {out}: it has "
+                        "changed; restore it, or start another run with --out")
+    test = {p for g in dataset.part("test") for p in g.partition("@")[0].split("+")}
+    if untrained := sorted(known(run.panel, config)[1] & test):
+        run.say(f"note: {len(untrained)} test perturbations are no genes of the panel and in no training condition "
+                f"({', '.join(untrained[:5])}): their embeddings are untrained")
+    dataset.prepare_sampling()
+    run.write_json("config.json", asdict(config))
+    run.write_json("split.json", dataset.split)
 
 
 def main(argv=None):
@@ -856,41 +856,21 @@ def main(argv=None):
         config, state = parse_config(argv)
         run = Run(config)
         if config.predict:
-            return predict(config, run, state)
-        leftovers = [p.name for p in run.out.iterdir() if p.name not in ("config.json", "split.json", "log.jsonl")] if run.out.is_dir() else []
-        if not config.resume and run.main and leftovers:
-            raise DataError(f"{run.out}: already holds {leftovers[0]}; go on with --resume, choose another folder with --out, or remove it")
-        run.say(f"{METHOD} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; {run.device}, "
-                f"{'bf16' if run.bf16 else 'fp32'}{', compiled' if run.compile else ''}; folder {run.out}")
-        dataset = load_data(config, run.device)
-        for note in dataset.source.notes:
-            run.say(f"note: {note}")
-        trained = sorted({p for g in dataset.part("train") for p in g.partition("@")[0].split("+")})
-        panel = Panel(list(dataset.genes), dataset.eval_genes.tolist(), dataset.perturbations, dataset.pert_gene.tolist(), trained)
-        if state and vars(panel) != state["panel"]:
-            raise DataError(f"--resume: {config.data} no longer gives the genes and conditions of the run in {run.out}; it has changed")
-        test = {p for g in dataset.part("test") for p in g.partition("@")[0].split("+")}
-        if untrained := sorted(known(panel, config)[1] & test):
-            run.say(f"note: {len(untrained)} test perturbations were in no training condition and are no gene of the panel "
-                    f"({', '.join(untrained[:5])}): their embeddings are untrained")
-        run.write_json("config.json", asdict(config))
-        run.write_json("split.json", dataset.split)
-        dataset.prepare_sampling()
+            run.panel = data.Panel(**state["panel"])
+            return predict(run, state)
         try:
+            start_or_resume(run, state)
             began = time.perf_counter()
-            model = train(config, dataset, panel, run, state)
+            model = train(run, state)
             if model is None:
-                sys.exit(130 if config.stop_at == 0 else 0)
+                sys.exit(0 if config.stop_at else 130)
             if run.main:
-                evaluate(config, dataset, panel, run, model, (state["seconds"] if state else 0) + time.perf_counter() - began)
-        except KeyboardInterrupt:
-            run.say(f"\ninterrupted; {run.out} keeps the last checkpoint, if there is one: python {METHOD}.py --out {run.out} --resume")
-            sys.exit(130)
+                evaluate(run, model, (state["seconds"] if state else 0) + time.perf_counter() - began)
         finally:
             if run.world > 1:
                 dist.destroy_process_group()
 
-# ------------------------------------------------------------------------------------------------ end of plumbing
+# ------------------------------------------------------------------ end of plumbing
 
 
 if __name__ == "__main__":

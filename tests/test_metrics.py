@@ -294,7 +294,10 @@ def test_documented_variants_agree_too(oracle):
     counts = [[(metrics.benjamini_hochberg(p) < 0.05).sum() for _, p in pair] for pair in tests]
     check("de_nsig_counts_real", [b for _, b in counts])
     check("de_spearman_sig_counts", [metrics.spearman(*np.array(counts).T)])
-    top = [metrics.top_k(np.abs(metrics.rank_sum_test(y, control, False, False)[0]), 20) for _, y in pairs]
+    plain = [metrics.rank_sum_test(y, control, continuity=False, tie_correct=False) for _, y in pairs]
+    lfc = [[metrics.log_fold_change(mean, c, 1e-10, exp=False) for mean in pair] for pair in zip(q, m)]
+    check("des_scbig", [metrics.de_spearman(*lfc[i], plain[i][1] * len(c) < 0.05) for i in range(len(names))])
+    top = [metrics.top_k(np.abs(z), 20) for z, _ in plain]
     check("pearson_delta_top20_wilcoxon", [metrics.pearson_delta(a, b, c, g) for a, b, g in zip(q, m, top)])
     rmse = cdist(q, m)
     check("mmd_gex_rank_transpose", metrics.own_rank(metrics.mmd_matrix(*([x - c.astype(np.float32) for x in side[s]] for s in "pr"))))
@@ -356,6 +359,13 @@ def test_welch_t_equals_scipy_and_treats_degenerate_genes_as_scanpy():
     assert t[ok] == pytest.approx(expected.statistic[ok]) and (t[[3, 4]] == 0).all()
     assert metrics.welch_t(np.ones(2), np.zeros(2), 5, np.zeros(2), np.zeros(2)).tolist() == [0, 0]   # infinite
     assert np.isnan(metrics.welch_t(np.ones(2), np.full(2, np.nan), 1, np.zeros(2), np.ones(2))).all()
+
+
+def test_scores_and_significant_genes_of_a_population(case):
+    world = metrics._World(["g02"], case["control"], case["genes"], 0)
+    population = metrics._Population(case["real"]["g02"], "g02", world)
+    significant, t = slow_de(case["real"]["g02"], case["control"])
+    assert population.t == pytest.approx(t, rel=1e-5) and np.array_equal(population.significant, significant)
 
 
 def test_log_fold_changes():
@@ -535,11 +545,13 @@ def test_conditions_do_not_influence_each_other(case, result):
     for c in some:
         for key in set(metrics.KEYS) - set(RANK_KEYS) - set(PCA_KEYS):
             assert close(part["per_condition"][c][key], result["per_condition"][c][key]), key
-    assert part["info"]["conditions"] == 2
-    everything = metrics.evaluate(**case)
-    alone = metrics.evaluate(**changed(case, pred={"g02": case["pred"]["g02"]}))
-    drawn = [r["floors"] for r in (everything, alone)]
-    assert all(drawn[1][f]["mae"] is not None for f in metrics.FLOORS if f != "additive") and drawn[1]["additive"] is None
+    for name in ("control", "mean_cells"):                                     # nor what is drawn for a floor
+        drawn = []
+        for groups in (["g02"], list(case["pred"])):
+            world = metrics._World(groups, case["control"], case["genes"], 0)
+            training = metrics._Training(case["train"], world, 40)
+            drawn.append({p.group: p.cells for p in metrics._floor(name, world, training, dict.fromkeys(groups, 25))}["g02"])
+        assert np.array_equal(*drawn)
 
 
 def test_order_of_cells_genes_and_conditions_does_not_matter(case, result):

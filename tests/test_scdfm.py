@@ -26,8 +26,7 @@ def dataset(demo):
 
 @pytest.fixture(scope="module")
 def panel(dataset):
-    trained = sorted({p for g in dataset.part("train") for p in g.split("+")})
-    return scdfm.Panel(list(dataset.genes), dataset.eval_genes.tolist(), dataset.perturbations, dataset.pert_gene.tolist(), trained)
+    return dataset.panel()
 
 
 def build(dataset, panel, config, seed=0, randomise=True):
@@ -196,7 +195,7 @@ def test_single_is_the_mean_with_the_empty_slot(panel):
 
 
 def test_perturbation_outside_the_panel_has_its_own_row(panel):
-    other = scdfm.Panel(panel.genes, panel.eval_genes, ["DRUG", "TF1", "XYZ"], [-1, panel.genes.index("TF1"), -1], ["DRUG"])
+    other = data.Panel(panel.genes, panel.eval_genes, ["DRUG", "TF1", "XYZ"], [-1, panel.genes.index("TF1"), -1], ["DRUG"])
     tokens, _ = scdfm.slots(["DRUG", "XYZ", "TF1"], other, tiny())
     G = len(panel.genes)
     assert tokens[:, 0].tolist() == [G + 1, G + 2, panel.genes.index("TF1")]
@@ -369,17 +368,18 @@ def test_generated_cells_do_not_depend_on_chunks_or_other_conditions(dataset, pa
     config = tiny()
     model = build(dataset, panel, config).float()
     run = scdfm.Run(config)
+    run.panel = panel
     control = dataset.controls("test", covariate="")[:9]
-    whole = scdfm.generate(model, panel, config, run, "TF1", control, panel.eval_genes, seed=5)
-    again = scdfm.generate(model, panel, config, run, "TF1", control, panel.eval_genes, seed=5)
+    whole = scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=5)
+    again = scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=5)
     assert whole.shape == (9, len(panel.eval_genes)) and (whole == again).all() and (whole >= 0).all()
-    assert not np.array_equal(whole, scdfm.generate(model, panel, config, run, "TF1", control, panel.eval_genes, seed=6))
+    assert not np.array_equal(whole, scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=6))
 
 
 def test_model_learns_a_bimodal_response():
     """Two modes at 0 and 3 for one perturbation: flow matching must produce both, where a mean regression gives 1.5."""
     torch.manual_seed(0)
-    panel = scdfm.Panel([f"g{i}" for i in range(4)], [0, 1, 2, 3], ["P"], [-1], ["P"])
+    panel = data.Panel([f"g{i}" for i in range(4)], [0, 1, 2, 3], ["P"], [-1], ["P"])
     config = tiny(knn=0, width=32, layers=1, ode_steps=20, dropout=0.0)
     model = scdfm.build(config, panel)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
