@@ -113,7 +113,7 @@ def check(config):
 
 
 DEMO = dict(steps=1000, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2,
-            dropout=0.0, gene_subset=60, ode_steps=10, eval_cells=100)
+            dropout=0.0, ema=0.99, gene_subset=60, ode_steps=10, eval_cells=100)
 
 
 # -------------------------------------------------------------------------------- model
@@ -768,7 +768,7 @@ def predict(run, state):
     asked = []
     for text in config.predict:
         condition, _, covariate = text.partition("@")
-        parts = sorted({p for p in condition.split("+") if not data.is_control_label(p)})
+        parts = sorted({p for p in condition.split("+") if p in names or not data.is_control_label(p)})
         for name in parts:
             if name not in names:
                 close = difflib.get_close_matches(name, names, 3)
