@@ -270,7 +270,8 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
 
     config: DataConfig (layer, keys, scale). control_required: an error when the file holds no control cells.
     perturbed_required: an error when it holds nothing else; if False, a file without labels is all control cells.
-    check: refuse negative values (predictions of a model that does not clamp may hold some); NaN and Inf never pass.
+    check: refuse values that measured cells cannot have and a prediction may: below zero, or all lower than log1p CP10k
+    goes. NaN and Inf never pass.
     Returns Cells with raw or log-normalised values as stored. Raises DataError.
     """
     config = config or DataConfig()
@@ -533,7 +534,7 @@ def _scale(X, config, where, check=True):
         raise DataError(f"{where}: values are not integers and reach {high:.6g}: neither counts nor log-normalised. "
                         "For corrected or normalised counts pass --counts (they are scaled to 10,000 per cell and "
                         "logged), or choose a --layer")
-    if high < LOG_LOG_MAX:
+    if high < LOG_LOG_MAX and check:
         raise DataError(f"{where}: values end at {high:.3g}, lower than log1p CP10k does: log1p was applied twice, or "
                         "the data are scaled. Choose another --layer, or pass --lognorm if they are right as they are")
     return "lognorm"

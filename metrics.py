@@ -58,7 +58,7 @@ KEYS = {
     "rmse": Key("↓", 0, "root mean squared error of the pseudobulk"),
     "pearson_delta": Key("↑", 1, "Pearson correlation of the effects"),
     "pearson_delta_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect"),
-    "pearson_delta_hat": Key("↑", 1, "Pearson correlation of deviations from the mean training perturbation (Systema)"),
+    "pearson_delta_hat": Key("↑", 1, "Pearson correlation of deviations from the training mean (Systema)"),
     "pearson_delta_hat_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect"),
     "spearman_delta": Key("↑", 1, "Spearman correlation of the effects"),
     "de_spearman": Key("↑", 1, "Spearman correlation of log fold changes on truly DE genes"),
@@ -1089,9 +1089,11 @@ def compare(a, b, key=None):
 # -------------------------------------------------------------------------------- tables, command line
 
 def result_rows(result, name):
-    """[(row name, {key: value})] of an evaluate() result for format_table: floors, the method, the replicate."""
+    """[(row name, {key: value})] of an evaluate() result for format_table: floors, the method, the replicate, and
+    'vs floor': 0 for a method as good as the best floor, 1 for one as good as the replicate."""
     rows = [(floor, values) for floor, values in result["floors"].items() if values] + [(name, result["aggregate"])]
-    return rows + ([("replicate", result["replicate"])] if result["replicate"] else [])
+    return rows + [(row.replace("score_vs_floor", "vs floor"), result[row])
+                   for row in ("replicate", "score_vs_floor") if result[row]]
 
 
 def format_table(rows, keys=None, ci=None, width=160):
@@ -1170,28 +1172,19 @@ def _load(path, config, genes, **options):
 
 
 def _load_prediction(path, config):
-    """Cells of a prediction file.
-
-    Its columns may have other names than those of the real file: what the flags do not find is searched for. Values may
-    end lower than those of real data (a mean over cells, few genes) or below zero, so they are also read as declared.
-    """
+    """Cells of a prediction file, whose columns may have other names than those of the real file: what the flags do not
+    find is searched for. Values may be below zero, or end lower than those of measured cells."""
     import data
     named = dataclasses.replace(config, layer="", counts=False, lognorm=False)
-    searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
-    first = None
-    for attempt in (named, searched):
-        for lognorm in (False, True):
-            try:
-                cells = data.read_cells(path, dataclasses.replace(attempt, lognorm=lognorm),
-                                        control_required=False, check=False)
-            except data.DataError as error:
-                first = first or error
-                continue
-            if cells.scale == "counts":
-                raise data.DataError(f"{path}: holds counts (integers up to {cells.X.max():g}); predictions must be "
-                                     "log1p of counts per 10,000: normalise over all genes and take log1p first")
-            return cells
-    raise first
+    try:
+        cells = data.read_cells(path, named, control_required=False, check=False)
+    except data.DataError:
+        searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
+        cells = data.read_cells(path, searched, control_required=False, check=False)
+    if cells.scale == "counts":
+        raise data.DataError(f"{path}: holds counts (integers up to {cells.X.max():g}); predictions must be log1p of "
+                             "counts per 10,000: normalise over all genes and take log1p first")
+    return cells
 
 
 def _parser():
@@ -1266,8 +1259,7 @@ def main(argv=None):
         if train is None:
             print("note: without --reference there is " + ("no floor but the control, and no Systema reference"
                   if train_mean is None else "no floor but the control and the mean (uns['train_pert_mean'])"))
-        rows = result_rows(result, "prediction") + ([("vs floor", result["score_vs_floor"])] if floors else [])
-        print(format_table(rows, shown, result["ci95"]))
+        print(format_table(result_rows(result, "prediction"), shown, result["ci95"]))
         if out:
             with data.atomic(out) as temporary:
                 temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

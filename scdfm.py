@@ -756,6 +756,8 @@ def evaluate(run, model, seconds):
     print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {clock(seconds)}, evaluated "
           f"in {clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
     print(metrics.format_table(metrics.result_rows(result, METHOD)))
+    for note in result["info"]["notes"]:
+        print(f"note: {note}")
 
 
 def predict(run, state):

@@ -900,7 +900,7 @@ def test_compare_is_the_signed_rank_test():
 def test_table(result):
     text = metrics.format_table(metrics.result_rows(result, "ours"), ci=result["ci95"])
     lines = text.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [*metrics.FLOORS, "ours", "95%", "95%", "replicate"]
+    assert [line.split()[0] for line in lines[1:]] == [*metrics.FLOORS, "ours", "95%", "95%", "replicate", "vs"]
     assert "l2↓" in lines[0] and "pearson_delta_hat_top20↑" in lines[0] and "-" in lines[2].split()
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 160
     assert f"{result['aggregate']['l2']:.3f}" in lines[5] and f"{result['ci95']['l2'][0]:.3f}" in lines[6]

@@ -57,7 +57,7 @@ def test_run_prints_the_table_and_writes_its_files(trained, demo):
     method, folder, out = trained
     assert sorted(p.name for p in folder.iterdir()) == ["ckpt.pt", "config.json", "log.jsonl", "metrics.json", "pred.h5ad", "split.json"]
     table = out[out.index("l2↓"):].strip().splitlines()[1:]
-    assert [line.split()[0] for line in table] == ["control", "mean", "mean_cells", "additive", method, "replicate"]
+    assert [line.split()[0] for line in table] == ["control", "mean", "mean_cells", "additive", method, "replicate", "vs"]
     for key in ("l2↓", "pearson_delta↑", "pds↑", "e_distance↓"):
         assert key in out
     result = json.loads((folder / "metrics.json").read_text())
