@@ -411,7 +411,8 @@ class LabelRules:
             if self.is_control(token):
                 self.seen_controls.add(token)
             else:
-                name = token.replace("+", "plus")        # (+)-JQ1: '+' joins perturbations and nothing else
+                # (+)-JQ1: '+' joins perturbations and '@' starts the covariates, nothing else does
+                name = token.replace("+", "plus").replace("@", "at")
                 perturbations.add(f"{name}:{d}" if d else name)
         return "+".join(sorted(perturbations)) or CONTROL
 
@@ -1072,6 +1073,12 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     return data
 
 
+def load_run(config, device="cpu"):
+    """load() with a method's Config: its data (or the demo), split and fold."""
+    path = demo_file() if config.data == "demo" else config.data
+    return load(path, config, config.split, config.fold, config.folds, device)
+
+
 # ------------------------------------------------------------------------------------------------ writing
 
 @contextlib.contextmanager
@@ -1344,6 +1351,9 @@ def clean_errors():
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; a run that has saved a checkpoint goes on with --resume", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:                     # the reader of our output (head, less) has gone
         sys.stderr.close()
         sys.exit(1)

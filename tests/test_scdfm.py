@@ -32,7 +32,7 @@ def panel(dataset):
 def build(dataset, panel, config, seed=0, randomise=True):
     """A model in float64 whose zero-initialised parts are random, so that every path matters."""
     torch.manual_seed(seed)
-    model = scdfm.build(config, panel, scdfm.coexpression_graph(dataset, config.knn) if config.knn else None).double().eval()
+    model = scdfm.ScDFM(config, panel, scdfm.coexpression_graph(dataset, config.knn) if config.knn else None).double().eval()
     if randomise:
         torch.nn.init.normal_(model.modulate.weight, std=0.3)
     return model
@@ -199,7 +199,7 @@ def test_perturbation_outside_the_panel_has_its_own_row(panel):
     tokens, _ = scdfm.slots(["DRUG", "XYZ", "TF1"], other, tiny())
     G = len(panel.genes)
     assert tokens[:, 0].tolist() == [G + 1, G + 2, panel.genes.index("TF1")]
-    assert scdfm.build(tiny(), other).encoder.table.num_embeddings == G + 3
+    assert scdfm.ScDFM(tiny(), other).encoder.table.num_embeddings == G + 3
     assert scdfm.known(other, tiny())[1] == {"XYZ"}             # neither trained nor a gene: untrained embedding
     tokens, _ = scdfm.slots(["DRUG"], other, tiny(pert_embedding="table"))
     assert tokens.tolist() == [[0, 3]]
@@ -319,8 +319,8 @@ def test_cached_sampling_equals_uncached(dataset, panel, ode, source):
     with torch.no_grad():
         torch.set_default_dtype(torch.float64)
         try:
-            got = sample(model, control, genes, tokens, weight, config, torch.Generator().manual_seed(3))
             x = torch.randn(control.shape, generator=torch.Generator().manual_seed(3))
+            got = sample(model, x, control, genes, tokens, weight, config)
 
             def v(x, t):
                 return model(x, torch.full((len(x),), t), control, genes, tokens, weight)
@@ -359,21 +359,61 @@ def test_order_of_the_integrators(ode, order):
     exact = (start * math.exp(0.5)).clamp(min=0)
     errors = []
     for steps in (4, 8):
-        got = sample(Model(), control, None, None, None, tiny(ode=ode, ode_steps=steps), torch.Generator().manual_seed(0))
-        errors.append((got.double() - exact).abs().max().item())
+        got = sample(Model(), start, control, None, None, None, tiny(ode=ode, ode_steps=steps))
+        errors.append((got - exact).abs().max().item())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.4)
 
 
-def test_generated_cells_do_not_depend_on_chunks_or_other_conditions(dataset, panel, monkeypatch):
+def test_generated_cells_do_not_depend_on_the_chunks(dataset, panel, monkeypatch):
     config = tiny()
     model = build(dataset, panel, config).float()
     run = scdfm.Run(config)
     run.panel = panel
-    control = dataset.controls("test", covariate="")[:9]
+    control, sizes = dataset.controls("test", covariate="")[:9], []
+
+    def watched(model, x, *rest):
+        sizes.append(len(x))
+        return sample(model, x, *rest)
+    monkeypatch.setattr(scdfm, "sample", watched)
     whole = scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=5)
-    again = scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=5)
-    assert whole.shape == (9, len(panel.eval_genes)) and (whole == again).all() and (whole >= 0).all()
-    assert not np.array_equal(whole, scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=6))
+    monkeypatch.setattr(scdfm.math, "ceil", lambda x: 4)
+    chunks = scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=5)
+    assert sizes == [9, 3, 2, 2, 2] and whole.shape == (9, len(panel.eval_genes)) and (whole >= 0).all()
+    np.testing.assert_allclose(whole, chunks, rtol=1e-4, atol=1e-5)
+    other = scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=6)
+    assert np.abs(whole - other).max() > 0.1
+
+
+def test_the_network_compiles_without_graph_breaks(dataset, panel):
+    """The graph that inductor would get: one for training, one for sampling."""
+    config = tiny()
+    model = build(dataset, panel, config)
+    args = inputs(panel, ["TF1", "TF2+TF3"], config)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*args), model(*args))
+    velocity = torch.compile(model.velocity, backend="eager", fullgraph=True)
+    x, t, *rest = args
+    torch.testing.assert_close(velocity(x, model.modulation(t), model.context(*rest)), model(*args))
+
+
+def test_lambda_and_mmd_keep_their_precision_under_bf16(dataset, panel):
+    config = tiny()
+    model = build(dataset, panel, config).float()
+    x, t, control, genes, tokens, weight = (a.float() if a.is_floating_point() else a for a in inputs(panel, ["TF1"], config))
+    lams, real = [], scdfm.differential_attention
+
+    def watched(q, k, v, lam, *rest):
+        lams.append(lam)
+        return real(q, k, v, lam, *rest)
+    scdfm.differential_attention = watched
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(x, t, control, genes, tokens, weight)
+            assert mmd_squared(x[None, :3], x[None, 3:]).item() == pytest.approx(mmd_squared(x[None, :3].double(), x[None, 3:]).item(), rel=1e-5)
+    finally:
+        scdfm.differential_attention = real
+    assert all(lam.dtype == torch.float32 for lam in lams) and len(lams) == 4
+    torch.testing.assert_close(low, model(x, t, control, genes, tokens, weight), rtol=0.1, atol=0.1)
 
 
 def test_model_learns_a_bimodal_response():
@@ -381,7 +421,7 @@ def test_model_learns_a_bimodal_response():
     torch.manual_seed(0)
     panel = data.Panel([f"g{i}" for i in range(4)], [0, 1, 2, 3], ["P"], [-1], ["P"])
     config = tiny(knn=0, width=32, layers=1, ode_steps=20, dropout=0.0)
-    model = scdfm.build(config, panel)
+    model = scdfm.ScDFM(config, panel)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     tokens, weight = scdfm.slots(["P"], panel, config)
     genes, control = torch.arange(4), torch.ones(128, 4)
@@ -392,7 +432,7 @@ def test_model_learns_a_bimodal_response():
         optimizer.zero_grad()
         (flow + 0.5 * mmd).backward()
         optimizer.step()
-    x = sample(model.eval(), torch.ones(400, 4), genes, tokens, weight, config, torch.Generator().manual_seed(0)).mean(1)
+    x = sample(model.eval(), torch.randn(400, 4), torch.ones(400, 4), genes, tokens, weight, config).mean(1)
     high = (x > 1.5).float().mean().item()
     assert 0.3 < high < 0.7                                     # both modes, about equally often
     assert x[x > 1.5].mean().item() == pytest.approx(3, abs=0.4) and x[x < 1.5].mean().item() == pytest.approx(0.1, abs=0.3)
@@ -401,7 +441,7 @@ def test_model_learns_a_bimodal_response():
 def test_weights_survive_a_round_trip_through_build(dataset, panel):
     config = tiny()
     model = build(dataset, panel, config)
-    clone = scdfm.build(config, panel).double().eval()
+    clone = scdfm.ScDFM(config, panel).double().eval()
     clone.load_state_dict(model.state_dict())
     args = inputs(panel, ["TF1"], config)
     torch.testing.assert_close(clone(*args), model(*args))
