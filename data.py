@@ -1381,6 +1381,7 @@ def describe(data, split=""):
 
 
 def main(argv=None):
+    """Command line: describe or prepare a file, or simulate one."""
     parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("file", help="AnnData file (.h5ad, .h5), or demo to simulate one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

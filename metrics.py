@@ -46,6 +46,7 @@ from scipy.spatial.distance import cdist
 
 
 class Key(NamedTuple):
+    """What a reader of a number must know."""
     arrow: str      # direction of a better value
     perfect: float  # value of a perfect prediction
     title: str

@@ -907,6 +907,7 @@ def start_or_resume(run, state):
 
 
 def main(argv=None):
+    """Command line: train and evaluate a run, go on with one, or predict from one."""
     with data.clean_errors():
         config, state = parse_config(argv)
         run = Run(config)

@@ -380,6 +380,17 @@ def test_misuse_is_one_clear_line(method, flags, words, demo, call, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("method", METHODS)
+def test_gpu_with_bf16_and_compile(method, demo, run, tmp_path):
+    flags = ["--data", demo, "--preset", "demo", *TINY, "--device", "cuda"]
+    out = ok(run(f"{method}.py", *flags, "--stop-at", 10, "--out", tmp_path / "run"))
+    assert "bf16, compiled" in out
+    ok(run(f"{method}.py", "--out", tmp_path / "run", "--resume"))
+    ok(run(f"{method}.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--predict", "TF1", "--device", "cpu", "--out", tmp_path / "p.h5ad"))
+    assert np.isfinite(json.loads((tmp_path / "run" / "metrics.json").read_text())["aggregate"]["l2"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("method", METHODS)
 def test_cuda_where_there_is_none(method, demo, call, tmp_path):
