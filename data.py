@@ -575,14 +575,16 @@ def keep_columns(X, keep):
     indptr, end = np.zeros_like(X.indptr), 0
     for block in row_blocks(X, np.arange(X.shape[0])):
         lo, hi = X.indptr[block[0]], X.indptr[block[-1] + 1]
-        mask = keep[X.indices[lo:hi]]
-        kept = np.concatenate([[0], np.cumsum(mask)])
-        indptr[block + 1] = end + kept[X.indptr[block + 1] - lo]
-        size = int(kept[-1])
-        X.data[end:end + size] = X.data[lo:hi][mask]
-        X.indices[end:end + size] = column[X.indices[lo:hi][mask]]
+        indices = X.indices[lo:hi]
+        kept = np.flatnonzero(keep[indices])
+        indptr[block + 1] = end + np.searchsorted(kept, X.indptr[block + 1] - lo)
+        size = len(kept)
+        X.data[end:end + size] = X.data[lo:hi][kept]
+        X.indices[end:end + size] = column[indices[kept]]
         end += size
-    return sp.csr_matrix((X.data[:end].copy(), X.indices[:end].copy(), indptr), shape=(X.shape[0], int(keep.sum())))
+    # a copy frees the old arrays; where little was dropped it would cost more than it frees
+    data, indices = (a[:end].copy() if 2 * end < len(a) else a[:end] for a in (X.data, X.indices))
+    return sp.csr_matrix((data, indices, indptr), shape=(X.shape[0], int(keep.sum())))
 
 
 def lognormalise(cells, target=1e4):
