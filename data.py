@@ -928,8 +928,11 @@ class Dataset:
     def panel(self):
         """The plain facts of this data set that a model needs to predict."""
         trained = sorted({p for g in self.part("train") for p in g.partition("@")[0].split("+")})
+        keys = self.config.covariate_keys
+        values = zip(*(v.split(",", len(keys) - 1) for v in set(self.covariate))) if keys else ()
+        covariates = {key: sorted(set(v)) for key, v in zip(keys, values)}
         return Panel(list(self.genes), self.eval_genes.tolist(), list(self.perturbations), self.pert_gene.tolist(),
-                     trained)
+                     trained, covariates)
 
     def populations(self, part, genes=None):
         """Lazy mapping {group: (n, G')} of the perturbed cells of a part, for metrics.evaluate."""
@@ -984,6 +987,7 @@ class Panel:
     perturbations: list     # names of the P perturbations of the file
     pert_gene: list         # column of each perturbation's gene, or -1
     trained: list           # perturbations that a training condition holds
+    covariates: dict = field(default_factory=dict)  # {obs column: its values}, the columns of --covariates in order
 
     def outside(self):
         """Perturbations that are no gene of the panel."""
@@ -1077,7 +1081,7 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
 
 def load_run(config, device="cpu"):
     """load() with a method's Config: its data (or the demo), split and fold."""
-    path = demo_file() if config.data == "demo" else config.data
+    path = demo_file(cell_types=2 if config.covariates else 1) if config.data == "demo" else config.data
     return load(path, config, config.split, config.fold, config.folds, device)
 
 

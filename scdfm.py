@@ -74,7 +74,7 @@ METHOD = "scdfm"
 
 @dataclass
 class Config(data.DataConfig):
-    """Every default is written here: the paper's configuration. DEMO lists what --preset demo changes."""
+    """Every default is written here: the paper's configuration. PRESETS lists what --preset demo changes."""
     # run: the same flags in all four methods
     data: str = "demo"              # AnnData file (.h5ad, .h5), or demo
     split: str = "additive"         # additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN
@@ -134,8 +134,15 @@ def check(config):
         raise DataError("--dropout and --ema must be at least 0 and below 1")
 
 
-DEMO = dict(steps=800, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2,
-            dropout=0.0, ema=0.99, gene_subset=60, ode="heun", ode_steps=6, eval_cells=100)
+PRESETS = {"paper": {}, "demo": dict(
+    steps=800, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2, dropout=0.0,
+    ema=0.99, gene_subset=60, ode="heun", ode_steps=6, eval_cells=100)}
+SAMPLING = {"ode", "ode_steps"}         # flags that --predict may change
+
+
+def variants(config):
+    """{suffix of the row in the table: options of generate()}; the first is the method itself."""
+    return {"": {}}
 
 
 # -------------------------------------------------------------------------------- model
@@ -442,12 +449,20 @@ def load_model(config, panel, saved):
     return model
 
 
-def generate(model, run, condition, control, columns, seed):
-    """Predicted cells of one condition, from as many control cells (n, G) log1p CP10k, for columns (E,) of the panel:
-    (n, E) float32. Chunks of cells bound the memory; a call does not depend on any other."""
-    config, generator = run.config, torch.Generator(run.device).manual_seed(seed)
+def generate(model, run, group, control, columns, seed):
+    """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
+    for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory; calls are independent.
+
+    More columns than the model saw together in training are generated in passes, from the same control cells."""
+    config, most = run.config, max(run.config.gene_subset, len(run.panel.eval_genes))
+    if len(columns) > most:
+        mixed = np.random.default_rng(config.seed).permutation(columns)
+        passes = [np.sort(p) for p in np.array_split(mixed, math.ceil(len(columns) / most))]
+        out = [generate(model, run, group, control, p, seed + i) for i, p in enumerate(passes)]
+        return np.concatenate(out, axis=1)[:, np.argsort(np.concatenate(passes))]
+    generator = torch.Generator(run.device).manual_seed(seed)
     noise = torch.randn(len(control), len(columns), generator=generator, device=run.device)  # the same for any chunks
-    tokens, weight = (a.to(run.device) for a in slots([condition], run.panel, config))
+    tokens, weight = (a.to(run.device) for a in slots([group.partition("@")[0]], run.panel, config))
     per_cell = len(columns) * config.width * 4 * (4 * config.layers + 24)        # bytes: cached K and V, activations
     room = 16e9 if run.device.type == "cuda" else 1.2e9
     chunks = math.ceil(len(control) / min(256, max(1, room // per_cell)))
@@ -528,25 +543,30 @@ def train(run, state):
 
 FREE_ON_RESUME = {"device", "out", "stop_at", "eval_every", "eval_cells", "compile", "resume", "cache_gb"}
 PREDICTING = {"predict", "controls", "cells", "all_genes"}
-FREE_ON_PREDICT = {"ckpt", "out", "data", "device", "dtype", "compile", "seed", "ode", "ode_steps", *PREDICTING,
+FREE_ON_PREDICT = {"ckpt", "out", "data", "device", "dtype", "compile", "seed", "eval_cells", *PREDICTING, *SAMPLING,
                    *(f.name for f in fields(data.DataConfig))}
 CHECKPOINT_MINUTES = 5
 CHECKPOINT_VERSION = 1
 
 
 def parse_config(argv=None):
-    """Command line -> Config and stored checkpoint (or None). A new run starts from the preset, --resume and --ckpt
-    from what was stored. Unknown flags, and flags that contradict what was stored, are errors."""
+    """Command line -> Config, stored checkpoint (or None) and which of ACTIONS to do with it (or None). A new run
+    starts from the preset, --resume and --ckpt from what was stored. Unknown flags, and flags that contradict what was
+    stored, are errors."""
     parser = data.Parser(prog=f"{METHOD}.py", description=__doc__)
     data.add_flags(parser, Config)
     typed = vars(parser.parse_args(argv))
-    preset = typed.get("preset", "demo" if typed.get("data", "demo") == "demo" else "paper")
-    config, state = Config(**(DEMO if preset == "demo" else {}) | typed), None
+    preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
+    config, state = Config(**PRESETS[preset] | typed), None
+    if config.data == "demo" and config.split == "transfer":
+        config.covariates = config.covariates or "cell_type"             # the demo has it then
     name = [METHOD, Path(config.data).stem, Path(config.split).stem.replace(":", "_"), f"f{config.fold}-s{config.seed}"]
     config.out = config.out or "runs/" + "-".join(name)
-    if {"ckpt", *PREDICTING} & set(typed):
-        if not config.ckpt or not config.predict:
-            raise DataError("--ckpt FILE and --predict CONDITION ... belong together; to continue a run use --resume")
+    action = next((name for name in ACTIONS if name in typed), None) if config.ckpt or PREDICTING & set(typed) else None
+    if config.ckpt or PREDICTING & set(typed):
+        if not config.ckpt or not action:
+            raise DataError(f"--ckpt FILE and --{' or --'.join(ACTIONS)} belong together; to continue a run use "
+                            "--resume")
         state, free = load_checkpoint(config.ckpt), FREE_ON_PREDICT
         # the user's own file of controls has columns and units of its own
         own = {f.name: f.default for f in fields(data.DataConfig)} if config.controls else {}
@@ -571,7 +591,7 @@ def parse_config(argv=None):
     if min(config.seed, config.stop_at, config.eval_every) < 0:
         raise DataError("--seed, --stop-at and --eval-every must not be negative")
     check(config)
-    return config, state
+    return config, state, action
 
 
 class Run:
@@ -621,11 +641,15 @@ class Run:
 
 
 class Progress:
-    """Status line, log.jsonl, Ctrl-C and the clock. Losses stay on the device between log lines: no sync in a step."""
+    """Status line, log.jsonl, Ctrl-C and the clock. Losses stay on the device between log lines: no sync in a step.
 
-    def __init__(self, run, start, seconds, cells_per_step):
-        self.run, self.steps, self.cells, self.before = run, run.config.steps, cells_per_step, seconds
-        self.every = max(1, min(100, self.steps // 100))
+    The steps of a stage go from first + 1 to last; the main stage's from 1 to --steps, those of a stage before it
+    (name 'pretraining step') end at 0."""
+
+    def __init__(self, run, start, seconds, cells_per_step, first=0, last=None, name="step"):
+        self.run, self.cells, self.before, self.name = run, cells_per_step, seconds, name
+        self.first, self.steps = first, run.config.steps if last is None else last
+        self.every = max(1, min(100, (self.steps - first) // 100))
         self.began = self.last = self.saved = time.perf_counter()
         self.last_step, self.sums, self.interrupted, self.log = start, 0, False, run.out / "log.jsonl"
         if run.main and self.log.exists():      # lines written after the checkpoint will be written again
@@ -669,11 +693,12 @@ class Progress:
                             "--lr and another --out")
         self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 1)})
         left = clock((self.steps - step) * self.cells / speed)
-        line = f"step {step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()) + \
-            f"  {speed:,.0f} cells/s  {clock(self.seconds())} elapsed  {left} left"
+        losses = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+        line = f"{self.name} {step - self.first}/{self.steps - self.first}  {losses}  {speed:,.0f} cells/s  " \
+            f"{clock(self.seconds())} elapsed  {left} left"
         if self.run.main and sys.stdout.isatty():
             print(f"\r{line}\033[K", end="\n" if step == self.steps else "", flush=True)
-        elif step % (10 * self.every) == 0 or step == self.steps:
+        elif (step - self.first) % (10 * self.every) == 0 or step == self.steps:
             self.run.say(line)
 
     def should_stop(self, step):
@@ -685,7 +710,7 @@ class Progress:
                 flag = torch.tensor(float(self.interrupted), device=self.run.device)
                 dist.all_reduce(flag, dist.ReduceOp.MAX)
                 stop = self.interrupted = flag.item() > 0
-        return stop or step == self.run.config.stop_at
+        return stop or 0 < step == self.run.config.stop_at
 
     def checkpoint_due(self):
         if due := time.perf_counter() - self.saved >= 60 * CHECKPOINT_MINUTES:
@@ -696,8 +721,8 @@ class Progress:
         """After the checkpoint of an unfinished run: say how to go on, and end."""
         self.close()
         start = f"torchrun --nproc-per-node {self.run.world}" if self.run.world > 1 else "python"
-        self.run.say(f"\nstopped at step {step} of {self.steps}; go on with: {start} {METHOD}.py --out {self.run.out} "
-                     "--resume")
+        self.run.say(f"\nstopped at {self.name} {step - self.first} of {self.steps - self.first}; go on with: {start} "
+                     f"{METHOD}.py --out {self.run.out} --resume")
         sys.exit(130 if self.interrupted else 0)
 
 
@@ -761,14 +786,14 @@ def seed_of(group, seed):
     return zlib.crc32(f"{group} {seed}".encode())
 
 
-def predict_part(run, model, part, most):
+def predict_part(run, model, part, most, **options):
     """{group: (n, E)}: every condition of a part, as many cells as it really has (at most `most`), from controls."""
     out, groups, began = {}, run.dataset.part(part), time.perf_counter()
     for i, group in enumerate(groups):
-        condition, _, covariate = group.partition("@")
         seed, n = seed_of(group, run.config.seed), min(len(run.dataset.rows[group]), most)
-        control = run.dataset.X[data.pick_rows(run.dataset.control_rows[part][covariate], n, seed)].toarray()
-        out[group] = generate(model, run, condition, control, run.panel.eval_genes, seed)
+        control = run.dataset.control_rows[part][group.partition("@")[2]]
+        control = run.dataset.X[data.pick_rows(control, n, seed)].toarray()
+        out[group] = generate(model, run, group, control, run.panel.eval_genes, seed, **options)
         if sys.stdout.isatty():
             left = clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
             print(f"\rpredicted {i + 1}/{len(groups)} {part} conditions  {left} left\033[K", end="", flush=True)
@@ -798,10 +823,19 @@ def validate(run, model):
 def evaluate(run, model, seconds):
     """Predict and score every test condition; write pred.h5ad and metrics.json; print the table."""
     config, began = run.config, time.perf_counter()
-    pred = predict_part(run, model, "test", config.eval_cells)
+    (_, first), *others = variants(config).items()
+    pred = predict_part(run, model, "test", config.eval_cells, **first)
     control = run.dataset.controls("test", run.panel.eval_genes)
     data.write_populations(run.out / "pred.h5ad", pred, control, run.panel.eval_names(), config.covariates, METHOD)
-    result = score(run, pred, "test", train=run.dataset.populations("train", run.panel.eval_genes))
+    train = run.dataset.populations("train", run.panel.eval_genes)
+    result = score(run, pred, "test", train=train)
+    rows = metrics.result_rows(result, METHOD)
+    for name, options in others:
+        other = score(run, predict_part(run, model, "test", config.eval_cells, **options), "test", train=train,
+                      floors=False)
+        result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
+        at = 1 + max(i for i, (row, _) in enumerate(rows) if row.startswith(METHOD))
+        rows.insert(at, (METHOD + name, other["aggregate"]))
     took = time.perf_counter() - began
     memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -812,7 +846,7 @@ def evaluate(run, model, seconds):
         "versions": versions, **result})
     print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {clock(seconds)}, evaluated "
           f"in {clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
-    print(metrics.format_table(metrics.result_rows(result, METHOD)))
+    print(metrics.format_table(rows))
     for note in result["info"]["notes"]:
         print(f"note: {note}")
 
@@ -847,18 +881,13 @@ def predict(run, state):
                             f"{', '.join(sorted(control))}")
     model = load_model(config, panel, state["saved"]).to(run.device).eval()
     columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
-    # as many genes at a time as the model has seen together; the same control cells in every pass
-    passes = math.ceil(len(columns) / max(getattr(config, "gene_subset", len(columns)), len(panel.eval_genes)))
-    passes = [np.sort(p) for p in np.array_split(np.random.default_rng(config.seed).permutation(columns), passes)]
-    back = np.argsort(np.concatenate(passes))
     pred = {}
     for condition, covariate in asked:
         for value in [covariate] if covariate else sorted(control):
             group = data.group_name(condition, value)
             seed = seed_of(group, config.seed)
             start = data.pick_rows(control[value], config.cells, seed)
-            pred[group] = np.concatenate([generate(model, run, condition, start, p, seed + i)
-                                          for i, p in enumerate(passes)], axis=1)[:, back]
+            pred[group] = generate(model, run, group, start, columns, seed)
             run.say(f"predicted {group}: {config.cells:,} cells, {len(columns):,} genes")
     control = {v: x[:, columns] for v, x in control.items()}
     data.write_populations(run.out, pred, control, [panel.genes[i] for i in columns], config.covariates, METHOD)
@@ -909,11 +938,11 @@ def start_or_resume(run, state):
 def main(argv=None):
     """Command line: train and evaluate a run, go on with one, or predict from one."""
     with data.clean_errors():
-        config, state = parse_config(argv)
+        config, state, action = parse_config(argv)
         run = Run(config)
-        if config.predict:
+        if action:
             run.panel = data.Panel(**state["panel"])
-            return predict(run, state)
+            return ACTIONS[action](run, state)
         try:
             start_or_resume(run, state)
             began = time.perf_counter()
@@ -926,6 +955,7 @@ def main(argv=None):
 
 # ------------------------------------------------------------------ end of plumbing
 
+ACTIONS = {"predict": predict}          # what --ckpt can be used for, by the flag that asks for it
 
 if __name__ == "__main__":
     main()

@@ -16,9 +16,17 @@ import data  # noqa: E402
 
 torch.set_num_threads(1)                # models this small lose more to waking threads than they win
 
-# the smallest run that goes through every line: seconds, not minutes
-TINY = ["--steps", "20", "--batch-size", "16", "--conditions-per-batch", "4", "--width", "16", "--layers", "1", "--heads", "2",
-        "--gene-subset", "30", "--ode-steps", "2", "--eval-cells", "8"]
+METHODS = [m for m in ("scdfm", "primeflow", "scbig", "celltarnet") if (ROOT / f"{m}.py").exists()]
+
+# per method: the smallest run that goes through every line, in seconds, not minutes, on the file of `demo`
+TINY = {m: ["--preset", "demo", "--split", "additive", "--steps", "20", "--eval-cells", "8"] for m in METHODS}
+TINY["scdfm"] += ["--batch-size", "16", "--conditions-per-batch", "4", "--width", "16", "--layers", "1", "--heads", "2",
+                  "--gene-subset", "30", "--ode-steps", "2"]
+# flags that make one process do what two do with TINY
+TWICE = {"scdfm": ["--batch-size", "32", "--conditions-per-batch", "8"]}
+# what it takes to learn a 60-gene demo in about twenty seconds
+LEARN = {"scdfm": ["--steps", 500, "--batch-size", 32, "--width", 32, "--layers", 2, "--gene-subset", 30, "--lr", 5e-3,
+                   "--ema", 0.97]}
 
 
 @pytest.fixture(scope="session")

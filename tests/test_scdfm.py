@@ -16,7 +16,7 @@ needs_oracle = pytest.mark.skipif(not COMPONENTS.exists(), reason="the reference
 
 
 def tiny(**options):
-    return Config(**{**scdfm.DEMO, "width": 16, "layers": 2, "heads": 2, "gene_subset": 30, "ode_steps": 3, "knn": 5, **options})
+    return Config(**{**scdfm.PRESETS["demo"], "width": 16, "layers": 2, "heads": 2, "gene_subset": 30, "ode_steps": 3, "knn": 5, **options})
 
 
 @pytest.fixture(scope="module")
