@@ -925,7 +925,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
       aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number}, ci95 {key: [low,
       high]}; groups {'single', 'double', ..., 'single_unseen', 'double_one_unseen', ...: {key: mean}}; per_condition
       {group: {key: value}}; floors {'control', 'mean', 'mean_cells', 'additive': {key: mean} or None},
-      floors_n_valid; replicate {key: mean}, one half of the real cells scored against the other; score_vs_floor {key:
+      floors_n_valid, floors_per_condition; replicate {key: mean}, one half of the real cells scored against the other; score_vs_floor {key:
       (score - best floor) / (replicate - best floor)}; info: cells, variance of the components, Sinkhorn's epsilon,
       caps, notes.
     Raises ValueError for inputs that do not fit together.
@@ -964,8 +964,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
               "ci95": _intervals(scores, keys, _rng(seed, "bootstrap"), bootstrap),
               "groups": {name: _aggregate({g: scores[g] for g in members}, keys)
                          for name, members in _condition_groups(world, training).items()},
-              "per_condition": {g: {k: _plain(v[k]) for k in keys} for g, v in scores.items()},
-              "floors": {}, "floors_n_valid": {}, "replicate": {}, "score_vs_floor": {},
+              "per_condition": _per_condition(scores, keys),
+              "floors": {}, "floors_n_valid": {}, "floors_per_condition": {}, "replicate": {}, "score_vs_floor": {},
               "info": _information(world, truth, sizes, keys)}
     if floors:
         possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
@@ -974,6 +974,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
             values = _score(_floor(name, world, training, sizes), truth, world, keys) if possible[name] else {}
             result["floors"][name] = _aggregate(values, keys) if values else None
             result["floors_n_valid"][name] = _n_valid(values, keys) if values else None
+            result["floors_per_condition"][name] = _per_condition(values, keys)
             if 0 < len(values) < len(groups):
                 partial.add(name)
                 result["info"]["notes"].append(f"the {name} floor exists for {len(values)} of {len(groups)} conditions "
@@ -1007,6 +1008,11 @@ def _plain(value):
 def _table(scores, keys):
     """(conditions, keys) values."""
     return np.array([[values[k] for k in keys] for values in scores.values()], dtype=float).reshape(-1, len(keys))
+
+
+def _per_condition(scores, keys):
+    """{group: {key: value or None}}"""
+    return {g: {k: _plain(values[k]) for k in keys} for g, values in scores.items()}
 
 
 def _aggregate(scores, keys):
@@ -1188,6 +1194,15 @@ def _load_prediction(path, config):
     return cells
 
 
+def read_prediction(path, config):
+    """Any tool's prediction file: gene names, and {group: (cells, G)} of its predicted cells, log1p CP10k.
+
+    config: data.DataConfig, of which the columns are used as far as the file has them. Raises data.DataError.
+    """
+    cells = _load_prediction(path, config)
+    return list(cells.genes), _Groups(cells, None, bool(config.covariates))
+
+
 def _parser():
     import data
     parser = data.Parser(prog="metrics.py", description="Score predicted cells against real cells (AnnData files).")
@@ -1224,8 +1239,7 @@ def main(argv=None):
         parser.error("--seed must not be negative")
     with data.clean_errors():
         config = data.DataConfig(**args)                             # what is left are data flags
-        cells = _load_prediction(path, config)
-        genes, pred = list(cells.genes), _Groups(cells, None, bool(config.covariates))
+        genes, pred = read_prediction(path, config)
         real, cells = _load(truth, config, genes)
         unknown = set(pred) - set(real)
         if unknown:
