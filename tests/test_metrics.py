@@ -845,7 +845,7 @@ def test_plain_groups_with_a_control_mapping(case, result):
 
 def test_result_is_plain_json(result):
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert set(result) == {"aggregate", "n_valid", "ci95", "groups", "per_condition", "floors", "floors_n_valid",
+    assert set(result) == {"aggregate", "n_valid", "ci95", "groups", "per_condition", "floors", "floors_n_valid", "floors_per_condition",
                            "replicate", "score_vs_floor", "info"}
     assert list(result["aggregate"]) == list(metrics.KEYS)
     assert 0 < result["info"]["pca_variance_explained"]["30"] < result["info"]["pca_variance_explained"]["50"] <= 1
