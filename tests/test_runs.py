@@ -1,5 +1,6 @@
 """The method scripts as a user runs them: subprocesses on a small demo, resume, crashes, several processes, misuse."""
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -71,10 +72,10 @@ def test_run_prints_the_table_and_writes_its_files(trained, demo):
     assert json.loads((folder / "config.json").read_text())["steps"] == 20
 
 
-def test_prediction_file_scores_to_the_same_numbers(trained, demo, run, tmp_path):
+def test_prediction_file_scores_to_the_same_numbers(trained, demo, call, tmp_path):
     """metrics.py on pred.h5ad and the data file gives what the run itself printed."""
     method, folder, _ = trained
-    ok(run("metrics.py", folder / "pred.h5ad", demo, "--reference", demo, "--out", tmp_path / "m.json"))
+    ok(call("metrics.py", folder / "pred.h5ad", demo, "--reference", demo, "--out", tmp_path / "m.json"))
     again, own = json.loads((tmp_path / "m.json").read_text()), json.loads((folder / "metrics.json").read_text())
     for key in ("l2", "mse", "pearson_delta", "pds", "e_distance", "de_spearman"):
         assert again["aggregate"][key] == pytest.approx(own["aggregate"][key], rel=1e-4), key
@@ -156,7 +157,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(method, demo, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_kill_during_a_save_leaves_a_loadable_checkpoint(method, demo, run, tmp_path):
+def test_kill_during_a_save_leaves_a_loadable_checkpoint(method, demo, run, call, tmp_path):
     """A copy of the script that saves at every step and dies in the middle of its 30th save."""
     for name in (f"{method}.py", "data.py", "metrics.py"):
         shutil.copy(ROOT / name, tmp_path / name)
@@ -169,22 +170,21 @@ def test_kill_during_a_save_leaves_a_loadable_checkpoint(method, demo, run, tmp_
     flags = ["--data", demo, *TINY[method], "--steps", 60, "--out", tmp_path / "run"]
     assert run(f"{method}.py", *flags, cwd=tmp_path).returncode == -9
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 29
-    ok(run(f"{method}.py", "--out", tmp_path / "run", "--resume"))
-    ok(run(f"{method}.py", *flags[:-1], tmp_path / "whole"))
+    ok(call(f"{method}.py", "--out", tmp_path / "run", "--resume"))
+    ok(call(f"{method}.py", *flags[:-1], tmp_path / "whole"))
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_disk_full_while_saving_keeps_the_old_checkpoint(method, demo, tmp_path):
+def test_disk_full_while_saving_keeps_the_old_checkpoint(method, demo, call, tmp_path):
     """The file size limit of the process stands in for a full disk."""
     folder = tmp_path / "run"
-    command = [sys.executable, str(ROOT / f"{method}.py"), "--data", demo, *TINY[method], "--out", str(folder)]
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    subprocess.run([*command, "--stop-at", "10"], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    ok(call(f"{method}.py", "--data", demo, *TINY[method], "--out", folder, "--stop-at", 10))
     before = hashlib.sha256((folder / "ckpt.pt").read_bytes()).hexdigest()
     done = subprocess.run([sys.executable, str(ROOT / f"{method}.py"), "--out", str(folder), "--resume"], cwd=ROOT, capture_output=True, text=True,
                           timeout=120, preexec_fn=limit, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -430,24 +430,29 @@ def test_a_fork_runs_in_an_empty_folder(method, demo, run, tmp_path):
     assert (tmp_path / "here" / "metrics.json").exists()
 
 
-def test_readme_commands_are_real():
+@pytest.fixture(scope="module")
+def help_of():
+    """help_of(script): the text of --help, from a process of its own, once per script."""
+    @functools.cache
+    def text(script):
+        return subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True).stdout
+    return text
+
+
+def test_readme_commands_are_real(help_of):
     """Every script that the README calls exists, and every flag that it shows is known."""
     readme = (ROOT / "README.md").read_text()
-    help_of = {}
     for script, flags in re.findall(r"(?:python|torchrun[^\n]*?) (\w+\.py)([^\n`|]*)", readme):
         assert (ROOT / script).exists(), script
-        if script not in help_of:
-            help_of[script] = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True).stdout
-        known = help_of[script]
         for flag in re.findall(r"--[a-z][a-z-]*", flags):
-            assert flag in known, f"{script} {flag}"
+            assert flag in help_of(script), f"{script} {flag}"
     assert "pip install -r requirements.txt && python scdfm.py" in readme and "python -m pytest" in readme
 
 
-def test_help_shows_every_flag_with_its_meaning():
+def test_help_shows_every_flag_with_its_meaning(help_of):
     for method in METHODS:
-        text = subprocess.run([sys.executable, str(ROOT / f"{method}.py"), "--help"], capture_output=True, text=True).stdout
-        for flag, meaning in (("--hvg ", "A.4.1"), ("--steps ", "length of the schedule"), ("--covariates ", "controls are matched"),
+        text = help_of(f"{method}.py")
+        for flag, meaning in (("--hvg ", "paper"), ("--steps ", "length of the schedule"), ("--covariates ", "controls are matched"),
                               ("--compile", "default on for CUDA")):
             assert flag in text and meaning in " ".join(text.split())
 
