@@ -15,12 +15,15 @@ combination of covariates, written CONDITION@cov1,cov2 where covariates are used
 """
 import argparse
 import contextlib
+import copy
+import errno
 import inspect
 import io
 import json
 import os
 import re
 import sys
+import tempfile
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -42,7 +45,7 @@ PARTS = ("train", "val", "test")
 PART_ALIAS = {"valid": "val", "validation": "val"}
 LOG_MAX = 15.0         # log1p CP10k cannot exceed log(10001) = 9.2; other target sums reach 14
 LOG_LOG_MAX = 2.33     # log1p(log1p(10,000)): what a log taken twice cannot exceed
-BLOCK_NNZ = 4_000_000  # stored values touched at once: bounds temporary memory to about 100 MB
+BLOCK_NNZ = 4_000_000  # values touched at once: bounds temporary memory to about 100 MB
 
 
 class DataError(Exception):
@@ -66,7 +69,8 @@ class DataConfig:
     hvg_on: typing.Literal["train", "all"] = "train"  # cells that choose them; 'all' leaks the test, as papers do
     eval_genes: int = 1000      # genes that are evaluated: highest mean in training control cells; 0 takes all
     control_split: str = ""     # controls' shares in train,val,test (PerturBench: 0.5,0.25,0.25); '' shares them all
-    cache_gb: float = 8.0       # keep the matrix dense on the device up to this size, else densify each batch
+    cache_gb: float = 4.0       # matrix dense on the device up to this size, else sparse in memory, else on disk
+    backed: bool = False        # leave the matrix on disk, whatever its size
 
     @property
     def covariate_keys(self):
@@ -137,42 +141,67 @@ def _values(dataset):
     return dataset[...]
 
 
-def _column(frame, name):
-    """A column of obs or var in any layout of anndata 0.7 to 0.12; missing entries become '' (text) or NaN."""
-    node = frame[name]
-    if isinstance(node, h5py.Dataset):
-        values, legacy = _values(node), frame.get("__categories")
-        if legacy is None or name not in legacy:
-            return values
-        codes, categories = values, _values(legacy[name])
-    elif "categories" in node:
-        codes, categories = node["codes"][...], _values(node["categories"])
-    else:                                           # nullable integer, boolean, string: values and mask
-        values = _values(node["values"]).astype(object)
-        values[node["mask"][...]] = ""
-        return values
-    out = np.append(categories.astype(object), "")  # code -1 (missing) picks the last entry
-    return out[codes]
+@dataclass
+class Column:
+    """A column of obs or var as text, by its distinct values: entry i is values[codes[i]]; '' is missing."""
+    values: list
+    codes: np.ndarray
+
+    def array(self):
+        """One str per entry."""
+        return np.array(self.values, dtype=object)[self.codes]
 
 
-def _text(values):
-    """Any column as stripped text; missing values as ''."""
-    unique, inverse = _factorise(values) if values.dtype == object else np.unique(values, return_inverse=True)
-    text = [np.format_float_positional(v, trim="-") if isinstance(v, (float, np.floating)) else str(v).strip()
-            for v in unique]                        # 10.0 as '10', and never an exponent: '1e+06' would be split at '+'
-    text = np.array([("" if t in MISSING else t) for t in text], dtype=object)
-    return text[inverse] if len(text) else np.empty(0, dtype=object)
-
-
-def _factorise(values):
-    """Unique values in order of appearance, and the index of each entry (np.unique cannot sort mixed objects)."""
+def _distinct(values, codes):
+    """values[codes] as a Column: only values that occur, each once."""
+    used, codes = np.unique(codes, return_inverse=True)
     index = {}
-    inverse = np.fromiter((index.setdefault(v, len(index)) for v in values), dtype=np.int64, count=len(values))
-    return list(index), inverse
+    number = [index.setdefault(values[i], len(index)) for i in used]
+    return Column(list(index), np.array(number, dtype=np.int64)[codes])
 
 
-def _names(frame):
-    return _text(_column(frame, _attr(frame, "_index", "_index")))
+def _column(frame, name):
+    """A column of obs or var in any layout of anndata 0.7 to 0.12."""
+    node, legacy = frame[name], frame.get("__categories", {})
+    if name in legacy or (isinstance(node, h5py.Group) and "categories" in node):
+        codes, values = (node, legacy[name]) if name in legacy else (node["codes"], node["categories"])
+        codes, values = codes[...].astype(np.int64), list(_values(values))
+        missing = codes < 0
+    else:                                           # a group is a nullable integer, boolean or string
+        array, missing = (node, None) if isinstance(node, h5py.Dataset) else (node["values"], node["mask"][...])
+        array, index = _values(array), {}
+        codes = np.fromiter((index.setdefault(v, len(index)) for v in array), np.int64, len(array))
+        values = list(index)
+    if missing is not None:
+        codes[missing] = len(values)
+    return _distinct([_text(v) for v in values] + [""], codes)
+
+
+def _text(value):
+    """10.0 as '10', and never an exponent: '1e+06' would be split at '+'."""
+    text = np.format_float_positional(value, trim="-") if isinstance(value, (float, np.floating)) else str(value)
+    return "" if text.strip() in MISSING else text.strip()
+
+
+def _combine(columns):
+    """Distinct rows of several columns, as tuples, and the number of each entry's tuple."""
+    keys, codes = [()], np.zeros(len(columns[0].codes), dtype=np.int64)
+    for column in columns:
+        size = len(column.values)
+        pairs, codes = np.unique(codes * size + column.codes, return_inverse=True)
+        keys = [(*keys[p // size], column.values[p % size]) for p in pairs]
+    return keys, codes
+
+
+def _index(frame):
+    """Names of the cells (obs) or genes (var)."""
+    return _column(frame, _attr(frame, "_index", "_index")).array()
+
+
+def _length(frame):
+    """Number of entries, without reading them."""
+    node = frame[_attr(frame, "_index", "_index")]
+    return len(node if isinstance(node, h5py.Dataset) else node["values" if "values" in node else "codes"])
 
 
 def _columns(frame):
@@ -180,40 +209,192 @@ def _columns(frame):
     return [k for k in frame if k not in (index, "__categories")]
 
 
-def _matrix(node, shape, where):
-    """X or a layer as CSR float32, checked for consistency. Reads dense, CSR and CSC, chunked or not."""
+def _matrix(node, shape, where, limit):
+    """X or a layer as CSR float32, dense, CSR and CSC alike; StoredRows of it when it takes more than `limit` bytes."""
+    n, G = shape
     if isinstance(node, h5py.Dataset):
         if node.shape != shape:
             raise DataError(f"{where}: has shape {node.shape}, but obs and var say {shape}; the file is damaged")
-        rows = max(1, BLOCK_NNZ // max(1, shape[1]))
-        blocks = [sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in range(0, shape[0], rows)]
-        return sp.vstack(blocks, format="csr")
+        rows = max(1, BLOCK_NNZ // max(1, G))
+        blocks = (sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in range(0, n, rows))
+        return _spool(blocks, shape, where) if 4 * n * G > limit else sp.vstack(list(blocks), format="csr")
     layout = (_attr(node, "encoding-type") or _attr(node, "h5sparse_format")).removesuffix("_matrix")
     if layout not in ("csr", "csc") or not {"data", "indices", "indptr"} <= set(node):
         raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; dense, CSR and CSC matrices can be "
                         "read, write it again as one of them")
     stored = tuple(int(s) for s in node.attrs.get("shape", node.attrs.get("h5sparse_shape", ())))
-    indptr, indices = node["indptr"].astype(np.int64)[...], node["indices"]
-    n, width = shape if layout == "csr" else shape[::-1]
-    sound = (stored == shape and len(indptr) == n + 1 and indptr[0] == 0 and np.all(np.diff(indptr) >= 0)
-             and indptr[-1] == len(indices) == len(node["data"]))
-    if sound:
-        indices = indices.astype(np.int32)[...]
-        sound = len(indices) == 0 or (indices.min() >= 0 and indices.max() < width)
-    if not sound:
+    indptr, arrays = node["indptr"].astype(np.int64)[...], (node["data"], node["indices"])
+    size = len(node["indices"])
+    n_major, n_minor = shape if layout == "csr" else shape[::-1]
+    if not (stored == shape and len(indptr) == n_major + 1 and indptr[0] == 0 and np.all(np.diff(indptr) >= 0)
+            and indptr[-1] == size == len(node["data"])):
         raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(indptr)} pointers, "
-                        f"{len(indices)} indices, {len(node['data'])} values for {shape}); the file is damaged: "
-                        "write it again")
-    data = np.empty(len(indices), dtype=np.float32)
-    if len(data):
+                        f"{size} indices, {len(node['data'])} values for {shape}); the file is damaged: write it again")
+    if 8 * size > limit:
+        X = StoredRows([_HDF5Array(a) for a in arrays], indptr, n_minor, where)
+        if layout == "csc":
+            return _spool(_transposed(X), shape, where)
+        if all(flat := [_flat(a) for a in arrays]):
+            X.arrays = flat
+            return X
+        return _spool((X[block] for block in row_blocks(X, np.arange(n))), shape, where)
+    data, indices = np.empty(size, dtype=np.float32), node["indices"].astype(np.int32)[...]
+    _check_indices(indices, n_minor, where)
+    if size:
         node["data"].read_direct(data)
-    if indptr[-1] < 2**31:                          # int32 pointers let scipy keep the int32 indices
+    if size < 2**31:                                # int32 pointers let scipy keep the int32 indices
         indptr = indptr.astype(np.int32)
     build = sp.csr_matrix if layout == "csr" else sp.csc_matrix
-    X = build((data, indices, indptr), shape=shape, copy=False).tocsr()
+    return _canonical(build((data, indices, indptr), shape=shape, copy=False).tocsr())
+
+
+def _check_indices(indices, width, where):
+    if len(indices) and (indices.min() < 0 or indices.max() >= width):
+        raise DataError(f"{where}: its values and indices disagree (indices from {indices.min()} to {indices.max()} "
+                        f"where {width} are possible); the file is damaged: write it again")
+
+
+def _canonical(X):
+    """In place: one stored value, not zero, for each detected gene of a cell."""
     X.sum_duplicates()                              # no-op on canonical input; log1p needs one entry per value
-    X.eliminate_zeros()                             # from here on a stored value is a detected gene
+    X.eliminate_zeros()
     return X
+
+
+# ------------------------------------------------------------------------------------------------ matrices on disk
+
+class StoredRows:
+    """A matrix that stays in a file: X[rows] reads some rows as CSR float32, cut to the kept columns and normalised.
+
+    Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow, and
+    not mapped: the operating system keeps what was read while it has room, which does not count as ours.
+    """
+
+    def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
+        self.arrays, self.stored_width, self.where, self.note = arrays, width, where, note
+        self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
+        self.keep = np.ones(width, dtype=bool)                  # columns
+        self.factor = None                                      # per cell; counts times this are CP10k
+
+    @property
+    def shape(self):
+        return len(self.start), int(self.keep.sum())
+
+    def take(self, keep):
+        """The same with these rows only (boolean mask)."""
+        out = copy.copy(self)
+        out.start, out.size = self.start[keep], self.size[keep]
+        return out
+
+    def keep_columns(self, keep):
+        """From now on only these of the present columns (boolean mask)."""
+        self.keep[self.keep] = keep
+
+    def __getitem__(self, rows):
+        start, size = self.start[rows], self.size[rows]
+        stop, first = start + size, np.ones(len(start), dtype=bool)
+        first[1:] = start[1:] != stop[:-1]                      # rows that follow one another are one read
+        last = np.roll(first, -1)
+        runs = list(zip(start[first].tolist(), stop[last].tolist()))
+        values, indices = (array.read(runs) for array in self.arrays)
+        _check_indices(indices, self.stored_width, self.where)
+        X = _canonical(sp.csr_matrix((values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False),
+                                      np.append(0, np.cumsum(size))), shape=(len(size), self.stored_width)))
+        if not self.keep.all():
+            X = keep_columns(X, self.keep)
+        if self.factor is not None:
+            _log_cp10k(X, self.factor[rows])
+        return X
+
+
+class _FlatArray:
+    """A 1-D array in a file, uncompressed: pieces of `chunk` values, each at its byte offset."""
+
+    def __init__(self, file, dtype, chunk, offsets):
+        self.file, self.dtype, self.chunk, self.offsets = file, np.dtype(dtype), chunk, offsets
+
+    def read(self, runs):
+        """Values start to stop of every run, one run after the other."""
+        out = np.empty(sum(stop - start for start, stop in runs), dtype=self.dtype)
+        view, at, width, descriptor = memoryview(out.view(np.uint8)), 0, self.dtype.itemsize, self.file.fileno()
+        for start, stop in runs:
+            while start < stop:
+                piece = start // self.chunk
+                end = min(stop, (piece + 1) * self.chunk, start + 2**24)    # the system reads 2 GB at most
+                size = (end - start) * width
+                offset = self.offsets[piece] + (start - piece * self.chunk) * width
+                if os.preadv(descriptor, [view[at:at + size]], offset) < size:
+                    raise DataError(f"{self.file.name}: ended while it was read; was it written to? Start again")
+                start, at = end, at + size
+        return out
+
+
+class _HDF5Array:
+    """The same of any 1-D dataset, compressed or not, while its file is open: good for long runs."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def read(self, runs):
+        return np.concatenate([self.dataset[start:stop] for start, stop in runs] or [self.dataset[:0]])
+
+
+def _flat(dataset):
+    """A _FlatArray of a dataset that HDF5 stores as it is, or None: filters, odd types, pieces that were never written."""
+    if dataset.id.get_create_plist().get_nfilters() or dataset.file.userblock_size or dataset.dtype.kind not in "iuf":
+        return None
+    if dataset.chunks is None:
+        chunk, offsets = max(1, len(dataset)), [dataset.id.get_offset()]
+    else:
+        chunk = dataset.chunks[0]
+        offsets = [dataset.id.get_chunk_info_by_coord((i,)).byte_offset for i in range(0, len(dataset), chunk)]
+    if None in offsets:
+        return None
+    return _FlatArray(open(dataset.file.filename, "rb", buffering=0), dataset.dtype, chunk, offsets)
+
+
+def _spool(blocks, shape, where):
+    """StoredRows of a temporary uncompressed copy, for files whose rows cannot be read one by one: compressed, dense,
+    stored by column. The copy has no name and is gone when the program ends, however it ends."""
+    indptr = [np.zeros(1, dtype=np.int64)]
+    try:
+        files = [tempfile.TemporaryFile() for _ in range(2)]
+        for block in blocks:
+            for file, values in zip(files, (block.data, block.indices)):
+                file.write(values)
+            indptr.append(indptr[-1][-1] + block.indptr[1:].astype(np.int64))
+        for file in files:
+            file.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(f"{where}: is streamed from an uncompressed copy, for which {tempfile.gettempdir()} has no room "
+                        f"({error.strerror}); set TMPDIR to a larger folder") from None
+    indptr = np.concatenate(indptr)
+    arrays = [_FlatArray(file, dtype, max(1, int(indptr[-1])), [0])
+              for file, dtype in zip(files, (np.float32, np.int32))]
+    return StoredRows(arrays, indptr, shape[1], where, f"streamed from a temporary copy of {indptr[-1] / 2**27:.1f} GB "
+                      f"in {tempfile.gettempdir()}; a file prepared with data.py FILE --out needs none")
+
+
+def _transposed(X):
+    """The rows of a matrix that is stored by column, in blocks, by way of a temporary file for each block of rows.
+    X: StoredRows whose rows are the columns."""
+    columns, n, total = len(X.size), X.stored_width, int(X.size.sum())
+    step = -(-n // min(256, 1 + total // BLOCK_NNZ))
+    entry = np.dtype([("row", np.int32), ("column", np.int32), ("value", np.float32)])
+    files = [tempfile.TemporaryFile() for _ in range(0, n, step)]
+    for block in row_blocks(X, np.arange(columns)):
+        part = X[block].tocoo()
+        by_row, entries = np.argsort(part.col, kind="stable"), np.empty(part.nnz, dtype=entry)
+        entries["row"], entries["column"], entries["value"] = part.col[by_row], block[part.row[by_row]], part.data[by_row]
+        for file, piece in zip(files, np.split(entries, np.searchsorted(entries["row"], np.arange(step, n, step)))):
+            file.write(piece)
+    for first, file in zip(range(0, n, step), files):
+        file.seek(0)
+        entries = np.fromfile(file, dtype=entry)
+        yield sp.csr_matrix((entries["value"], (entries["row"] - first, entries["column"])),
+                            shape=(min(step, n - first), columns))
 
 
 def _uns(group):
@@ -228,13 +409,12 @@ def _uns(group):
 
 @dataclass
 class Cells:
-    """One AnnData file in memory. n cells, G genes; `condition` and `covariate` are canonical per cell."""
+    """The labelled cells of one AnnData file: n cells, G genes. Conditions and covariates are canonical."""
     path: str
-    X: sp.csr_matrix            # (n, G) float32, in the unit that `scale` says
+    X: "sp.csr_matrix | StoredRows"  # (n, G) float32, in the unit that `scale` says
     genes: list
-    names: np.ndarray           # (n,) cell names
-    condition: np.ndarray       # (n,) 'A', 'A+B' or 'control'
-    covariate: np.ndarray       # (n,) 'cov1,cov2', or '' without covariates
+    pairs: list                 # [(condition, covariate)]: ('A', ''), ('A+B', 'cov1,cov2'), ('control', 'cov1,cov2')
+    pair: np.ndarray            # (n,) which of them each cell is
     scale: str                  # 'counts' or 'lognorm'
     uns: dict
     canonical: typing.Callable  # label -> canonical condition, by the rules found for this file
@@ -245,15 +425,34 @@ class Cells:
     file_shape: tuple           # labelled cells and genes of the file, before anything is filtered
     notes: list = field(default_factory=list)  # what was dropped or renamed, to be printed
 
-    def take(self, rows):
-        """Keep only these rows (boolean mask or indices)."""
-        self.X = self.X[rows]
-        for name in ("names", "condition", "covariate", "kept"):
-            setattr(self, name, getattr(self, name)[rows])
+    @property
+    def condition(self):
+        """(n,) 'A', 'A+B' or 'control'."""
+        return np.array([c for c, _ in self.pairs], dtype=object)[self.pair]
+
+    @property
+    def covariate(self):
+        """(n,) 'cov1,cov2', or '' without covariates."""
+        return np.array([v for _, v in self.pairs], dtype=object)[self.pair]
+
+    @property
+    def names(self):
+        """(n,) cell names, read when asked for."""
+        with _open(self.path) as file:
+            return _index(file["obs"])[self.kept]
+
+    def take(self, keep):
+        """Keep only these cells (boolean mask)."""
+        self.X = self.X.take(keep) if isinstance(self.X, StoredRows) else self.X[keep]
+        pair, self.kept = _distinct(self.pairs, self.pair[keep]), self.kept[keep]
+        self.pairs, self.pair = pair.values, pair.codes
 
     def keep_genes(self, keep):
         """Keep only these genes (boolean mask)."""
-        self.X = keep_columns(self.X, keep)
+        if isinstance(self.X, StoredRows):
+            self.X.keep_columns(keep)
+        else:
+            self.X = keep_columns(self.X, keep)
         self.genes = [g for g, k in zip(self.genes, keep) if k]
 
     def obs(self, column):
@@ -262,7 +461,7 @@ class Cells:
             if column not in file["obs"]:
                 raise DataError(f"{self.path}: obs has no column '{column}'; it has "
                                 + ", ".join(_columns(file["obs"])))
-            return _text(_column(file["obs"], column))[self.kept]
+            return _column(file["obs"], column).array()[self.kept]
 
 
 def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True):
@@ -276,39 +475,39 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     """
     config = config or DataConfig()
     with _open(path) as file:
-        obs, names = file["obs"], _names(file["obs"])
+        obs = file["obs"]
         matrix, var, where = _choose_layer(file, config.layer, path)
-        index = _names(var)
-        n = len(names)
+        index, n = _index(var), _length(obs)
         if n == 0 or len(index) == 0:
             raise DataError(f"{path}: holds {n} cells and {len(index)} genes; nothing to learn from, check how it was "
                             "written")
-        symbols = set(index).union(*(_text(_column(var, k)) for k in GENE_KEYS if k in var))
+        symbols = set(index).union(*(_column(var, k).values for k in GENE_KEYS if k in var))
         keys, labels = _find_labels(obs, config, path, symbols, control_required, perturbed_required)
         doses = _required_column(obs, config.dose_key, "--dose-key", path) if config.dose_key else None
         covariates = [_required_column(obs, key, "--covariates", path) for key in config.covariate_keys]
         genes = _gene_names(var, index, config, labels, path)
-        X = _matrix(matrix, (n, len(index)), where)
+        X = _matrix(matrix, (n, len(index)), where, -1 if config.backed else config.cache_gb * 2**30)
         uns = _uns(file["uns"]) if "uns" in file else {}
     notes = []
+    if isinstance(X, StoredRows):
+        notes.append(X.note)
     genes, duplicated = _unique(genes)
     if duplicated:
         notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...)")
-    rules = LabelRules(labels, genes, config.control_label)
+    rules = LabelRules(_every(labels), genes, config.control_label)
     condition, spelling = rules.apply(labels, doses)
     ambiguous = sorted({p for c in spelling for p in c.split("+")} & duplicated)
     if ambiguous:
         raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
                         "names with --gene-key, or remove the duplicates")
-    covariate = np.full(n, "", dtype=object)
-    if covariates:
-        covariate = np.array([",".join(values) for values in zip(*covariates)], dtype=object)
-    cells = Cells(str(path), X, genes, names, condition, covariate, "", uns, rules.canonical, spelling, keys,
+    keys_of, pair = _combine([condition, *covariates])
+    labelled = np.array(["" not in key for key in keys_of])[pair]
+    pairs = _distinct([(c, ",".join(v)) for c, *v in keys_of], pair)
+    cells = Cells(str(path), X, genes, pairs.values, pairs.codes, "", uns, rules.canonical, spelling, keys,
                   sorted(rules.seen_controls), np.arange(n), (), notes)
-    unlabelled = np.any([condition == ""] + [values == "" for values in covariates], axis=0)
-    if unlabelled.any():
-        notes.append(f"dropped {int(unlabelled.sum()):,} cells without a label{' or covariate' if covariates else ''}")
-        cells.take(~unlabelled)
+    if not labelled.all():
+        notes.append(f"dropped {int((~labelled).sum()):,} cells without a label{' or covariate' if covariates else ''}")
+        cells.take(labelled)
     cells.file_shape = cells.X.shape
     n_control = int((cells.condition == CONTROL).sum())
     if control_required and n_control == 0:
@@ -338,7 +537,7 @@ def _choose_layer(file, layer, path):
 def _required_column(frame, name, flag, path):
     if name not in frame:
         raise DataError(f"{path}: obs has no column '{name}' ({flag}); it has {', '.join(_columns(frame))}")
-    return _text(_column(frame, name))
+    return _column(frame, name)
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -417,45 +616,44 @@ class LabelRules:
         return "+".join(sorted(perturbations)) or CONTROL
 
     def apply(self, labels, doses=None):
-        """labels (n, k) text: k label columns. Returns canonical (n,), {canonical: first spelling in sorted order}."""
-        joined = ["+".join(t for t in row if t) for row in labels] if labels.shape[1] > 1 else labels[:, 0]
-        keys = list(zip(joined, doses)) if doses is not None else [(label, "") for label in joined]
-        unique, inverse = _factorise(keys)
-        names = np.array([self.canonical(*key) for key in unique], dtype=object)
-        spelling = {}
-        for (label, _), name in sorted(zip(unique, names)):
+        """labels: k Columns, of which a cell's are joined; doses: a Column or None. Returns a Column of canonical
+        conditions, {canonical: first spelling in sorted order}."""
+        keys, codes = _combine(labels + ([doses] if doses else []))
+        keys = [("+".join(t for t in key[:len(labels)] if t), *key[len(labels):]) for key in keys]
+        names, spelling = [self.canonical(*key) for key in keys], {}
+        for (label, *_), name in sorted(zip(keys, names)):
             if name not in ("", CONTROL):
                 spelling.setdefault(name, label)
-        return names[inverse], spelling
+        return _distinct(names, codes), spelling
 
 
 def _find_labels(obs, config, path, genes, control_required, perturbed_required):
-    """The label column(s), as name and (n, k) text: --pert-key, or the first candidate that can be used."""
+    """The label column(s), as name and Columns: --pert-key, or the first candidate that can be used."""
     def lacks(labels):
         """What keeps these labels from being used, or None."""
-        rules = LabelRules(labels, genes, config.control_label)
-        values = set(rules.apply(labels)[0]) - {""}
+        rules = LabelRules(_every(labels), genes, config.control_label)
+        values = set(rules.apply(labels)[0].values) - {""}
         if control_required and not rules.seen_controls & (rules.explicit or rules.seen_controls):
             return "no control label"
         return "only control cells" if perturbed_required and values == {CONTROL} else None
 
     if config.pert_key:
         keys = [config.pert_key] if config.pert_key in obs else [k.strip() for k in config.pert_key.split(",")]
-        found = [(",".join(keys), np.stack([_required_column(obs, k, "--pert-key", path) for k in keys], axis=1))]
+        found = [(",".join(keys), [_required_column(obs, k, "--pert-key", path) for k in keys])]
     else:
-        found = [(key, _text(_column(obs, key))[:, None]) for key in PERT_KEYS if key in obs]
+        found = [(key, [_column(obs, key)]) for key in PERT_KEYS if key in obs]
     usable = [(key, labels) for key, labels in found if not lacks(labels)]
     if usable:
-        first, *others = [(key, labels, LabelRules(labels, genes, config.control_label).apply(labels)[0])
+        first, *others = [(key, labels, LabelRules(_every(labels), genes, config.control_label).apply(labels)[0])
                           for key, labels in usable]
         for key, labels, condition in others:
-            if not np.array_equal(condition, first[2]):
+            if any(a != b for a, b in _combine([condition, first[2]])[0]):
                 raise DataError(f"{path}: obs columns {first[0]} ({_some(first[1])}) and {key} ({_some(labels)}) "
                                 "disagree on the conditions; choose one with --pert-key")
         return first[:2]
     if not found and not perturbed_required:
-        return "(no label column: every cell a control)", np.full((len(_names(obs)), 1), CONTROL, dtype=object)
-    listing = "; ".join(f"{k} ({_some(_text(_column(obs, k)))})" for k in _columns(obs)[:12])
+        return "(no label column: every cell a control)", [Column([CONTROL], np.zeros(_length(obs), np.int64))]
+    listing = "; ".join(f"{k} ({_some([_column(obs, k)])})" for k in _columns(obs)[:12])
     advice = "Name the column with --pert-key and its control value with --control-label"
     if not found:
         raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has "
@@ -469,10 +667,15 @@ def _find_labels(obs, config, path, genes, control_required, perturbed_required)
                     f"obs has {listing}. {advice}")
 
 
-def _some(values):
-    """A few values of a column, for error messages."""
-    unique = sorted(set(values.ravel()))
-    return ", ".join(str(v) for v in unique[:4]) + (f", ... {len(unique)} values" if len(unique) > 4 else "")
+def _every(columns):
+    """The distinct values of some columns."""
+    return np.array([v for column in columns for v in column.values], dtype=object)
+
+
+def _some(columns):
+    """A few of them, for error messages."""
+    unique = sorted(set(_every(columns)))
+    return ", ".join(unique[:4]) + (f", ... {len(unique)} values" if len(unique) > 4 else "")
 
 
 def _gene_names(var, index, config, labels, path):
@@ -481,10 +684,10 @@ def _gene_names(var, index, config, labels, path):
         if config.gene_key not in var:
             raise DataError(f"{path}: var has no column '{config.gene_key}' (--gene-key); it has "
                             f"{', '.join(_columns(var)) or 'none'}")
-        names = _text(_column(var, config.gene_key))
+        names = _column(var, config.gene_key).array()
     else:
-        tokens = {t for label in set(labels.ravel()) for part in _split(label) for t in [part, *part.split("_")]}
-        candidates = [index] + [_text(_column(var, k)) for k in GENE_KEYS if k in var]
+        tokens = {t for label in _every(labels) for part in _split(label) for t in [part, *part.split("_")]}
+        candidates = [index] + [_column(var, k).array() for k in GENE_KEYS if k in var]
         names = max(candidates, key=lambda names: len(tokens & set(names)))  # the first of equals: the index
     return np.where(names == "", index, names)      # a gene without a symbol goes by its identifier
 
@@ -512,15 +715,19 @@ def _scale(X, config, where, check=True):
     """'counts' or 'lognorm', from the declaration or from the values; anything else is a DataError."""
     if config.counts and config.lognorm:
         raise DataError("--counts and --lognorm contradict each other; give one")
-    if X.nnz == 0:
+    low, high, integer = np.inf, -np.inf, True
+    for block in row_blocks(X, np.arange(X.shape[0])):
+        values = X[block].data
+        if len(values):
+            low, high = np.minimum(low, values.min()), np.maximum(high, values.max())  # NaN stays NaN
+            integer = integer and np.array_equal(values, np.rint(values))
+    if low > high:
         raise DataError(f"{where}: every value is zero; choose another --layer")
-    low, high = float(X.data.min()), float(X.data.max())  # min and max of NaN are NaN
     if not np.isfinite(low) or not np.isfinite(high):
         raise DataError(f"{where}: holds NaN or infinite values; remove them or choose another --layer")
     if low < 0 and check:
         raise DataError(f"{where}: holds negative values (lowest {low:.3g}): scaled or centred data cannot be used; "
                         "choose the layer with raw counts or log-normalised values with --layer")
-    integer = all(np.array_equal(b, np.rint(b)) for b in np.array_split(X.data, X.nnz // BLOCK_NNZ + 1))
     if config.lognorm:
         if high >= LOG_MAX or integer:
             raise DataError(f"{where}: --lognorm, but the values are {'integers' if integer else 'not logarithms'} up "
@@ -542,9 +749,9 @@ def _scale(X, config, where, check=True):
 
 
 def row_blocks(X, rows):
-    """Split row indices into runs of about BLOCK_NNZ stored values; the borders depend on these rows alone."""
-    size = np.cumsum(np.diff(X.indptr)[rows], dtype=np.int64)
-    return np.split(rows, np.flatnonzero(np.diff(size // BLOCK_NNZ)) + 1) if len(rows) else []
+    """Split row indices into runs of at most BLOCK_NNZ values; the borders depend on the number of rows alone."""
+    step = max(1, BLOCK_NNZ // max(1, X.shape[1]))
+    return [rows[i:i + step] for i in range(0, len(rows), step)]
 
 
 def gene_moments(X, rows, transform=None):
@@ -591,15 +798,24 @@ def lognormalise(cells, target=1e4):
     """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay."""
     if cells.scale == "lognorm":
         return
-    X = cells.X
-    for block in row_blocks(X, np.arange(X.shape[0])):
-        lo, hi = X.indptr[block[0]], X.indptr[block[-1] + 1]
-        values, row = X.data[lo:hi], np.repeat(np.arange(len(block)), np.diff(X.indptr)[block])
-        total = np.bincount(row, values, len(block))  # each row summed by itself: no cell's value depends on another
-        factor = np.divide(target, total, out=np.zeros_like(total), where=total > 0).astype(np.float32)
-        values *= factor[row]
-        torch.from_numpy(values).log1p_()
+    X, total = cells.X, np.empty(cells.X.shape[0])
+    for block in row_blocks(X, np.arange(len(total))):
+        part = X[block]                             # each row summed by itself: no cell's value depends on another
+        total[block] = np.bincount(np.repeat(np.arange(len(block)), np.diff(part.indptr)), part.data, len(block))
+    factor = np.divide(target, total, out=np.zeros_like(total), where=total > 0).astype(np.float32)
+    if isinstance(X, StoredRows):
+        X.factor = factor
+    else:
+        _log_cp10k(X, factor)
     cells.scale = "lognorm"
+
+
+def _log_cp10k(X, factor):
+    """In place: log1p of every row of a CSR matrix times its factor."""
+    for block in row_blocks(X, np.arange(X.shape[0])):
+        values = X.data[X.indptr[block[0]]:X.indptr[block[-1] + 1]]
+        values *= np.repeat(factor[block], np.diff(X.indptr)[block])
+        torch.from_numpy(values).log1p_()
 
 
 def highly_variable(X, rows, n_top, bins=20):
@@ -818,14 +1034,12 @@ class Dataset:
     def __init__(self, cells, split, config, device="cpu"):
         self.source, self.split, self.config, self.device = cells, split, config, torch.device(device)
         self.file_scale = cells.scale
-        pairs, inverse = _factorise(list(zip(cells.condition, cells.covariate)))
+        pairs = cells.pairs
         rank = sorted(range(len(pairs)), key=lambda i: (pairs[i][0] != CONTROL, pairs[i]))
         self.groups = [group_name(*pairs[i]) for i in rank]
         self.condition = [pairs[i][0] for i in rank]
         self.covariate = [pairs[i][1] for i in rank]
-        position = np.empty(len(pairs), dtype=np.int64)
-        position[rank] = np.arange(len(pairs))
-        group_of = position[inverse]
+        group_of = np.argsort(rank)[cells.pair]
         by_group = np.argsort(group_of, kind="stable")
         self.rows = dict(zip(self.groups, np.split(by_group, np.cumsum(np.bincount(group_of))[:-1])))
         self.perturbations = sorted({p for c in self.condition if c != CONTROL for p in c.split("+")})
@@ -835,7 +1049,7 @@ class Dataset:
 
     @property
     def X(self):
-        """(n, G) CSR float32, log1p CP10k."""
+        """(n, G) log1p CP10k: X[rows] is CSR float32, whether X is in memory or on disk."""
         return self.source.X
 
     @property
@@ -880,7 +1094,7 @@ class Dataset:
         self._control = torch.tensor([where[v] for v in self.covariate], device=self.device)
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32  # log1p CP10k in fp16: 3 decimal digits
         self.dense = None
-        if n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
+        if sp.issparse(self.X) and n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
             self.dense = torch.empty((n, G), dtype=dtype, device=self.device)
             for block in row_blocks(self.X, np.arange(n)):
                 self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)
@@ -914,16 +1128,16 @@ class Dataset:
 
     def cells(self, group, genes=None):
         """All real cells of a group as float32 (n, G'), genes: column indices or None for all."""
-        X = self.X[self.rows[group]]
-        return (X if genes is None else X[:, genes]).toarray()
+        return self._values(self.rows[group], genes)
 
     def controls(self, part="train", genes=None, covariate=None):
         """Real control cells of a part: (n, G') of one covariate, or {covariate: (n, G')}."""
-        def take(rows):
-            return (self.X[rows] if genes is None else self.X[rows][:, genes]).toarray()
         if covariate is not None:
-            return take(self.control_rows[part][covariate])
-        return {v: take(rows) for v, rows in self.control_rows[part].items()}
+            return self._values(self.control_rows[part][covariate], genes)
+        return {v: self._values(rows, genes) for v, rows in self.control_rows[part].items()}
+
+    def _values(self, rows, genes):
+        return (self.X[rows] if genes is None else self.X[rows][:, genes]).toarray()
 
     def panel(self):
         """The plain facts of this data set that a model needs to predict."""
@@ -1015,8 +1229,9 @@ def read_controls(path, config, genes):
     if missing:
         raise DataError(f"--controls {path}: lacks {len(missing):,} of the {len(genes):,} genes of the model "
                         f"({', '.join(missing[:5])}); add them (zero where not measured)")
-    X, control = cells.X[:, [column[g] for g in genes]], cells.condition == CONTROL
-    return {v: X[control & (cells.covariate == v)].toarray() for v in sorted(set(cells.covariate[control]))}
+    columns = [column[g] for g in genes]
+    controls = sorted((v, i) for i, (c, v) in enumerate(cells.pairs) if c == CONTROL)
+    return {v: cells.X[np.flatnonzero(cells.pair == i)][:, columns].toarray() for v, i in controls}
 
 
 def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
@@ -1032,20 +1247,21 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
             raise DataError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     cells = read_cells(path, config)
     if config.min_genes > 0:
-        keep = np.diff(cells.X.indptr) >= config.min_genes
+        keep = np.concatenate([np.diff(cells.X[block].indptr) for block in
+                               row_blocks(cells.X, np.arange(len(cells.pair)))]) >= config.min_genes
         cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
         if not keep.any():
             raise DataError(f"{path}: no cell has {config.min_genes} detected genes (--min-genes); lower it")
         if not keep.all():
             cells.take(keep)
-    with_control = set(cells.covariate[cells.condition == CONTROL])
-    keep = np.array([v in with_control for v in cells.covariate])
+    with_control = {v for c, v in cells.pairs if c == CONTROL}
+    keep = np.array([v in with_control for _, v in cells.pairs])[cells.pair]
     if not keep.all():
-        lost = sorted(set(cells.covariate[~keep]))
+        lost = sorted({v for _, v in cells.pairs} - with_control)
         cells.notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control "
                            f"cells ({', '.join(lost[:4])})")
         cells.take(keep)
-    groups = sorted({(c, v) for c, v in zip(cells.condition, cells.covariate) if c != CONTROL})
+    groups = sorted(pair for pair in cells.pairs if pair[0] != CONTROL)
     if not groups or not with_control:
         raise DataError(f"{path}: no {'perturbed' if with_control else 'control'} cells are left after quality "
                         "control; lower --min-genes, or match controls in fewer --covariates")
@@ -1158,11 +1374,14 @@ def _write_frame(parent, name, index, columns):
     group.attrs["encoding-type"], group.attrs["encoding-version"] = "dataframe", "0.2.0"
     group.attrs["_index"] = "_index"
     group.attrs.create("column-order", list(columns), dtype=h5py.string_dtype(), shape=(len(columns),))
-    _write(group, "_index", list(index), "string-array")
+    _write(group, "_index", np.asarray(index, dtype=object), "string-array")
     for key, values in columns.items():
         values = np.asarray(values)
         if values.dtype.kind in "OU":               # text: categorical, as anndata writes it
-            categories, codes = np.unique(values.astype(str), return_inverse=True)
+            index = {}
+            codes = np.fromiter((index.setdefault(str(v), len(index)) for v in values), np.int64, len(values))
+            categories = sorted(index)
+            codes = np.argsort([index[c] for c in categories])[codes]
             node = group.create_group(key)
             node.attrs["encoding-type"], node.attrs["encoding-version"] = "categorical", "0.2.0"
             node.attrs["ordered"] = False
@@ -1172,23 +1391,36 @@ def _write_frame(parent, name, index, columns):
             _write(group, key, values, "array")
 
 
+def _write_rows(file, blocks, G):
+    """CSR blocks as the matrix X, in pieces without compression, which StoredRows reads as they are."""
+    group, indptr = file.create_group("X"), [np.zeros(1, dtype=np.int64)]
+    for block in blocks:
+        end = indptr[-1][-1]
+        for key, values in (("data", block.data), ("indices", block.indices)):
+            if key not in group:
+                group.create_dataset(key, (0,), values.dtype, maxshape=(None,), chunks=(min(max(1, len(values)), 65536),))
+            group[key].resize((end + len(values),))
+            group[key][end:] = values
+        indptr.append(end + block.indptr[1:].astype(np.int64))
+    indptr = np.concatenate(indptr)
+    group["indptr"] = indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr
+    group.attrs["encoding-type"], group.attrs["encoding-version"] = "csr_matrix", "0.1.0"
+    group.attrs["shape"] = np.array([len(indptr) - 1, G], dtype=np.int64)
+
+
 def write_h5ad(path, X, obs, genes, uns=None, names=None):
-    """Write a valid AnnData file, atomically. X (n, G) ndarray or CSR, obs {column: n values}, genes [G] unique,
-    uns {key: str, number, array or dict}, names [n] cell names. Opens in anndata and scanpy without a warning."""
-    n, G = X.shape
+    """Write a valid AnnData file, atomically. X: (n, G) ndarray or sparse matrix, or its rows as CSR blocks one after
+    another; obs {column: n values}, genes [G] unique, uns {key: str, number, array or dict}, names [n] cell names.
+    Opens in anndata and scanpy without a warning."""
+    n, G = X.shape if hasattr(X, "shape") else (len(next(iter(obs.values()))), len(genes))
     if len(genes) != G or any(len(v) != n for v in obs.values()):
-        raise ValueError(f"X is {X.shape}, with {len(genes)} genes and obs of {[len(v) for v in obs.values()]}")
+        raise ValueError(f"X is {(n, G)}, with {len(genes)} genes and obs of {[len(v) for v in obs.values()]}")
     with atomic(path) as temporary, _Disk(temporary, "w+") as disk, h5py.File(disk, "w") as file:
         file.attrs["encoding-type"], file.attrs["encoding-version"] = "anndata", "0.1.0"
-        if sp.issparse(X):
-            X = X.tocsr()
-            group = file.create_group("X")
-            group.attrs["encoding-type"], group.attrs["encoding-version"] = "csr_matrix", "0.1.0"
-            group.attrs["shape"] = np.array(X.shape, dtype=np.int64)
-            for key, values in (("data", X.data), ("indices", X.indices), ("indptr", X.indptr)):
-                group.create_dataset(key, data=values, chunks=(min(len(values), 65536),) if len(values) else None)
-        else:
+        if isinstance(X, np.ndarray):
             _write(file, "X", np.ascontiguousarray(X), "array")
+        else:
+            _write_rows(file, [X.tocsr()] if sp.issparse(X) else X, G)
         _write_frame(file, "obs", names if names is not None else [f"cell{i}" for i in range(n)], obs)
         _write_frame(file, "var", genes, {})
         for name in ("layers", "obsm", "varm", "obsp", "varp"):
@@ -1215,9 +1447,10 @@ def write_prepared(path, data):
     obs = {"condition": cells.condition[rows]}
     obs |= {key: cells.obs(key)[rows] for key in data.config.covariate_keys}
     uns = {"preprocessing": {"scale": "log1p CP10k", "source": Path(cells.path).name,
-                             "notes": np.array(cells.notes, dtype=object), "min_genes": data.config.min_genes,
+                             "notes": np.array([n for n in cells.notes if n != getattr(cells.X, "note", "")], dtype=object), "min_genes": data.config.min_genes,
                              "min_cells": data.config.min_cells, "hvg": data.config.hvg}}
-    write_h5ad(path, cells.X[rows], obs, cells.genes, uns, _unique(cells.names[rows])[0])
+    blocks = (cells.X[block] for block in row_blocks(cells.X, rows))
+    write_h5ad(path, blocks, obs, cells.genes, uns, _unique(cells.names[rows])[0])
 
 
 # ------------------------------------------------------------------------------------------------ the demo
@@ -1284,26 +1517,29 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     kind[:n_control] = np.arange(n_control) % cell_types
     shuffle = rng.permutation(total)
     label, kind = label[shuffle], kind[shuffle]
-    depth = min(6 * genes, 9000) * rng.lognormal(0, 0.3, total)
-    truth, blocks = np.zeros((len(conditions), genes)), []
+    depth = genes * (6 if genes < 1000 else 0.45) * rng.lognormal(0, 0.3, total)  # large: one value in ten, as measured
+    truth = np.zeros((len(conditions), genes))
     step = max(1, BLOCK_NNZ // genes)
-    for i in range(0, total, step):
-        c, k = label[i:i + step], kind[i:i + step]
-        activity = rng.normal(0, 0.5, (len(c), P))
-        responds = (rng.random(len(c)) < 0.75) * type_strength[k]
-        rate = baseline + type_shift[k] + activity @ (effect + own) + responds[:, None] * shifts[c]
-        rate = np.exp(rate - rate.max(axis=1, keepdims=True))
-        rate /= rate.sum(axis=1, keepdims=True)
-        np.add.at(truth, c, np.log1p(1e4 * rate))
-        rate *= depth[i:i + step, None] * rng.gamma(5.0, 1 / 5.0, rate.shape)  # gamma-Poisson: dispersion 1/5
-        blocks.append(sp.csr_matrix(rng.poisson(rate).astype(np.float32)))
-    truth /= np.maximum(np.bincount(label, minlength=len(conditions)), 1)[:, None]
+
+    def blocks():                           # written one by one, and nothing is kept but the sums of the truth
+        for i in range(0, total, step):
+            c, k = label[i:i + step], kind[i:i + step]
+            activity = rng.normal(0, 0.5, (len(c), P))
+            responds = (rng.random(len(c)) < 0.75) * type_strength[k]
+            rate = baseline + type_shift[k] + activity @ (effect + own) + responds[:, None] * shifts[c]
+            rate = np.exp(rate - rate.max(axis=1, keepdims=True))
+            rate /= rate.sum(axis=1, keepdims=True)
+            np.add.at(truth, c, np.log1p(1e4 * rate))
+            rate *= depth[i:i + step, None] * rng.gamma(5.0, 1 / 5.0, rate.shape)  # gamma-Poisson: dispersion 1/5
+            yield sp.csr_matrix(rng.poisson(rate).astype(np.float32))
+        truth[:] /= np.maximum(np.bincount(label, minlength=len(conditions)), 1)[:, None]
+
     obs = {"condition": np.array(conditions, dtype=object)[label]}
     if cell_types > 1:
         obs["cell_type"] = np.array([f"type{i + 1}" for i in range(cell_types)], dtype=object)[kind]
     uns = {"truth_conditions": np.array(conditions, dtype=object), "truth_interactions": np.array(kinds, dtype=object),
            "truth_means": truth, "simulator": "data.py demo", "seed": seed}
-    write_h5ad(path, sp.vstack(blocks, format="csr"), obs, names, uns)
+    write_h5ad(path, blocks(), obs, names, uns)
 
 
 def demo_file(cell_types=1, folder="runs"):
