@@ -154,10 +154,10 @@ class Column:
 
 def _distinct(values, codes):
     """values[codes] as a Column: only values that occur, each once."""
-    used, codes = np.unique(codes, return_inverse=True)
-    index = {}
-    number = [index.setdefault(values[i], len(index)) for i in used]
-    return Column(list(index), np.array(number, dtype=np.int64)[codes])
+    number, index = np.zeros(len(values), dtype=np.int64), {}
+    for i in np.flatnonzero(np.bincount(codes)):
+        number[i] = index.setdefault(values[i], len(index))
+    return Column(list(index), number[codes])
 
 
 def _column(frame, name):
@@ -292,9 +292,8 @@ class StoredRows:
 
     def __getitem__(self, rows):
         start, size = self.start[rows], self.size[rows]
-        stop, first = start + size, np.ones(len(start), dtype=bool)
-        first[1:] = start[1:] != stop[:-1]                      # rows that follow one another are one read
-        last = np.roll(first, -1)
+        stop, first, last = start + size, *np.ones((2, len(start)), dtype=bool)
+        first[1:] = last[:-1] = start[1:] != stop[:-1]          # rows that follow one another are one read
         runs = list(zip(start[first].tolist(), stop[last].tolist()))
         values, indices = (array.read(runs) for array in self.arrays)
         _check_indices(indices, self.stored_width, self.where)
@@ -308,24 +307,30 @@ class StoredRows:
 
 
 class _FlatArray:
-    """A 1-D array in a file, uncompressed: pieces of `chunk` values, each at its byte offset."""
+    """A 1-D array in a file, uncompressed: in pieces of `chunk` values, each at its byte offset."""
 
-    def __init__(self, file, dtype, chunk, offsets):
-        self.file, self.dtype, self.chunk, self.offsets = file, np.dtype(dtype), chunk, offsets
+    def __init__(self, file, dtype, offsets, chunk=2**40):
+        self.file, self.dtype, self.offsets, self.chunk = file, np.dtype(dtype), offsets, chunk
 
     def read(self, runs):
         """Values start to stop of every run, one run after the other."""
-        out = np.empty(sum(stop - start for start, stop in runs), dtype=self.dtype)
-        view, at, width, descriptor = memoryview(out.view(np.uint8)), 0, self.dtype.itemsize, self.file.fileno()
+        pieces, width = [], self.dtype.itemsize                 # (byte offset, bytes)
         for start, stop in runs:
             while start < stop:
-                piece = start // self.chunk
-                end = min(stop, (piece + 1) * self.chunk, start + 2**24)    # the system reads 2 GB at most
-                size = (end - start) * width
-                offset = self.offsets[piece] + (start - piece * self.chunk) * width
-                if os.preadv(descriptor, [view[at:at + size]], offset) < size:
-                    raise DataError(f"{self.file.name}: ended while it was read; was it written to? Start again")
-                start, at = end, at + size
+                piece, within = divmod(start, self.chunk)
+                values = min(stop - start, self.chunk - within, 2**24)      # the system reads 2 GB at most
+                pieces.append((self.offsets[piece] + within * width, values * width))
+                start += values
+        descriptor = self.file.fileno()
+        if len(pieces) > 1 and hasattr(os, "posix_fadvise"):    # ask for all before waiting for any
+            for offset, size in pieces:
+                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        out, at = np.empty(sum(size for _, size in pieces) // width, dtype=self.dtype), 0
+        view = memoryview(out.view(np.uint8))
+        for offset, size in pieces:
+            if os.preadv(descriptor, [view[at:at + size]], offset) < size:
+                raise DataError(f"{self.file.name}: ended while it was read; was it written to? Start again")
+            at += size
         return out
 
 
@@ -344,13 +349,13 @@ def _flat(dataset):
     if dataset.id.get_create_plist().get_nfilters() or dataset.file.userblock_size or dataset.dtype.kind not in "iuf":
         return None
     if dataset.chunks is None:
-        chunk, offsets = max(1, len(dataset)), [dataset.id.get_offset()]
+        chunk, offsets = 2**40, [dataset.id.get_offset()]
     else:
         chunk = dataset.chunks[0]
         offsets = [dataset.id.get_chunk_info_by_coord((i,)).byte_offset for i in range(0, len(dataset), chunk)]
     if None in offsets:
         return None
-    return _FlatArray(open(dataset.file.filename, "rb", buffering=0), dataset.dtype, chunk, offsets)
+    return _FlatArray(open(dataset.file.filename, "rb", buffering=0), dataset.dtype, offsets, chunk)
 
 
 def _spool(blocks, shape, where):
@@ -371,8 +376,7 @@ def _spool(blocks, shape, where):
         raise DataError(f"{where}: is streamed from an uncompressed copy, for which {tempfile.gettempdir()} has no room "
                         f"({error.strerror}); set TMPDIR to a larger folder") from None
     indptr = np.concatenate(indptr)
-    arrays = [_FlatArray(file, dtype, max(1, int(indptr[-1])), [0])
-              for file, dtype in zip(files, (np.float32, np.int32))]
+    arrays = [_FlatArray(file, dtype, [0]) for file, dtype in zip(files, (np.float32, np.int32))]
     return StoredRows(arrays, indptr, shape[1], where, f"streamed from a temporary copy of {indptr[-1] / 2**27:.1f} GB "
                       f"in {tempfile.gettempdir()}; a file prepared with data.py FILE --out needs none")
 
@@ -1094,7 +1098,7 @@ class Dataset:
         self._control = torch.tensor([where[v] for v in self.covariate], device=self.device)
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32  # log1p CP10k in fp16: 3 decimal digits
         self.dense = None
-        if sp.issparse(self.X) and n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
+        if not self.config.backed and n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
             self.dense = torch.empty((n, G), dtype=dtype, device=self.device)
             for block in row_blocks(self.X, np.arange(n)):
                 self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)

@@ -3,9 +3,11 @@ import ast
 import gzip
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -157,16 +159,29 @@ LAYOUTS = {
     "csr-float16": sparse(dtype="float16"),
     "csr-gzip": sparse(compression="gzip"), "csr-unsorted": sparse(change=unsorted_rows),
     "csr-duplicates": sparse(change=duplicate_entries), "csr-explicit-zeros": sparse(change=explicit_zeros),
+    "csr-chunks": sparse(chunks=(101,), maxshape=(None,)), "csr-big-endian": sparse(dtype=">f4", index=">i8"),
     "csr-old": sparse(old=True), "csc": sparse("csc"),
     "csc-int64-lzf": sparse("csc", "float64", "int64", compression="lzf"),
     "csc-old": sparse("csc", old=True)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_matrix_layout(tmp_path, layout):
+def test_every_matrix_layout(tmp_path, layout, monkeypatch):
     X = make_counts(60)
     path = write_file(tmp_path / "file.h5", X, LABELS, write=LAYOUTS[layout])
     same_cells(data.read_cells(path), X)
+    for block in (data.BLOCK_NNZ, 50):                                      # from disk; in one block and in many
+        monkeypatch.setattr(data, "BLOCK_NNZ", block)
+        cells = data.read_cells(path, data.DataConfig(backed=True))
+        copied = layout.startswith(("dense", "csc")) or layout == "csr-gzip"
+        assert isinstance(cells.X, data.StoredRows) and cells.X.shape == X.shape
+        assert any("temporary copy" in note for note in cells.notes) == copied
+        for rows in (np.arange(60), np.array([5, 5, 59, 0, 1, 2, 41]), np.array([7]), np.array([], int)):
+            part = cells.X[rows]
+            assert np.array_equal(part.toarray(), X[rows]) and part.has_canonical_format
+            assert part.dtype == np.float32 and part.nnz == np.count_nonzero(X[rows])
+        cells.X = cells.X[np.arange(60)]
+        same_cells(cells, X)
 
 
 def test_a_matrix_of_many_blocks(tmp_path, monkeypatch):
@@ -911,11 +926,16 @@ def test_controls_match_the_covariate_and_the_part(sampled):
         assert set(labels[rows]) == {"control"} and set(kinds[rows]) == {covariate}
 
 
-def test_dense_and_sparse_storage_give_the_same(two_types, sampled):
-    config = data.DataConfig(covariates="cell_type", control_split="0.5,0.25,0.25", cache_gb=0)
+@pytest.mark.parametrize("while_loading, while_sampling, on_disk, dense", [
+    (4, 0, False, False), (0.0001, 0.0001, True, False), (0.0001, 4, True, True)])
+def test_every_storage_gives_the_same(two_types, sampled, while_loading, while_sampling, on_disk, dense):
+    """Sparse in memory, on disk, dense from disk; `sampled` is dense from memory."""
+    config = data.DataConfig(covariates="cell_type", control_split="0.5,0.25,0.25", cache_gb=while_loading)
     other = data.load(two_types, config, "additive")
+    config.cache_gb = while_sampling
     other.prepare_sampling()
-    assert other.dense is None and sampled.dense is not None
+    assert sampled.dense is not None and sp.issparse(sampled.X)
+    assert (other.dense is not None) == dense and isinstance(other.X, data.StoredRows) == on_disk
     for genes in (None, torch.tensor([5, 2])):
         for a, b in zip(sampled.sample(torch.tensor([3, 11]), 20, seeded(), genes),
                         other.sample(torch.tensor([3, 11]), 20, seeded(), genes)):
@@ -930,6 +950,103 @@ def test_populations_are_the_real_cells(sampled):
         mine = (sampled.source.condition == condition) & (sampled.source.covariate == covariate)
         assert np.array_equal(test[group], sampled.X.toarray()[mine][:, sampled.eval_genes[:5]])
     assert np.array_equal(sampled.cells(group)[:, sampled.eval_genes[:5]], test[group])
+
+
+# ------------------------------------------------------------------------------------------------ streaming
+
+def copy_as(path, out, write):
+    """The same file with its matrix stored in another way."""
+    X = data.read_cells(path).X.toarray()
+    with h5py.File(path) as source, h5py.File(out, "w") as target:
+        for name in set(source) - {"X"}:
+            source.copy(name, target)
+        write(target, "X", X)
+    return out
+
+
+FLAGS_OF_SPLITS = {"transfer": dict(covariates="cell_type", hvg=40, min_cells=700, min_genes=25),
+                   "additive": dict(hvg=30, hvg_on="all", control_split="0.5,0.25,0.25", eval_genes=20)}
+
+
+@pytest.mark.parametrize("split", FLAGS_OF_SPLITS)
+@pytest.mark.parametrize("form", ["csr", "csr-chunks", "csr-gzip", "csr-float64", "dense-gzip", "csc", "prepared"])
+def test_streaming_equals_memory(two_types, tmp_path, monkeypatch, form, split):
+    """Same genes, splits, fitted quantities, batches for the same seed, populations, prepared file: to the last bit."""
+    config, path = data.DataConfig(**FLAGS_OF_SPLITS[split]), tmp_path / "file.h5"
+    if form == "prepared":
+        data.write_prepared(path, data.load(two_types, data.DataConfig(covariates="cell_type")))
+        config.min_cells = 0
+    else:
+        copy_as(two_types, path, LAYOUTS[form])
+    monkeypatch.setattr(data, "BLOCK_NNZ", 5000)                            # many blocks
+    memory = data.load(path, config, split)
+    config.backed = True
+    disk = data.load(path, config, split)
+    assert sp.issparse(memory.X) and isinstance(disk.X, data.StoredRows)
+    assert memory.file_scale == disk.file_scale == ("lognorm" if form == "prepared" else "counts")
+    assert fitted(disk) == fitted(memory) and disk.groups == memory.groups and len(disk.genes) < 70
+    assert disk.X.shape == memory.X.shape and (disk.X[np.arange(disk.X.shape[0])] != memory.X).nnz == 0
+    for part in data.PARTS:
+        a, b = disk.populations(part, [3, 1]), memory.populations(part, [3, 1])
+        assert list(a) == list(b) and all(np.array_equal(a[g], b[g]) for g in a)
+        a, b = disk.controls(part), memory.controls(part)
+        assert list(a) == list(b) and all(np.array_equal(a[v], b[v]) for v in a)
+    disk.prepare_sampling()
+    memory.prepare_sampling()
+    assert disk.dense is None
+    generators, groups = (seeded(), seeded()), torch.tensor([4, 7, 4])
+    for _ in range(3):
+        (rows, a), (others, b) = (x.sample(groups, 6, g) for x, g in zip((disk, memory), generators))
+        assert torch.equal(rows, others) and torch.equal(a, b)
+    for out, loaded in (("disk.h5", disk), ("memory.h5", memory)):
+        data.write_prepared(tmp_path / out, loaded)
+    assert (tmp_path / "disk.h5").read_bytes() == (tmp_path / "memory.h5").read_bytes()
+
+
+def test_streaming_takes_a_block_of_memory(tmp_path, monkeypatch):
+    """Simulating, loading, sampling and preparing from disk stay far below the matrix; from memory they cannot."""
+    monkeypatch.setattr(data, "BLOCK_NNZ", 30_000)
+    path, gzip_path = tmp_path / "demo.h5", tmp_path / "gzip.h5"
+
+    def peak(action, *args, **options):
+        tracemalloc.start()
+        try:
+            action(*args, **options)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def use(path, **flags):
+        loaded = data.load(path, data.DataConfig(hvg=80, cache_gb=0.02, **flags), "additive")
+        loaded.prepare_sampling()
+        loaded.sample(torch.arange(5), 10, seeded())
+        data.write_prepared(tmp_path / "out.h5", loaded)
+    simulated = peak(data.simulate, path, cells=3000, genes=900)
+    copy_as(path, gzip_path, sparse(compression="gzip"))
+    with h5py.File(path) as file:
+        matrix = 8 * len(file["X/data"])
+    assert matrix > 8e6 and peak(use, path) > matrix
+    for action, *args in ((use, path), (use, gzip_path)):
+        assert peak(action, *args, backed=True) < matrix / 3
+    assert simulated < matrix / 2
+
+
+def test_a_file_that_shrinks_while_it_is_used(two_types, tmp_path):
+    path = tmp_path / "file.h5ad"
+    path.write_bytes(two_types.read_bytes())
+    loaded = data.load(path, data.DataConfig(backed=True))
+    os.truncate(path, 10_000)
+    with pytest.raises(data.DataError, match="file.h5ad: ended while it was read; was it written to.*Start again"):
+        loaded.cells(loaded.groups[-1])
+
+
+def test_no_room_for_the_copy(tmp_path, capsys):
+    write_file(tmp_path / "file.h5ad", make_counts(600), LABELS * 10)
+    done = run("file.h5ad", "--backed", cwd=tmp_path,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: file.h5ad: X: is streamed from an uncompressed copy, for which ")
+    assert "TMPDIR" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -952,6 +1069,10 @@ def test_written_files_read_back(tmp_path, form):
         assert list(file["obs"].attrs["column-order"]) == list(obs)
         for name in ("obs", "var", "uns", "layers", "obsm", "varm", "obsp", "varp", "X"):
             assert file[name].attrs["encoding-type"] and file[name].attrs["encoding-version"]
+    blocks = (form(X)[i:i + 7] for i in range(0, 60, 7))                    # the same in pieces
+    if form is sp.csr_matrix:
+        data.write_h5ad(tmp_path / "blocks.h5ad", blocks, obs, GENES)
+        same_cells(data.read_cells(tmp_path / "blocks.h5ad"), X)
     with pytest.raises(ValueError, match="genes"):
         data.write_h5ad(tmp_path / "other.h5ad", X, obs, GENES[:-1])
     assert not (tmp_path / "other.h5ad").exists()
@@ -1282,11 +1403,12 @@ FILES = {       # name: (writer, what the message must say: what, where, what to
     "inf": (labelled(LABELS, lambda X: put(X, (3, 4), np.inf)), ["holds NaN or infinite"])}
 
 
+@pytest.mark.parametrize("flags", [[], ["--backed"]], ids=["memory", "disk"])
 @pytest.mark.parametrize("name", FILES)
-def test_bad_files(tmp_path, capsys, name):
+def test_bad_files(tmp_path, capsys, name, flags):
     write, message = FILES[name]
     write(tmp_path / "file.h5ad")
-    error = refused(capsys, tmp_path, tmp_path / "file.h5ad")
+    error = refused(capsys, tmp_path, tmp_path / "file.h5ad", *flags)
     for part in message:
         assert part in error
 
