@@ -9,6 +9,10 @@ choose genes on training and control cells only; log-normalise. Nothing here is 
     python data.py norman.h5ad --out norman.h5          log-normalised, cells grouped by condition, quick to read
     python data.py demo --out demo.h5ad                 simulated counts, known truth (--cells, --genes, --cell-types)
 
+Size: a matrix is held dense on the device up to --cache-gb, else sparse in memory up to that, else it stays on disk
+(--backed: always): every pass then goes over blocks of rows, and a batch is read when it is drawn. Results are the same
+to the last bit. Uncompressed CSR files, prepared ones among them, are read in place; of others a temporary copy is.
+
 Units: `counts` are raw UMI counts; everything a method sees is log1p of counts per 10,000 ("log1p CP10k").
 Names: a condition is its perturbations sorted and joined by '+', or 'control'; a group is a condition within one
 combination of covariates, written CONDITION@cov1,cov2 where covariates are used.
@@ -234,7 +238,7 @@ def _matrix(node, shape, where, limit):
         X = StoredRows([_HDF5Array(a) for a in arrays], indptr, n_minor, where)
         if layout == "csc":
             return _spool(_transposed(X), shape, where)
-        if all(flat := [_flat(a) for a in arrays]):
+        if all(flat := [_FlatArray.of(a) for a in arrays]):
             X.arrays = flat
             return X
         return _spool((X[block] for block in row_blocks(X, np.arange(n))), shape, where)
@@ -259,146 +263,6 @@ def _canonical(X):
     X.sum_duplicates()                              # no-op on canonical input; log1p needs one entry per value
     X.eliminate_zeros()
     return X
-
-
-# ------------------------------------------------------------------------------------------------ matrices on disk
-
-class StoredRows:
-    """A matrix that stays in a file: X[rows] reads some rows as CSR float32, cut to the kept columns and normalised.
-
-    Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow, and
-    not mapped: the operating system keeps what was read while it has room, which does not count as ours.
-    """
-
-    def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
-        self.arrays, self.stored_width, self.where, self.note = arrays, width, where, note
-        self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
-        self.keep = np.ones(width, dtype=bool)                  # columns
-        self.factor = None                                      # per cell; counts times this are CP10k
-
-    @property
-    def shape(self):
-        return len(self.start), int(self.keep.sum())
-
-    def take(self, keep):
-        """The same with these rows only (boolean mask)."""
-        out = copy.copy(self)
-        out.start, out.size = self.start[keep], self.size[keep]
-        return out
-
-    def keep_columns(self, keep):
-        """From now on only these of the present columns (boolean mask)."""
-        self.keep[self.keep] = keep
-
-    def __getitem__(self, rows):
-        start, size = self.start[rows], self.size[rows]
-        stop, first, last = start + size, *np.ones((2, len(start)), dtype=bool)
-        first[1:] = last[:-1] = start[1:] != stop[:-1]          # rows that follow one another are one read
-        runs = list(zip(start[first].tolist(), stop[last].tolist()))
-        values, indices = (array.read(runs) for array in self.arrays)
-        _check_indices(indices, self.stored_width, self.where)
-        X = _canonical(sp.csr_matrix((values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False),
-                                      np.append(0, np.cumsum(size))), shape=(len(size), self.stored_width)))
-        if not self.keep.all():
-            X = keep_columns(X, self.keep)
-        if self.factor is not None:
-            _log_cp10k(X, self.factor[rows])
-        return X
-
-
-class _FlatArray:
-    """A 1-D array in a file, uncompressed: in pieces of `chunk` values, each at its byte offset."""
-
-    def __init__(self, file, dtype, offsets, chunk=2**40):
-        self.file, self.dtype, self.offsets, self.chunk = file, np.dtype(dtype), offsets, chunk
-
-    def read(self, runs):
-        """Values start to stop of every run, one run after the other."""
-        pieces, width = [], self.dtype.itemsize                 # (byte offset, bytes)
-        for start, stop in runs:
-            while start < stop:
-                piece, within = divmod(start, self.chunk)
-                values = min(stop - start, self.chunk - within, 2**24)      # the system reads 2 GB at most
-                pieces.append((self.offsets[piece] + within * width, values * width))
-                start += values
-        descriptor = self.file.fileno()
-        if len(pieces) > 1 and hasattr(os, "posix_fadvise"):    # ask for all before waiting for any
-            for offset, size in pieces:
-                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-        out, at = np.empty(sum(size for _, size in pieces) // width, dtype=self.dtype), 0
-        view = memoryview(out.view(np.uint8))
-        for offset, size in pieces:
-            if os.preadv(descriptor, [view[at:at + size]], offset) < size:
-                raise DataError(f"{self.file.name}: ended while it was read; was it written to? Start again")
-            at += size
-        return out
-
-
-class _HDF5Array:
-    """The same of any 1-D dataset, compressed or not, while its file is open: good for long runs."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def read(self, runs):
-        return np.concatenate([self.dataset[start:stop] for start, stop in runs] or [self.dataset[:0]])
-
-
-def _flat(dataset):
-    """A _FlatArray of a dataset that HDF5 stores as it is, or None: filters, odd types, pieces that were never written."""
-    if dataset.id.get_create_plist().get_nfilters() or dataset.file.userblock_size or dataset.dtype.kind not in "iuf":
-        return None
-    if dataset.chunks is None:
-        chunk, offsets = 2**40, [dataset.id.get_offset()]
-    else:
-        chunk = dataset.chunks[0]
-        offsets = [dataset.id.get_chunk_info_by_coord((i,)).byte_offset for i in range(0, len(dataset), chunk)]
-    if None in offsets:
-        return None
-    return _FlatArray(open(dataset.file.filename, "rb", buffering=0), dataset.dtype, offsets, chunk)
-
-
-def _spool(blocks, shape, where):
-    """StoredRows of a temporary uncompressed copy, for files whose rows cannot be read one by one: compressed, dense,
-    stored by column. The copy has no name and is gone when the program ends, however it ends."""
-    indptr = [np.zeros(1, dtype=np.int64)]
-    try:
-        files = [tempfile.TemporaryFile() for _ in range(2)]
-        for block in blocks:
-            for file, values in zip(files, (block.data, block.indices)):
-                file.write(values)
-            indptr.append(indptr[-1][-1] + block.indptr[1:].astype(np.int64))
-        for file in files:
-            file.flush()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DataError(f"{where}: is streamed from an uncompressed copy, for which {tempfile.gettempdir()} has no room "
-                        f"({error.strerror}); set TMPDIR to a larger folder") from None
-    indptr = np.concatenate(indptr)
-    arrays = [_FlatArray(file, dtype, [0]) for file, dtype in zip(files, (np.float32, np.int32))]
-    return StoredRows(arrays, indptr, shape[1], where, f"streamed from a temporary copy of {indptr[-1] / 2**27:.1f} GB "
-                      f"in {tempfile.gettempdir()}; a file prepared with data.py FILE --out needs none")
-
-
-def _transposed(X):
-    """The rows of a matrix that is stored by column, in blocks, by way of a temporary file for each block of rows.
-    X: StoredRows whose rows are the columns."""
-    columns, n, total = len(X.size), X.stored_width, int(X.size.sum())
-    step = -(-n // min(256, 1 + total // BLOCK_NNZ))
-    entry = np.dtype([("row", np.int32), ("column", np.int32), ("value", np.float32)])
-    files = [tempfile.TemporaryFile() for _ in range(0, n, step)]
-    for block in row_blocks(X, np.arange(columns)):
-        part = X[block].tocoo()
-        by_row, entries = np.argsort(part.col, kind="stable"), np.empty(part.nnz, dtype=entry)
-        entries["row"], entries["column"], entries["value"] = part.col[by_row], block[part.row[by_row]], part.data[by_row]
-        for file, piece in zip(files, np.split(entries, np.searchsorted(entries["row"], np.arange(step, n, step)))):
-            file.write(piece)
-    for first, file in zip(range(0, n, step), files):
-        file.seek(0)
-        entries = np.fromfile(file, dtype=entry)
-        yield sp.csr_matrix((entries["value"], (entries["row"] - first, entries["column"])),
-                            shape=(min(step, n - first), columns))
 
 
 def _uns(group):
@@ -459,13 +323,10 @@ class Cells:
             self.X = keep_columns(self.X, keep)
         self.genes = [g for g, k in zip(self.genes, keep) if k]
 
-    def obs(self, column):
+    def obs(self, column, flag="--covariates"):
         """Another obs column of the file, as text, for these cells."""
         with _open(self.path) as file:
-            if column not in file["obs"]:
-                raise DataError(f"{self.path}: obs has no column '{column}'; it has "
-                                + ", ".join(_columns(file["obs"])))
-            return _column(file["obs"], column).array()[self.kept]
+            return _required_column(file["obs"], column, flag, self.path).array()[self.kept]
 
 
 def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True):
@@ -542,6 +403,146 @@ def _required_column(frame, name, flag, path):
     if name not in frame:
         raise DataError(f"{path}: obs has no column '{name}' ({flag}); it has {', '.join(_columns(frame))}")
     return _column(frame, name)
+
+
+# ------------------------------------------------------------------------------------------------ matrices on disk
+
+class StoredRows:
+    """A matrix that stays in a file: X[rows] reads some rows as CSR float32, cut to the kept columns and normalised.
+
+    Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow, and
+    not mapped: the operating system keeps what was read while it has room, which does not count as ours.
+    """
+
+    def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
+        self.arrays, self.stored_width, self.where, self.note = arrays, width, where, note
+        self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
+        self.keep = np.ones(width, dtype=bool)                  # columns
+        self.factor = None                                      # per cell; counts times this are CP10k
+
+    @property
+    def shape(self):
+        return len(self.start), int(self.keep.sum())
+
+    def take(self, keep):
+        """The same with these rows only (boolean mask)."""
+        out = copy.copy(self)
+        out.start, out.size = self.start[keep], self.size[keep]
+        return out
+
+    def keep_columns(self, keep):
+        """From now on only these of the present columns (boolean mask)."""
+        self.keep[self.keep] = keep
+
+    def __getitem__(self, rows):
+        start, size = self.start[rows], self.size[rows]
+        stop, first, last = start + size, *np.ones((2, len(start)), dtype=bool)
+        first[1:] = last[:-1] = start[1:] != stop[:-1]          # rows that follow one another are one read
+        runs = list(zip(start[first].tolist(), stop[last].tolist()))
+        values, indices = (array.read(runs) for array in self.arrays)
+        _check_indices(indices, self.stored_width, self.where)
+        X = _canonical(sp.csr_matrix((values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False),
+                                      np.append(0, np.cumsum(size))), shape=(len(size), self.stored_width)))
+        if not self.keep.all():
+            X = keep_columns(X, self.keep)
+        if self.factor is not None:
+            _log_cp10k(X, self.factor[rows])
+        return X
+
+
+class _HDF5Array:
+    """Values of a 1-D dataset while its file is open, however it is stored."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def read(self, runs):
+        """Values from start to stop of every (start, stop), one run after the other."""
+        return np.concatenate([self.dataset[start:stop] for start, stop in runs] or [self.dataset[:0]])
+
+
+class _FlatArray:
+    """The same past HDF5, for what lies uncompressed in a file: pieces of `chunk` values, each at its byte offset."""
+
+    def __init__(self, file, dtype, offsets, chunk=2**40):
+        self.file, self.dtype, self.offsets, self.chunk = file, np.dtype(dtype), offsets, chunk
+
+    @classmethod
+    def of(cls, dataset):
+        """Of a dataset; None where that is not how HDF5 stores it."""
+        flat = dataset.dtype.kind in "iuf" and not dataset.id.get_create_plist().get_nfilters()
+        if not flat or dataset.file.userblock_size:
+            return None
+        if dataset.chunks is None:
+            offsets, chunk = [dataset.id.get_offset()], 2**40
+        else:
+            chunk = dataset.chunks[0]
+            offsets = [dataset.id.get_chunk_info_by_coord((i,)).byte_offset for i in range(0, len(dataset), chunk)]
+        file = open(dataset.file.filename, "rb", buffering=0)
+        return None if None in offsets else cls(file, dataset.dtype, offsets, chunk)
+
+    def read(self, runs):
+        pieces, width = [], self.dtype.itemsize                 # (byte offset, bytes)
+        for start, stop in runs:
+            while start < stop:
+                piece, within = divmod(start, self.chunk)
+                values = min(stop - start, self.chunk - within, 2**24)      # the system reads 2 GB at most
+                pieces.append((self.offsets[piece] + within * width, values * width))
+                start += values
+        descriptor = self.file.fileno()
+        if len(pieces) > 1 and hasattr(os, "posix_fadvise"):    # ask for all before waiting for any
+            for offset, size in pieces:
+                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        out, at = np.empty(sum(size for _, size in pieces) // width, dtype=self.dtype), 0
+        view = memoryview(out.view(np.uint8))
+        for offset, size in pieces:
+            if os.preadv(descriptor, [view[at:at + size]], offset) < size:
+                raise DataError(f"{self.file.name}: ended while it was read; was it written to? Start again")
+            at += size
+        return out
+
+
+def _spool(blocks, shape, where):
+    """StoredRows of a temporary uncompressed copy, for files whose rows cannot be read one by one: compressed, dense,
+    stored by column. The copy has no name and is gone when the program ends, however it ends."""
+    folder, indptr = tempfile.gettempdir(), [np.zeros(1, dtype=np.int64)]
+    try:
+        files = [tempfile.TemporaryFile() for _ in range(2)]
+        for block in blocks:
+            for file, values in zip(files, (block.data, block.indices)):
+                file.write(values)
+                file.flush()
+            indptr.append(indptr[-1][-1] + block.indptr[1:].astype(np.int64))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(f"{where}: is streamed from an uncompressed copy, for which {folder} has no room "
+                        f"({error.strerror}); set TMPDIR to a larger folder") from None
+    indptr = np.concatenate(indptr)
+    arrays = [_FlatArray(file, dtype, [0]) for file, dtype in zip(files, (np.float32, np.int32))]
+    return StoredRows(arrays, indptr, shape[1], where, f"streamed from a temporary copy of {indptr[-1] / 2**27:.1f} GB "
+                      f"in {folder}; a file prepared with data.py FILE --out needs none")
+
+
+def _transposed(X):
+    """The rows of a matrix that is stored by column, in blocks, by way of a temporary file for each block of rows.
+    X: StoredRows whose rows are the columns."""
+    columns, n, total = len(X.size), X.stored_width, int(X.size.sum())
+    step = -(-n // min(256, 1 + total // BLOCK_NNZ))
+    entry = np.dtype([("row", np.int32), ("column", np.int32), ("value", np.float32)])
+    files = [tempfile.TemporaryFile() for _ in range(0, n, step)]
+    for block in row_blocks(X, np.arange(columns)):
+        part = X[block].tocoo()
+        by_row, entries = np.argsort(part.col, kind="stable"), np.empty(part.nnz, dtype=entry)
+        for name, values in zip(entry.names, (part.col, block[part.row], part.data)):
+            entries[name] = values[by_row]
+        for file, piece in zip(files, np.split(entries, np.searchsorted(entries["row"], np.arange(step, n, step)))):
+            file.write(piece)
+    for first, file in zip(range(0, n, step), files):
+        file.seek(0)
+        entries = np.fromfile(file, dtype=entry)
+        yield sp.csr_matrix((entries["value"], (entries["row"] - first, entries["column"])),
+                            shape=(min(step, n - first), columns))
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -1012,8 +1013,8 @@ def _split_file(name, groups, canonical):
 def _split_column(cells, name):
     """obs:COLUMN -> {(condition, covariate): part}; the column must be constant within every group."""
     part_of = {}
-    for condition, covariate, value in sorted(set(zip(cells.condition, cells.covariate, cells.obs(name[4:])))):
-        part = PART_ALIAS.get(value, value)
+    for i, value in sorted(set(zip(cells.pair.tolist(), cells.obs(name[4:], "--split")))):
+        (condition, covariate), part = cells.pairs[i], PART_ALIAS.get(value, value)
         if condition == CONTROL:
             continue
         if part not in PARTS:
@@ -1402,7 +1403,8 @@ def _write_rows(file, blocks, G):
         end = indptr[-1][-1]
         for key, values in (("data", block.data), ("indices", block.indices)):
             if key not in group:
-                group.create_dataset(key, (0,), values.dtype, maxshape=(None,), chunks=(min(max(1, len(values)), 65536),))
+                chunk = min(max(1, len(values)), 65536)
+                group.create_dataset(key, (0,), values.dtype, maxshape=(None,), chunks=(chunk,))
             group[key].resize((end + len(values),))
             group[key][end:] = values
         indptr.append(end + block.indptr[1:].astype(np.int64))
@@ -1450,8 +1452,9 @@ def write_prepared(path, data):
     rows = np.concatenate([data.rows[g] for g in data.groups])
     obs = {"condition": cells.condition[rows]}
     obs |= {key: cells.obs(key)[rows] for key in data.config.covariate_keys}
+    notes = [n for n in cells.notes if n != getattr(cells.X, "note", "")]  # where the matrix lay is no fact of the data
     uns = {"preprocessing": {"scale": "log1p CP10k", "source": Path(cells.path).name,
-                             "notes": np.array([n for n in cells.notes if n != getattr(cells.X, "note", "")], dtype=object), "min_genes": data.config.min_genes,
+                             "notes": np.array(notes, dtype=object), "min_genes": data.config.min_genes,
                              "min_cells": data.config.min_cells, "hvg": data.config.hvg}}
     blocks = (cells.X[block] for block in row_blocks(cells.X, rows))
     write_h5ad(path, blocks, obs, cells.genes, uns, _unique(cells.names[rows])[0])

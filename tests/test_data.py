@@ -784,7 +784,7 @@ def test_bad_split_files(six, content, message):
 @pytest.mark.parametrize("name, message", [
     ("obs:wrong", "value 'dev' of condition .*; the column must hold train, val and test"),
     ("obs:mixed", "is in both .* a split is by condition, never by cell"),
-    ("obs:absent", "obs has no column 'absent'; it has .*part"),
+    ("obs:absent", "obs has no column 'absent' .--split.; it has .*part"),
     ("absent.json", "--split absent.json: cannot be read as a split")])
 def test_bad_split_columns(six, name, message):
     with pytest.raises(data.DataError, match=message):
