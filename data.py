@@ -19,7 +19,6 @@ combination of covariates, written CONDITION@cov1,cov2 where covariates are used
 """
 import argparse
 import contextlib
-import copy
 import errno
 import inspect
 import io
@@ -311,7 +310,10 @@ class Cells:
 
     def take(self, keep):
         """Keep only these cells (boolean mask)."""
-        self.X = self.X.take(keep) if isinstance(self.X, StoredRows) else self.X[keep]
+        if isinstance(self.X, StoredRows):
+            self.X.take(keep)
+        else:
+            self.X = self.X[keep]
         pair, self.kept = _distinct(self.pairs, self.pair[keep]), self.kept[keep]
         self.pairs, self.pair = pair.values, pair.codes
 
@@ -425,13 +427,12 @@ class StoredRows:
         return len(self.start), int(self.keep.sum())
 
     def take(self, keep):
-        """The same with these rows only (boolean mask)."""
-        out = copy.copy(self)
-        out.start, out.size = self.start[keep], self.size[keep]
-        return out
+        """From now on only these rows (boolean mask)."""
+        self.start, self.size = self.start[keep], self.size[keep]
+        self.factor = None if self.factor is None else self.factor[keep]
 
     def keep_columns(self, keep):
-        """From now on only these of the present columns (boolean mask)."""
+        """From now on only these columns (boolean mask)."""
         self.keep[self.keep] = keep
 
     def __getitem__(self, rows):
