@@ -925,9 +925,9 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
       aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number}, ci95 {key: [low,
       high]}; groups {'single', 'double', ..., 'single_unseen', 'double_one_unseen', ...: {key: mean}}; per_condition
       {group: {key: value}}; floors {'control', 'mean', 'mean_cells', 'additive': {key: mean} or None},
-      floors_n_valid, floors_per_condition; replicate {key: mean}, one half of the real cells scored against the other; score_vs_floor {key:
-      (score - best floor) / (replicate - best floor)}; info: cells, variance of the components, Sinkhorn's epsilon,
-      caps, notes.
+      floors_n_valid, floors_per_condition; replicate {key: mean}, one half of the real cells scored against the
+      other; score_vs_floor {key: (score - best floor) / (replicate - best floor)}; info: cells, variance of the
+      components, Sinkhorn's epsilon, caps, notes.
     Raises ValueError for inputs that do not fit together.
     """
     groups = list(pred)
@@ -1189,7 +1189,7 @@ def _load_prediction(path, config):
         searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
         cells = data.read_cells(path, searched, control_required=False, check=False)
     if cells.scale == "counts":
-        raise data.DataError(f"{path}: holds counts (integers up to {cells.X.max():g}); predictions must be log1p of "
+        raise data.DataError(f"{path}: holds counts; predictions must be log1p of "
                              "counts per 10,000: normalise over all genes and take log1p first")
     return cells
 

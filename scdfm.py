@@ -85,6 +85,7 @@ class Config(data.DataConfig):
     out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --predict: the file to write
     steps: int = 100_000            # length of the schedule (paper A.3)
     stop_at: int = 0                # end at this step as Ctrl-C does; --resume goes on
+    time_limit: float = 0           # end after so many minutes of training as Ctrl-C does; 0 is no limit
     batch_size: int = 96            # target cells per step and process (paper; official run.sh 48)
     lr: float = 5e-5                # Adam (paper)
     eval_every: int = 0             # score the validation conditions every so many steps; 0 never
@@ -138,6 +139,8 @@ PRESETS = {"paper": {}, "demo": dict(
     steps=800, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2, dropout=0.0,
     ema=0.99, gene_subset=60, ode="heun", ode_steps=6, eval_cells=100)}
 SAMPLING = {"ode", "ode_steps"}         # flags that --predict may change
+# times the number of processes is what a step sees
+PER_PROCESS = ("batch_size", "conditions_per_batch")
 
 
 def variants(config):
@@ -529,9 +532,10 @@ def train(run, state):
 
         # console, log, validation, checkpoint; none of it touches the random state
         progress.update(step, loss=loss, flow=flow, mmd=mmd)
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps and run.main:
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             progress.note(step, validate(run, predictor))
         if (stop := progress.should_stop(step)) or step == config.steps or progress.checkpoint_due():
+            progress.check_finite(step)
             save_checkpoint(run, step, progress.seconds(), saved, sampler)
         if stop and step < config.steps:
             progress.stopped(step)
@@ -541,7 +545,8 @@ def train(run, state):
 
 # ------------------------------------------------------------------ plumbing, the same in all four methods
 
-FREE_ON_RESUME = {"device", "out", "stop_at", "eval_every", "eval_cells", "compile", "resume", "cache_gb"}
+FREE_ON_RESUME = {"device", "out", "stop_at", "time_limit", "eval_every", "eval_cells", "compile", "resume", "cache_gb",
+                  "backed"}
 PREDICTING = {"predict", "controls", "cells", "all_genes"}
 FREE_ON_PREDICT = {"ckpt", "out", "data", "device", "dtype", "compile", "seed", "eval_cells", *PREDICTING, *SAMPLING,
                    *(f.name for f in fields(data.DataConfig))}
@@ -555,7 +560,7 @@ def parse_config(argv=None):
     stored, are errors."""
     parser = data.Parser(prog=f"{METHOD}.py", description=__doc__)
     data.add_flags(parser, Config)
-    typed = vars(parser.parse_args(argv))
+    typed = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
     config, state = Config(**PRESETS[preset] | typed), None
     if config.data == "demo" and config.split == "transfer":
@@ -577,7 +582,7 @@ def parse_config(argv=None):
         if not ckpt.exists():
             raise DataError(f"--resume: {ckpt} does not exist; start without --resume, or name the run's folder, --out")
         state, free = load_checkpoint(ckpt), FREE_ON_RESUME
-        stored = {"stop_at": 0} | typed | {"out": config.out}
+        stored = {"stop_at": 0, "time_limit": 0.0} | typed | {"out": config.out}
     if state:
         for name in set(typed) - free:
             if state["config"][name] != typed[name]:
@@ -588,8 +593,8 @@ def parse_config(argv=None):
             raise DataError(f"--stop-at {config.stop_at}: the run is at step {state['step']} already; stop later")
     if min(config.steps, config.batch_size, config.cells) < 1 or config.lr <= 0 or config.eval_cells < 2:
         raise DataError("--steps, --batch-size, --lr and --cells must be positive, --eval-cells at least 2")
-    if min(config.seed, config.stop_at, config.eval_every) < 0:
-        raise DataError("--seed, --stop-at and --eval-every must not be negative")
+    if min(config.seed, config.stop_at, config.time_limit, config.eval_every) < 0:
+        raise DataError("--seed, --stop-at, --time-limit and --eval-every must not be negative")
     check(config)
     return config, state, action
 
@@ -641,7 +646,7 @@ class Run:
 
 
 class Progress:
-    """Status line, log.jsonl, Ctrl-C and the clock. Losses stay on the device between log lines: no sync in a step.
+    """Status line, log.jsonl, signals and the clock. Losses stay on the device between log lines: no sync in a step.
 
     The steps of a stage go from first + 1 to last; the main stage's from 1 to --steps, those of a stage before it
     (name 'pretraining step') end at 0."""
@@ -651,20 +656,22 @@ class Progress:
         self.first, self.steps = first, run.config.steps if last is None else last
         self.every = max(1, min(100, (self.steps - first) // 100))
         self.began = self.last = self.saved = time.perf_counter()
-        self.last_step, self.sums, self.interrupted, self.log = start, 0, False, run.out / "log.jsonl"
+        self.last_step, self.sums, self.signal, self.log = start, torch.zeros(()), 0, run.out / "log.jsonl"
         if run.main and self.log.exists():      # lines written after the checkpoint will be written again
             lines = [x for x in self.log.read_text().splitlines() if x.endswith("}") and json.loads(x)["step"] <= start]
             with data.atomic(self.log) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines))
-        self.handler = signal.signal(signal.SIGINT, self.interrupt)
+        # Ctrl-C, and what a cluster sends before it takes the machine away
+        self.handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def interrupt(self, *_):
-        self.interrupted = True
-        self.close()                            # a second Ctrl-C ends at once
+    def interrupt(self, number, _):
+        self.signal = number
+        self.close()                            # a second one ends at once
 
     def close(self):
         """From here on Ctrl-C ends the program again."""
-        signal.signal(signal.SIGINT, self.handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def seconds(self):
         """Seconds of training so far, over all resumed parts."""
@@ -685,12 +692,10 @@ class Progress:
         if step % self.every and step != self.steps:
             return
         n, now = step - self.last_step, time.perf_counter()
+        self.check_finite(step)
         means = dict(zip(losses, (self.sums / n).tolist()))              # the only sync
         speed = n * self.cells / (now - self.last)
-        self.sums, self.last, self.last_step = 0, now, step
-        if not all(map(math.isfinite, means.values())):
-            raise DataError(f"training diverged before step {step} (loss {means['loss']}); start again with a lower "
-                            "--lr and another --out")
+        self.sums, self.last, self.last_step = torch.zeros_like(self.sums), now, step
         self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 1)})
         left = clock((self.steps - step) * self.cells / speed)
         losses = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
@@ -701,16 +706,25 @@ class Progress:
         elif (step - self.first) % (10 * self.every) == 0 or step == self.steps:
             self.run.say(line)
 
+    def check_finite(self, step):
+        """Before a log line and before a checkpoint: a diverged model is never saved over a good one."""
+        if not torch.isfinite(self.sums).all():
+            good = self.run.out / "ckpt.pt"
+            raise DataError(f"training diverged before step {step}: the loss is not finite. " + (
+                f"{good} holds the last good checkpoint; " if good.exists() else "")
+                + "start again with a lower --lr and another --out")
+
     def should_stop(self, step):
-        """Ctrl-C, or --stop-at reached. Several processes agree on Ctrl-C every few steps."""
-        stop = self.interrupted
+        """A signal, --time-limit or --stop-at reached. Several processes agree on the first two every few steps."""
+        limit = 60 * self.run.config.time_limit
+        stop = self.signal or (1 if limit and time.perf_counter() - self.began > limit else 0)
         if self.run.world > 1:
-            stop = False
-            if step % min(10, self.every) == 0:     # torchrun kills what has not ended after 30 seconds
-                flag = torch.tensor(float(self.interrupted), device=self.run.device)
-                dist.all_reduce(flag, dist.ReduceOp.MAX)
-                stop = self.interrupted = flag.item() > 0
-        return stop or 0 < step == self.run.config.stop_at
+            if step % min(10, self.every):      # torchrun kills what has not ended after 30 seconds
+                return 0 < step == self.run.config.stop_at
+            flag = torch.tensor([self.signal, stop], device=self.run.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signal, stop = flag.tolist()
+        return stop > 0 or 0 < step == self.run.config.stop_at
 
     def checkpoint_due(self):
         if due := time.perf_counter() - self.saved >= 60 * CHECKPOINT_MINUTES:
@@ -723,7 +737,7 @@ class Progress:
         start = f"torchrun --nproc-per-node {self.run.world}" if self.run.world > 1 else "python"
         self.run.say(f"\nstopped at {self.name} {step - self.first} of {self.steps - self.first}; go on with: {start} "
                      f"{METHOD}.py --out {self.run.out} --resume")
-        sys.exit(130 if self.interrupted else 0)
+        sys.exit(128 + self.signal if self.signal else 0)
 
 
 def clock(seconds):
@@ -787,17 +801,24 @@ def seed_of(group, seed):
 
 
 def predict_part(run, model, part, most, **options):
-    """{group: (n, E)}: every condition of a part, as many cells as it really has (at most `most`), from controls."""
-    out, groups, began = {}, run.dataset.part(part), time.perf_counter()
+    """{group: (n, E)}: every condition of a part, as many cells as it really has (at most `most`), from controls.
+
+    Each process predicts its share of the conditions; the first gets all, the others none."""
+    out, names, began = {}, run.dataset.part(part), time.perf_counter()
+    groups = names[run.rank::run.world]
     for i, group in enumerate(groups):
         seed, n = seed_of(group, run.config.seed), min(len(run.dataset.rows[group]), most)
         control = run.dataset.control_rows[part][group.partition("@")[2]]
         control = run.dataset.X[data.pick_rows(control, n, seed)].toarray()
         out[group] = generate(model, run, group, control, run.panel.eval_genes, seed, **options)
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and run.main:
             left = clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
             print(f"\rpredicted {i + 1}/{len(groups)} {part} conditions  {left} left\033[K", end="", flush=True)
-    return out
+    if run.world > 1:
+        shares = [None] * run.world if run.main else None
+        dist.gather_object(out, shares)
+        out = {group: cells for share in shares or () for group, cells in share.items()}
+    return {group: out[group] for group in names if group in out}
 
 
 def score(run, pred, part, **options):
@@ -813,9 +834,11 @@ def validate(run, model):
     if not run.dataset.part("val"):
         return {}
     model.eval()
-    result = score(run, predict_part(run, model, "val", min(run.config.eval_cells, 100)), "val",
-                   keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
+    pred = predict_part(run, model, "val", min(run.config.eval_cells, 100))
     model.train()
+    if not run.main:
+        return {}
+    result = score(run, pred, "val", keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
     run.say("\nvalidation  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
     return {"val": result}
 
@@ -823,16 +846,18 @@ def validate(run, model):
 def evaluate(run, model, seconds):
     """Predict and score every test condition; write pred.h5ad and metrics.json; print the table."""
     config, began = run.config, time.perf_counter()
-    (_, first), *others = variants(config).items()
-    pred = predict_part(run, model, "test", config.eval_cells, **first)
+    preds = {name: predict_part(run, model, "test", config.eval_cells, **options)
+             for name, options in variants(config).items()}
+    if not run.main:
+        return
+    pred = preds.pop("")
     control = run.dataset.controls("test", run.panel.eval_genes)
     data.write_populations(run.out / "pred.h5ad", pred, control, run.panel.eval_names(), config.covariates, METHOD)
     train = run.dataset.populations("train", run.panel.eval_genes)
     result = score(run, pred, "test", train=train)
     rows = metrics.result_rows(result, METHOD)
-    for name, options in others:
-        other = score(run, predict_part(run, model, "test", config.eval_cells, **options), "test", train=train,
-                      floors=False)
+    for name, cells in preds.items():
+        other = score(run, cells, "test", train=train, floors=False)
         result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
         at = 1 + max(i for i, (row, _) in enumerate(rows) if row.startswith(METHOD))
         rows.insert(at, (METHOD + name, other["aggregate"]))
@@ -867,10 +892,10 @@ def predict(run, state):
             if name not in names:
                 close = difflib.get_close_matches(name, names, 3)
                 advice = f"did you mean {', '.join(close)}" if close else "check its spelling"
-                raise DataError(f"--predict {text}: '{name}' is neither a gene of the panel nor a perturbation of the "
-                                f"training file; {advice}")
+                raise DataError(f"--predict {text}: the model does not know '{name}', which was not in its training "
+                                f"file; {advice}")
             if name in untrained:
-                run.say(f"note: '{name}' is no gene of the panel and was in no training condition: untrained embedding")
+                run.say(f"note: '{name}' was in no training condition: its embedding is untrained")
         if not parts:
             raise DataError(f"--predict {text}: names no perturbation; control cells are real, not predicted")
         asked.append(("+".join(parts), covariate))
@@ -923,12 +948,16 @@ def start_or_resume(run, state):
     if state and (asdict(run.panel), dataset.split) != (state["panel"], state["split"]):
         raise DataError(f"--resume: {config.data} and --split {config.split} no longer give the genes, conditions and "
                         f"parts of the run in {out}: a file has changed; restore it, or start another run with --out")
-    if state and run.world != state["world"]:
-        raise DataError(f"--resume: the run in {out} had {state['world']} processes, not {run.world}: its batches "
-                        f"would change; start {state['world']} with torchrun --nproc-per-node")
+    if state and run.world != state["world"]:   # the batch of all processes together stays what it was
+        for name in PER_PROCESS:
+            total = state["config"][name] * state["world"]
+            if total % run.world:
+                raise DataError(f"--resume: the run in {out} had --{name.replace('_', '-')} {state['config'][name]} in "
+                                f"each of {state['world']} processes; {run.world} processes cannot share {total}")
+            setattr(config, name, total // run.world)
     test = {p for g in dataset.part("test") for p in g.partition("@")[0].split("+")}
     if untrained := sorted(known(run.panel, config)[1] & test):
-        run.say(f"note: {len(untrained)} test perturbations are no genes of the panel and in no training condition "
+        run.say(f"note: {len(untrained)} test perturbations were in no training condition "
                 f"({', '.join(untrained[:5])}): their embeddings are untrained")
     dataset.prepare_sampling()
     run.write_json("config.json", asdict(config))
@@ -947,8 +976,12 @@ def main(argv=None):
             start_or_resume(run, state)
             began = time.perf_counter()
             model = train(run, state)
-            if run.main:
-                evaluate(run, model, (state["seconds"] if state else 0) + time.perf_counter() - began)
+            evaluate(run, model, (state["seconds"] if state else 0) + time.perf_counter() - began)
+        except RuntimeError as error:
+            if run.world == 1 or "Connection closed" not in str(error) and "NCCL" not in str(error):
+                raise
+            raise DataError(f"process {run.rank}: another process of this run has ended; go on from the last "
+                            f"checkpoint in {run.out} with --resume") from None
         finally:
             if run.world > 1:
                 dist.destroy_process_group()
