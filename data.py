@@ -20,6 +20,7 @@ combination of covariates, written CONDITION@cov1,cov2 where covariates are used
 import argparse
 import contextlib
 import errno
+import gzip
 import inspect
 import io
 import json
@@ -28,6 +29,8 @@ import re
 import sys
 import tempfile
 import typing
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -1557,6 +1560,101 @@ def demo_file(cell_types=1, folder="runs"):
     if not path.exists():
         simulate(path, cell_types=cell_types)
     return path
+
+
+# ------------------------------------------------------------------------------------------------ prior knowledge
+
+def _text_lines(path, flag):
+    """(number, line) of a text file: plain, .gz, or the first member of a .zip; empty lines are left out."""
+    try:
+        if path.endswith(".zip"):
+            archive = zipfile.ZipFile(path)
+            handle = io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8")
+        else:
+            handle = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8")
+        with handle:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, IndexError) as error:
+        raise DataError(f"{flag} {path}: cannot be read as text ({error}); check the path, or download it "
+                        "again") from None
+
+
+def read_vectors(path, flag):
+    """{NAME: (p,) float32} of an .npz (names, emb), a .pt ({name: tensor}) or a .tsv/.csv (name, numbers). Vectors of
+    zeros, which some files hold for what they do not know, are left out. Pickled objects are not loaded."""
+    names, rows = [], []
+    if path.endswith((".npz", ".pt")):
+        try:
+            if path.endswith(".npz"):
+                with np.load(path, allow_pickle=False) as file:
+                    names, rows = file["names"].tolist(), np.asarray(file["emb"], np.float32)
+            else:
+                table = torch.load(path, map_location="cpu", weights_only=True)
+                names, rows = list(table), np.stack([table[name].float().numpy() for name in table])
+            if rows.ndim != 2 or len(names) != len(rows):
+                raise ValueError(f"{len(names)} names, vectors of shape {rows.shape}")
+        except Exception as error:              # np.load and torch.load raise many types on other content
+            raise DataError(f"{flag} {path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' "
+                            "and 'emb' (.npz) or a dict {name: 1-d tensor} (.pt), no pickled objects") from None
+    else:
+        for number, line in _text_lines(path, flag):
+            name, *values = line.split("," if path.endswith((".csv", ".csv.gz")) else "\t")
+            try:
+                row = np.array(values, dtype=np.float32)
+                if len(row) == 0 or (rows and len(row) != len(rows[0])):
+                    raise ValueError
+            except ValueError:
+                if number == 1:                 # a header
+                    continue
+                raise DataError(f"{flag} {path}: line {number}: expected a name and {len(rows[0]) if rows else 'some'} "
+                                f"numbers, found {len(values)} fields after '{name[:20]}'; mend or remove it") from None
+            names.append(name)
+            rows.append(row)
+        rows = np.array(rows)
+    if len(rows) == 0 or not np.isfinite(rows).all():
+        raise DataError(f"{flag} {path}: holds {'NaN or infinite values' if len(rows) else 'no vectors'}; remove them")
+    return {str(name).upper(): row for name, row in zip(names, rows) if row.any()}
+
+
+def read_edges(path, info=""):
+    """{(GENE, GENE)} of STRING's protein.links (with its protein.info) or of lines gene, gene[, score], separated by
+    blanks, tabs or commas. Kept: no score, or at least 700 of 1,000 (0.7 where scores end at 1; paper 2.1)."""
+    symbol, edges = {}, set()
+    for number, line in _text_lines(info, "--ppi-info") if info else ():
+        identifier, *name = line.split("\t")
+        if not name:
+            raise DataError(f"--ppi-info {info}: line {number}: expected a protein and its name, separated by a tab; "
+                            "mend or remove it")
+        symbol[identifier] = name[0]
+    for number, line in _text_lines(path, "--ppi"):
+        pair = line.replace(",", " ").split()
+        try:
+            score = float(pair[2]) if len(pair) == 3 else 1.0
+            if len(pair) not in (2, 3):
+                raise ValueError
+        except ValueError:
+            if number == 1:                     # a header
+                continue
+            raise DataError(f"--ppi {path}: line {number}: expected gene, gene and perhaps a score, found "
+                            f"'{line[:40]}'; mend or remove it") from None
+        if score >= (700 if score > 1 else 0.7):
+            edges.add(tuple(symbol.get(name, name).upper() for name in pair[:2]))
+    return edges
+
+
+def read_gmt(path):
+    """{pathway: {GENE}} of a GMT file: name, description, genes, separated by tabs."""
+    sets = {}
+    for number, line in _text_lines(path, "--pathways"):
+        name, *rest = line.split("\t")
+        genes = {gene.strip().upper() for gene in rest[1:]} - {""}
+        if not genes:
+            raise DataError(f"--pathways {path}: line {number}: expected a name, a description and genes, separated by "
+                            f"tabs, found {1 + len(rest)} fields; mend or remove it")
+        sets[name] = genes
+    return sets
 
 
 # ------------------------------------------------------------------------------------------------ command line

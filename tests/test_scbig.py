@@ -1,0 +1,739 @@
+"""scbig.py: the mathematics of its parts against slow plain formulas, the prior files, both stages, the analyses."""
+import gzip
+import json
+import math
+import zipfile
+
+import numpy as np
+import pytest
+import scipy
+import torch
+import torch.nn.functional as F
+
+import data
+import scbig
+from conftest import SHARED, TINY
+from scbig import Config
+
+REACTOME = SHARED / "data" / "reactome" / "ReactomePathways.gmt"
+
+
+def tiny(**options):
+    small = dict(width=16, layers=2, heads=2, hidden=32, latent=8, modules=4, inducing=3, ode_steps=3)
+    return Config(**{**scbig.PRESETS["demo"], **small, **options})
+
+
+class FakeRun:
+    """What load_priors and generate need of a run."""
+
+    def __init__(self, config, dataset, panel):
+        self.config, self.dataset, self.panel, self.device, self.bf16, self.said = config, dataset, panel, torch.device("cpu"), False, []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def compiled(self, function):
+        return function
+
+
+@pytest.fixture(scope="module")
+def dataset(demo):
+    return data.load(demo, tiny(), "additive")
+
+
+@pytest.fixture(scope="module")
+def panel(dataset):
+    return dataset.panel()
+
+
+def build(dataset, panel, seed=0, **options):
+    config = tiny(**options)
+    torch.manual_seed(seed)
+    run = FakeRun(config, dataset, panel)
+    return scbig.ScBIG(config, panel, scbig.load_priors(run)).eval(), run
+
+
+def ok(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def error(done, *words):
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, (done.returncode, done.stdout, done.stderr)
+    for word in words:
+        assert word in done.stderr, f"{word!r} not in {done.stderr}"
+
+
+# ------------------------------------------------------------------------------------------------ transport
+
+def kernel_sinkhorn(cost, epsilon, iterations, column=None):
+    """The textbook form, which underflows where cost / epsilon is large."""
+    n, m = cost.shape
+    a, b = np.full(n, 1 / n), np.full(m, 1 / m) if column is None else column
+    K = np.exp(-cost / epsilon)
+    u = np.ones(n)
+    for _ in range(iterations):
+        v = b / (K.T @ u)
+        u = a / (K @ v)
+    return u[:, None] * K * v
+
+
+def test_sinkhorn_equals_the_kernel_form_where_that_works():
+    rng = np.random.default_rng(0)
+    cost, column = rng.random((3, 7, 5)), rng.dirichlet(np.ones(5))
+    got = scbig.sinkhorn(torch.from_numpy(cost), 0.2, 40, torch.from_numpy(column)).numpy()
+    for c, plan in zip(cost, got):
+        np.testing.assert_allclose(plan, kernel_sinkhorn(c, 0.2, 40, column), rtol=1e-9)
+
+
+def test_sinkhorn_marginals_hold_however_small_epsilon():
+    cost = torch.from_numpy(np.random.default_rng(0).random((2, 30, 20)) * 1e4)
+    plan = scbig.sinkhorn(cost, torch.tensor([[[500.0]], [[50.0]]]), 3000)
+    torch.testing.assert_close(plan.sum(-1), torch.full((2, 30), 1 / 30, dtype=torch.float64))
+    torch.testing.assert_close(plan.sum(-2), torch.full((2, 20), 1 / 20, dtype=torch.float64), rtol=1e-2, atol=0)
+    early = scbig.sinkhorn(cost[:1], 500.0, 3000, tolerance=1e-9)
+    torch.testing.assert_close(early, plan[:1], rtol=1e-5, atol=1e-12)
+
+
+def test_partners_become_the_optimal_assignment_as_epsilon_falls():
+    torch.manual_seed(0)
+    z0, z1 = torch.randn(2, 12, 3, dtype=torch.float64), torch.randn(2, 12, 3, dtype=torch.float64)
+    monkey, scbig.OT_ITERATIONS = scbig.OT_ITERATIONS, 4000
+    try:
+        got = scbig.ot_partners(z0, z1, torch.rand(2, 12, dtype=torch.float64), 1e-3)
+    finally:
+        scbig.OT_ITERATIONS = monkey
+    for c in range(2):
+        _, best = scipy.optimize.linear_sum_assignment(torch.cdist(z0[c], z1[c]).square())
+        torch.testing.assert_close(got[c], z1[c, best])
+
+
+def test_partners_are_drawn_from_the_plan():
+    """Frequencies of the partners of each control over many draws are the rows of the plan."""
+    torch.manual_seed(0)
+    z0, z1 = torch.randn(1, 4, 2), torch.randn(1, 4, 2)
+    cost = torch.cdist(z0, z1).square()
+    plan = scbig.sinkhorn(cost, 0.3 * cost.mean(), scbig.OT_ITERATIONS)[0] * 4
+    partner = scbig.ot_partners(z0.expand(4000, -1, -1), z1.expand(4000, -1, -1), torch.rand(4000, 4), 0.3)
+    count = (partner[:, :, None] == z1[0]).all(-1).float().sum(0)
+    assert (count / 4000 - plan).abs().max() < 0.04
+    assert (plan - 0.25).abs().max() > 0.1                                # the rows differ from a random draw
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+@pytest.mark.parametrize("genes, modules", [(40, 4), (41, 4), (43, 4), (17, 17), (30, 7), (9, 1), (205, 32)])
+def test_module_sizes_differ_by_at_most_one(genes, modules):
+    rng = np.random.default_rng(genes)
+    vectors = torch.from_numpy(rng.normal(size=(genes, 6)).astype(np.float32)) ** 3
+    graph = torch.from_numpy((rng.random((genes, genes)) < 0.1).astype(np.float32))
+    label, changed = scbig.gene_modules(vectors, graph * graph.T, tiny(modules=modules))
+    size = torch.bincount(label, minlength=modules)
+    assert len(size) == modules and size.max() - size.min() <= 1 and size.sum() == genes and len(changed) == 3
+
+
+def test_rounding_is_the_greedy_one():
+    rng = np.random.default_rng(0)
+    plan, cost = np.round(rng.random((23, 5)), 1), rng.random((23, 5))   # with ties in the plan
+    capacity = np.array([5, 4, 5, 4, 5])
+    pairs = sorted((-plan[i, k], cost[i, k], i, k) for i in range(23) for k in range(5))
+    expected, room = {}, capacity.copy()
+    for _, _, i, k in pairs:
+        if i not in expected and room[k] > 0:
+            expected[i] = k
+            room[k] -= 1
+    got = scbig.round_plan(torch.from_numpy(plan), torch.from_numpy(cost), torch.from_numpy(capacity))
+    assert got.tolist() == [expected[i] for i in range(23)]
+
+
+def test_interactions_pull_genes_together():
+    """Random vectors and a graph of four cliques: the modules are the cliques only if the graph counts."""
+    torch.manual_seed(0)
+    clique = torch.arange(40) % 4
+    graph = (clique[:, None] == clique).float() - torch.eye(40)
+    vectors = torch.randn(40, 30) + 0.5 * F.one_hot(clique, 30)
+    with_graph, without = (scbig.gene_modules(vectors, graph, tiny(ppi_weight=w))[0].numpy() for w in (5, 0))
+    assert rand_index(with_graph, clique.numpy()) > 0.8 > rand_index(without, clique.numpy())
+
+
+def rand_index(a, b):
+    """Adjusted Rand index (Hubert and Arabie)."""
+    table = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(table, (a, b), 1)
+    rows, columns, cells, everything = ((x * (x - 1) / 2).sum() for x in (table.sum(1), table.sum(0), table, np.array(len(a))))
+    expected = rows * columns / everything
+    return (cells - expected) / ((rows + columns) / 2 - expected)
+
+
+def planted_programs(seed, genes=120):
+    """Genes that data.simulate gives a program effect, and the program with the largest, by the simulator's own first draws."""
+    rng, P = np.random.default_rng(seed), 16
+    effect = np.abs(rng.normal(0, 0.7, (P // 4, genes)) * (rng.random((P // 4, genes)) < 0.25))
+    return np.flatnonzero((effect[:, P:] > 0).any(0)) + P, effect.argmax(0)
+
+
+def test_rand_index_of_known_partitions():
+    assert rand_index(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0])) == 1
+    assert rand_index(np.array([0, 0, 1, 2]), np.array([0, 0, 1, 1])) == pytest.approx(4 / 7)  # scikit-learn's example
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_modules_recover_planted_programs_better_than_kmeans(seed, tmp_path):
+    data.simulate(tmp_path / "d.h5ad", seed=seed)
+    dataset = data.load(tmp_path / "d.h5ad", data.DataConfig(min_cells=0), "additive")
+    vectors, graph = scbig.expression_priors(dataset)
+    genes, program = planted_programs(seed)
+    score = {c: rand_index(scbig.gene_modules(vectors, graph, tiny(modules=8, clustering=c))[0].numpy()[genes], program[genes])
+             for c in ("grc", "kmeans", "unordered")}
+    assert score["grc"] > score["kmeans"] + 0.1 and score["kmeans"] > score["unordered"]
+
+
+def test_co_expression_graph_is_mutual_neighbours_by_partial_correlation(dataset):
+    _, graph = scbig.expression_priors(dataset, neighbours=4)
+    x = dataset.X[dataset.fit_rows].toarray().astype(np.float64)
+    z = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
+    total = z.sum(1)
+    residual = z - np.outer(total, total @ z / (total @ total))
+    with np.errstate(invalid="ignore"):
+        corr = np.abs(np.nan_to_num(np.corrcoef(residual.T)))
+    np.fill_diagonal(corr, 0)
+    near = [set(np.argsort(-row)[:4]) for row in corr]
+    expected = np.array([[i in near[j] and j in near[i] for j in range(len(corr))] for i in range(len(corr))])
+    assert (graph.numpy().astype(bool) == expected).mean() > 0.999 and graph.sum() > 40
+    assert torch.equal(graph, graph.T) and graph.diagonal().sum() == 0
+
+
+def test_priors_see_no_test_cell(demo, panel):
+    """Test cells shuffled within each gene: modules, vectors, graph, mean and pathways stay the same to the bit."""
+    priors = []
+    for spoil in (False, True):
+        dataset = data.load(demo, tiny(), "additive")
+        if spoil:
+            X, rng = dataset.X.tolil(), np.random.default_rng(0)
+            for group in dataset.part("test") + dataset.part("val"):
+                rows = dataset.rows[group]
+                X[rows] = rng.permuted(X[rows].toarray(), axis=1)
+            dataset.source.X = X.tocsr()
+        torch.manual_seed(0)
+        priors.append(scbig.load_priors(FakeRun(tiny(), dataset, panel)))
+    assert all(torch.equal(priors[0][k], priors[1][k]) for k in priors[0])
+
+
+# ------------------------------------------------------------------------------------------------ autoencoder
+
+@pytest.mark.parametrize("weights", ["shared", "own"])
+@pytest.mark.parametrize("clustering", ["grc", "kmeans", "unordered"])
+def test_token_k_is_module_k(dataset, panel, weights, clustering):
+    """A gene moves the token of its own module alone, and every gene comes back from its own place."""
+    model, _ = build(dataset, panel, module_weights=weights, clustering=clustering, modules=5)
+    ae, x = model.autoencoder, torch.rand(2, len(panel.genes))
+    before = ae.tokens(x)
+    for gene in range(len(panel.genes)):
+        changed = x.clone()
+        changed[:, gene] += 1
+        moved = (ae.tokens(changed) - before).abs().sum((0, 2)) > 1e-6
+        assert moved.nonzero().flatten().tolist() == [int(ae.module_of[gene])]
+    padded = torch.full((1, len(ae.gather)), -1.0)
+    padded[0, ae.place] = torch.arange(len(panel.genes)).float()
+    assert torch.equal(padded[0][ae.gather < len(panel.genes)], ae.gather[ae.gather < len(panel.genes)].float())
+
+
+@pytest.mark.parametrize("weights", ["shared", "own"])
+def test_numbering_of_modules_does_not_matter(dataset, panel, weights):
+    model, run = build(dataset, panel, module_weights=weights)
+    ae, order = model.autoencoder, torch.tensor([2, 0, 3, 1])            # new number k was old number order[k]
+    other = scbig.Autoencoder(run.config, order.argsort()[ae.module_of], ae.module_vectors[order], ae.mean).eval()
+    state = {k: v for k, v in ae.state_dict().items() if k not in ("module_of", "module_vectors")}
+    for name in ("embed", "embed_bias", "head", "head_bias") if weights == "own" else ():
+        state[name] = state[name][order]
+    other.load_state_dict(state, strict=False)
+    x, z = torch.rand(3, len(panel.genes)), torch.randn(3, 8)
+    torch.testing.assert_close(other.encode(x), ae.encode(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.decode(z), ae.decode(z), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_its_formula_and_its_weights(dataset, panel):
+    torch.manual_seed(0)
+    a, x, y = scbig.Attention(12, 3), torch.randn(1, 4, 12), torch.randn(2, 5, 12)
+    expected, share = torch.zeros(2, 4, 12), torch.zeros(2, 5)
+    k, v = a.kv(y).chunk(2, -1)
+    for h in range(3):
+        s = slice(4 * h, 4 * h + 4)
+        w = torch.softmax(a.q(x)[..., s] @ k[..., s].transpose(1, 2) / 2, -1)
+        expected[..., s], share = w @ v[..., s], share + w.mean(1) / 3
+    torch.testing.assert_close(a(x, y), a.out(expected))
+    torch.testing.assert_close(a.weights(x, y), share)
+    torch.testing.assert_close(build(dataset, panel)[0].autoencoder.attention(torch.rand(3, len(panel.genes))).sum(1), torch.ones(3))
+
+
+def test_modules_speak_only_through_the_inducing_points(dataset, panel):
+    """With the compressed state cut off, a module's token after a block depends on itself alone."""
+    model, _ = build(dataset, panel)
+    block, h = model.autoencoder.encoder[0], torch.randn(1, 4, 16)
+    torch.nn.init.zeros_(block.compress.out.weight)
+    other = h.clone()
+    other[:, 2] += 1
+    moved = (block(other) - block(h)).abs().sum((0, 2)) > 1e-6
+    assert moved.tolist() == [False, False, True, False]
+
+
+# ------------------------------------------------------------------------------------------------ flow
+
+def conditions(model, run, groups):
+    return model.flow.condition(*scbig.slots(groups, run.panel, run.config))
+
+
+def test_slot_order_does_not_matter(dataset, panel):
+    model, run = build(dataset, panel)
+    c = conditions(model, run, ["TF1+TF2", "TF2+TF1", "TF1+TF3", "TF1", "TF1+TF2+TF3", "TF3+TF1+TF2"])
+    torch.testing.assert_close(c[0], c[1])
+    torch.testing.assert_close(c[4], c[5])
+    assert min((c[i] - c[j]).abs().max() for i, j in ((0, 2), (0, 3), (0, 4))) > 1e-3
+
+
+def test_an_empty_slot_weighs_nothing_wherever_it_is(dataset, panel):
+    model, run = build(dataset, panel)
+    (token, mask, dose, covariates), alone = scbig.slots(["TF1"], panel, run.config), conditions(model, run, ["TF1"])
+    junk = torch.where(mask, token, 7)
+    torch.testing.assert_close(model.flow.condition(junk.flip(1), mask.flip(1), dose, covariates), alone)
+    torch.testing.assert_close(model.flow.condition(token[:, :1], mask[:, :1], dose[:, :1], covariates), alone)
+
+
+def test_pooling_is_its_formula(dataset, panel):
+    model, run = build(dataset, panel)
+    flow, (token, *_) = model.flow, scbig.slots(["TF1+TF2"], panel, run.config)
+    k, v = flow.kv(flow.pert_vectors[token[0]]).chunk(2, -1)
+    pooled = [torch.softmax(k[:, 8 * h:8 * h + 8] @ flow.query[8 * h:8 * h + 8] / 8, 0) @ v[:, 8 * h:8 * h + 8] for h in range(8)]
+    torch.testing.assert_close(conditions(model, run, ["TF1+TF2"])[0], flow.pooled(torch.cat(pooled)))
+
+
+def test_a_missing_embedding_is_not_no_perturbation(dataset, panel, tmp_path):
+    names = [g for g in panel.genes if g not in ("TF2", "TF3")]
+    rng = np.random.default_rng(0)
+    vectors = np.concatenate([rng.normal(size=(len(names), 6)), np.zeros((1, 6))]).astype(np.float32)
+    np.savez(tmp_path / "p.npz", names=np.array(names + ["TF3"]), emb=vectors)           # TF3: zeros, as in some files
+    model, run = build(dataset, panel, pert_embeddings=str(tmp_path / "p.npz"))
+    c = conditions(model, run, ["TF1", "TF1+TF2", "TF1+TF3", "TF2", "TF3"])
+    assert min((c[i] - c[j]).abs().max() for i in range(5) for j in range(i)) > 1e-3
+    assert any("14 of 16 perturbations" in text for text in run.said)
+    c.sum().backward()
+    learned = model.flow.learned.grad[model.flow.pert_learned[[panel.genes.index(g) for g in ("TF2", "TF3")]]]
+    assert (learned.abs().sum(1) > 0).all()
+
+
+def test_first_joint_layer_is_split_by_input(dataset, panel):
+    model, run = build(dataset, panel)
+    flow, z, t, c = model.flow, torch.randn(2, 3, 8), torch.rand(2, 3), conditions(model, run, ["TF1", "TF1+TF2"])
+    state = F.silu(flow.state[1](F.silu(flow.state[0](z))))
+    angle = 100 * t[..., None] * 100 ** (-torch.arange(512) / 512)
+    time = flow.time_mlp(torch.cat([angle.cos(), angle.sin()], -1))
+    weight = torch.cat([flow.join_time.weight, flow.join_state.weight, flow.join_condition.weight], 1)
+    joined = torch.cat([time, state, c[:, None].expand(-1, 3, -1)], -1)
+    expected = flow.out(F.silu(flow.joint(F.silu(F.linear(joined, weight, flow.join_time.bias)))))
+    torch.testing.assert_close(flow(z, t, scbig.slots(["TF1", "TF1+TF2"], panel, run.config), 1.0)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_midpoint_rule_agrees_with_a_fine_integration(dataset, panel):
+    model, run = build(dataset, panel)
+    z, c, ends = torch.randn(2, 5, 8), conditions(model, run, ["TF1", "TF1+TF2"]), {}
+    for steps in (5, 10, 160):
+        model.flow.steps = steps
+        ends[steps] = model.flow.integrate(z, c)
+    coarse, fine = ((ends[s] - ends[160]).norm() / (ends[160] - z).norm() for s in (5, 10))
+    assert fine < 0.05 and fine < coarse / 2                              # second order
+
+
+def test_batch_of_conditions_is_the_mean_of_its_conditions(dataset, panel):
+    model, run = build(dataset, panel)
+    groups, z, t, u = ["TF1", "TF1+TF2", "TF3", "TF4"], torch.randn(4, 6, 8), torch.rand(4, 6), torch.randn(4, 6, 8)
+    told = scbig.slots(groups, panel, run.config)
+
+    def gradient(rows):
+        model.zero_grad()
+        (model.flow(z[rows], t[rows], [a[rows] for a in told], 1.0)[0] - u[rows]).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in model.flow.parameters() if p.grad is not None])
+    micro = torch.stack([gradient([i]) for i in range(4)]).mean(0)
+    torch.testing.assert_close(gradient([0, 1, 2, 3]), micro, rtol=1e-3, atol=1e-6)
+
+
+def test_dropout_is_off_in_the_structure_losses(dataset, panel):
+    model, run = build(dataset, panel, dropout=0.5)
+    told, z = scbig.slots(["TF1", "TF2"], panel, run.config), torch.randn(2, 6, 8)
+    model.train()
+    a, b = (model.flow(z, torch.rand(2, 6), told, torch.zeros(2, 256), z[:1], torch.tensor([1])) for _ in range(2))
+    assert torch.equal(a[1], b[1]) and not torch.equal(a[0], b[0])
+    torch.testing.assert_close(a[1], model.flow.integrate(z[:1], model.flow.condition(*told)[1:]))
+
+
+# ------------------------------------------------------------------------------------------------ structure losses
+
+def test_correlation_is_that_of_module_means():
+    rng = np.random.default_rng(0)
+    x, label = rng.normal(size=(2, 50, 12)), np.arange(12) % 4
+    member = np.eye(4)[label] / 3
+    got = scbig.correlation(torch.from_numpy(x), torch.from_numpy(member)).numpy()
+    for cells, r in zip(x, got):
+        np.testing.assert_allclose(r, np.corrcoef((cells @ member).T), atol=1e-9)
+    other = rng.normal(size=(2, 40, 12))
+    expected = np.mean([np.linalg.norm(np.corrcoef((a @ member).T) - np.corrcoef((b @ member).T)) / 4 for a, b in zip(x, other)])
+    loss = scbig.correlation_loss(*map(torch.from_numpy, (x, other, member)))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert scbig.correlation_loss(*map(torch.from_numpy, (x, x, member))).item() == 0
+
+
+def test_constant_modules_give_finite_gradients():
+    x = torch.zeros(1, 8, 6, requires_grad=True)
+    scbig.correlation_loss(x, torch.rand(1, 8, 6), torch.eye(6)).backward()
+    assert x.grad.isfinite().all()
+
+
+def test_pathway_loss_grows_with_the_shift_where_the_kernel_form_underflows():
+    rng = np.random.default_rng(0)
+    real, pathways = rng.normal(0, 1, (64, 40)).astype(np.float32), (rng.random((30, 40)) < 0.2).astype(np.float32)
+    pathways /= pathways.sum(1, keepdims=True)
+    direction = np.abs(rng.normal(size=40)).astype(np.float32)
+    ours, official = [], []
+    for shift in (0, 0.5, 1, 2, 4, 8):
+        pred = real[::-1].copy() + shift * direction
+        ours.append(scbig.pathway_loss(*map(torch.from_numpy, (pred[None], real[None], pathways))).item())
+        cost = scipy.spatial.distance.cdist(pred @ pathways.T, real @ pathways.T, "sqeuclidean")
+        kernel = np.exp(-cost / 0.1).astype(np.float32)
+        u = np.ones(64, np.float32)
+        for _ in range(50):                                               # official: the cost unscaled, in float32
+            v = (1 / 64) / (kernel.T @ u + 1e-8)
+            u = (1 / 64) / (kernel @ v + 1e-8)
+        official.append(float((u[:, None] * kernel * v * cost).sum() / 30))
+    assert all(b > a for a, b in zip(ours, ours[1:])) and ours[-1] > 20 * ours[0]
+    assert official[-1] < 1e-3 < ours[0]
+
+
+def test_pathway_loss_has_the_gradient_of_the_entropic_value():
+    torch.manual_seed(0)
+    pred, real = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True), torch.randn(1, 7, 6, dtype=torch.float64)
+    pathways = torch.rand(4, 6, dtype=torch.float64)
+    scbig.pathway_loss(pred, real, pathways, epsilon=0.3, iterations=500).backward()
+    epsilon = 0.3 * (torch.cdist(pred.detach() @ pathways.T, real @ pathways.T).square() / 4).mean()
+    step = 1e-4 * torch.eye(30, dtype=torch.float64).view(30, 5, 6)
+    cost = torch.cdist(torch.cat([pred.detach() + step, pred.detach() - step]) @ pathways.T, real @ pathways.T).square() / 4
+    plan = scbig.sinkhorn(cost, epsilon, 500)
+    up, down = ((plan * cost) + epsilon * (plan * plan.log())).sum((1, 2)).chunk(2)
+    torch.testing.assert_close(pred.grad[0].flatten(), (up - down) / 2e-4, rtol=1e-4, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------ prior files
+
+@pytest.mark.parametrize("kind", ["npz", "pt", "tsv", "csv", "tsv.gz"])
+def test_vectors_in_every_format(kind, tmp_path):
+    path, vectors = tmp_path / f"v.{kind}", {"Abc": [1.0, 2.5], "DEF": [-3.0, 0.25], "zero": [0.0, 0.0]}
+    if kind == "npz":
+        np.savez(path, names=np.array(list(vectors)), emb=np.array(list(vectors.values()), np.float32))
+    elif kind == "pt":
+        torch.save({k: torch.tensor(v) for k, v in vectors.items()}, path)
+    else:
+        mark = "," if kind == "csv" else "\t"
+        text = "".join(mark.join(map(str, (k, *v))) + "\n" for k, v in {"gene": ["d1", "d2"], **vectors}.items())
+        path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    got = data.read_vectors(str(path), "--gene-embeddings")
+    assert {k: v.tolist() for k, v in got.items()} == {"ABC": [1.0, 2.5], "DEF": [-3.0, 0.25]}
+
+
+@pytest.mark.parametrize("kind", ["gmt", "gmt.gz", "gmt.zip"])
+def test_pathways_in_every_format(kind, tmp_path):
+    text, path = "One\tR-1\tA\tb\tC\n\nTwo\tR-2\tB\t\n", tmp_path / f"p.{kind}"
+    if kind == "gmt.zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("p.gmt", text)
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if kind == "gmt.gz" else text.encode())
+    assert data.read_gmt(str(path)) == {"One": {"A", "B", "C"}, "Two": {"B"}}
+
+
+@pytest.mark.skipif(not REACTOME.exists(), reason="the Reactome file is not at hand")
+def test_reactome_is_read():
+    sets = data.read_gmt(str(REACTOME))
+    assert len(sets) > 2400 and {"BANF1", "HMGA1", "LIG4"} <= sets["2-LTR-circle-formation"]
+
+
+def test_interactions_in_every_format(tmp_path):
+    (tmp_path / "info.txt").write_text("#string_protein_id\tpreferred_name\tsize\n9606.P1\tTP53\t393\n9606.P2\tMdm2\t491\n9606.P3\tEGFR\t9\n")
+    links = "protein1 protein2 combined_score\n9606.P1 9606.P2 999\n9606.P2 9606.P1 999\n9606.P1 9606.P3 699\n9606.P2 9606.P3 700\n"
+    (tmp_path / "links.txt.gz").write_bytes(gzip.compress(links.encode()))
+    expected = {("TP53", "MDM2"), ("MDM2", "TP53"), ("MDM2", "EGFR")}
+    assert data.read_edges(str(tmp_path / "links.txt.gz"), str(tmp_path / "info.txt")) == expected
+    for text in ("tp53\tmdm2\nmdm2\ttp53\nmdm2\tegfr\n", "a,b,score\nTP53,MDM2,0.9\nMDM2,TP53,0.7\nMDM2,EGFR,1\nTP53,EGFR,0.69\n"):
+        (tmp_path / "edges.txt").write_text(text)
+        assert data.read_edges(str(tmp_path / "edges.txt")) == expected
+
+
+@pytest.mark.parametrize("flag, name, content, words", [
+    ("--gene-embeddings", "v.tsv", "gene\tx\ty\nA\t1\t2\nB\t1\n", ["v.tsv", "line 3", "2 numbers"]),
+    ("--gene-embeddings", "v.tsv", "A\t1\t2\nB\t1\tx\n", ["line 2"]),
+    ("--gene-embeddings", "v.tsv", "A\t1\tnan\n", ["NaN"]),
+    ("--gene-embeddings", "v.npz", "text", ["v.npz", "cannot be read", "names"]),
+    ("--pert-embeddings", "v.pt", "text", ["v.pt", "cannot be read"]),
+    ("--ppi", "p.txt", "A B 900\nA\n", ["p.txt", "line 2"]),
+    ("--ppi", "p.txt", "a b score\nA B high\n", ["line 2"]),
+    ("--pathways", "p.gmt", "One\tR-1\tA\nTwo\tR-2\n", ["p.gmt", "line 2"]),
+    ("--pathways", "p.gmt.gz", "no gzip", ["p.gmt.gz", "cannot be read"]),
+    ("--pathways", "p.gmt.zip", "no zip", ["p.gmt.zip", "cannot be read"]),
+    ("--pathways", "absent.gmt", None, ["absent.gmt", "cannot be read"]),
+    ("--pathways", "p.gmt", "One\tR-1\tMOUSEGENE\tTF1\tTF2\n", ["knows only 2 of 40 genes"]),
+    ("--gene-embeddings", "v.tsv", "TF1\t1\t2\nTF2\t1\t3\n", ["knows only 2 of 40 genes"]),
+    ("--pert-embeddings", "v.tsv", "TF1\t1\t2\nTF2\t1\t3\n", ["knows only 2 of 16 perturbations"]),
+    ("--ppi", "p.txt", "9606.P1 9606.P2 900\n", ["knows only 0 of 40 genes", "--ppi-info"]),
+])
+def test_bad_prior_files_are_one_clear_line(flag, name, content, words, demo, call, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    error(call("scbig.py", "--data", demo, *TINY["scbig"], flag, tmp_path / name, "--out", tmp_path / "run"), flag, *words)
+
+
+def test_pickled_objects_are_not_loaded(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+    torch.save({"A": Evil()}, tmp_path / "v.pt")
+    np.savez(tmp_path / "v.npz", names=np.array(["A"], dtype=object), emb=np.array([Evil()], dtype=object))
+    for name in ("v.pt", "v.npz"):
+        with pytest.raises(data.DataError, match="no pickled objects"):
+            data.read_vectors(str(tmp_path / name), "--gene-embeddings")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_genes_that_the_embedding_file_lacks_get_vectors_of_their_own(dataset, panel, tmp_path):
+    """Fitted from expression, never zero: where the file is a linear map of the expression vectors they are recovered."""
+    torch.manual_seed(0)
+    own, _ = scbig.expression_priors(dataset)
+    own = own @ torch.randn(own.shape[1], 3) * 10
+    np.savez(tmp_path / "v.npz", names=np.array(panel.genes[:36]), emb=own[:36].numpy())
+    model, run = build(dataset, panel, gene_embeddings=str(tmp_path / "v.npz"))
+    assert any("36 of 40 genes" in text for text in run.said)
+    got = model.flow.pert_vectors
+    unit = own / own.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(got[:36], unit[:36], rtol=1e-4, atol=1e-5)
+    assert (F.cosine_similarity(got[36:], unit[36:]) > 0.3).float().mean() >= 0.5 and got.abs().sum(1).min() > 0
+
+
+def test_pathways_default_to_clusters_and_small_sets_are_left_out(dataset, panel, tmp_path):
+    model, _ = build(dataset, panel)
+    assert len(model.pathways) > 8 and torch.allclose(model.pathways.sum(1), torch.ones(len(model.pathways)))
+    lines = [f"P{i}\tx\t" + "\t".join(panel.genes[5 * i:5 * i + n]) for i, n in enumerate((5, 5, 3, 2, 1, 5))]
+    (tmp_path / "p.gmt").write_text("\n".join(lines))
+    model, _ = build(dataset, panel, pathways=str(tmp_path / "p.gmt"))
+    assert (model.pathways > 0).sum(1).tolist() == [5, 5, 3, 5]
+
+
+# ------------------------------------------------------------------------------------------------ covariates and doses
+
+def test_covariates_are_one_hot_and_unknown_ones_zero(dataset, panel):
+    from dataclasses import replace
+    panel = replace(panel, covariates={"cell": ["a", "b"], "donor": ["d1", "d2", "x,y"]})
+    *_, covariates = scbig.slots(["TF1@b,d1", "TF1@a,x,y", "TF1@c,d2", "TF1"], panel, tiny())
+    assert covariates.int().tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
+
+
+def test_doses_share_the_embedding_of_their_drug(call, tmp_path):
+    rng, drugs = np.random.default_rng(0), ["X-1", "Y", "Z"]
+    label = np.repeat(["control", *drugs], 40)
+    dose = np.where(label == "control", 0, rng.choice([10.0, 1000.0], 160))
+    X = rng.poisson(3 + (label[:, None] == np.array(drugs * 10)) * (dose > 100)[:, None] * 9.0).astype(np.float32)
+    data.write_h5ad(tmp_path / "d.h5ad", X, {"condition": label.astype(object), "dose": dose}, [f"G{i}" for i in range(30)])
+    (tmp_path / "s.json").write_text(json.dumps({"test": ["X-1:1000"]}))
+    out = ok(call("scbig.py", "--data", tmp_path / "d.h5ad", *TINY["scbig"], "--split", tmp_path / "s.json", "--dose-key", "dose", "--out", tmp_path / "run"))
+    assert "untrained" not in out                                        # another dose of the drug is in training
+    state = scbig.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    config, panel = Config(**state["config"]), data.Panel(**state["panel"])
+    token, mask, amount, _ = scbig.slots(["X-1:10", "X-1:1000", "Y:10"], panel, config)
+    assert token[0, 0] == token[1, 0] != token[2, 0] and scbig.token_names(panel, config)[30:] == drugs
+    assert amount[:, 0].tolist() == pytest.approx([math.log(11) / math.log(1001), 1, math.log(11) / math.log(1001)])
+    flow = scbig.load_model(config, panel, state["saved"]).flow
+    c = flow.condition(token, mask, amount, torch.zeros(3, 0))
+    assert (c[0] - c[1]).abs().max() > 1e-3 and (c[0] - c[2]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+@pytest.fixture(scope="module")
+def trained(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scbig") / "run"
+    scbig.main(["--data", demo, *TINY["scbig"], "--modules", "7", "--out", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("flags", [
+    ["--clustering", "kmeans", "--encoder", "transformer"], ["--clustering", "unordered", "--coupling", "independent"],
+    ["--structure", "alternate", "--structure-every", "3"], ["--corr-weight", "0"], ["--path-weight", "0", "--ppi-weight", "0"],
+    ["--condition-embedding", "learned", "--module-weights", "own"], ["--structure-target", "reconstruction", "--dtype", "bf16"],
+    ["--condition-dropout", "0.9", "--dropout", "0.1", "--pretrain-check", "0"]])
+def test_variants_run(flags, demo, call, tmp_path):
+    done = call("scbig.py", "--data", demo, *TINY["scbig"], "--steps", 6, *flags, "--out", tmp_path / "run")
+    assert "replicate" in ok(done) and not done.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--conditions-per-batch", "3"], ["--batch-size 16"]), (["--structure-conditions", "9"], ["--structure-conditions 9"]),
+    (["--heads", "3"], ["--width 16"]), (["--modules", "0"], ["--modules 0"]), (["--modules", "41"], ["--modules 41", "40 genes"]),
+    (["--condition-dropout", "1"], ["--condition-dropout"]), (["--sigma", "-1"], ["--sigma"]), (["--ppi-info", "x"], ["--ppi"]),
+    (["--pretrain-steps", "0"], ["--pretrain-steps"])])
+def test_misuse(flags, words, demo, call, tmp_path):
+    error(call("scbig.py", "--data", demo, *TINY["scbig"], "--out", tmp_path / "run", *flags), *words)
+
+
+def test_exported_modules_are_those_of_the_checkpoint_and_balanced(trained, panel):
+    rows = [line.split("\t") for line in (trained / "modules.tsv").read_text().splitlines()]
+    assert rows[0] == ["gene", "module"] and [r[0] for r in rows[1:]] == panel.genes
+    module = np.array([int(r[1]) for r in rows[1:]])
+    size = np.bincount(module, minlength=7)
+    assert len(size) == 7 and size.max() - size.min() <= 1
+    saved = torch.load(trained / "ckpt.pt", weights_only=True)["saved"]["model"]
+    assert saved["autoencoder.module_of"].tolist() == module.tolist()
+
+
+def test_stage_1_is_validated_on_training_cells_alone(demo, monkeypatch, tmp_path):
+    """Perturbed and control cells, none of test or validation conditions, none that it is trained on."""
+    seen, drawn = [], []
+    error_of, gather = scbig.reconstruction_error, data.Dataset.gather
+
+    def spy(run, autoencoder, rows):
+        seen.append((run.dataset, set(rows.tolist())))
+        monkeypatch.setattr(data.Dataset, "gather", gather)
+        value = error_of(run, autoencoder, rows)
+        monkeypatch.setattr(data.Dataset, "gather", watch)
+        return value
+
+    def watch(self, rows, genes=None):
+        drawn.append(set(rows.tolist()))
+        return gather(self, rows, genes)
+    monkeypatch.setattr(scbig, "reconstruction_error", spy)
+    monkeypatch.setattr(data.Dataset, "gather", watch)
+
+    def after(run, state, model, sampler, original=scbig.pretrain):
+        original(run, state, model, sampler)
+        raise data.DataError("stage 1 is over")
+    monkeypatch.setattr(scbig, "pretrain", after)
+    with pytest.raises(SystemExit):
+        scbig.main(["--data", demo, *TINY["scbig"], "--pretrain-steps", "20", "--out", str(tmp_path / "run")])
+    dataset, held = seen[0]
+    forbidden = {r for part in ("test", "val") for g in dataset.part(part) for r in dataset.rows[g]}
+    controls = set(np.concatenate(list(dataset.control_rows["train"].values())).tolist())
+    assert len(seen) == 10 and all(rows == held for _, rows in seen) and not held & forbidden
+    assert held & controls and held - controls
+    trained = set().union(*drawn)
+    assert len(trained) > 100 and not trained & held and not trained & forbidden
+
+
+def test_stage_1_stops_early_and_keeps_its_best_weights(demo, monkeypatch, call, tmp_path):
+    weights, errors = [], iter([3.0, 1.0, 2.0, 2.5, 4.0])
+
+    def scripted(run, autoencoder, rows):
+        weights.append(autoencoder.to_latent.weight.detach().clone())
+        return torch.tensor(next(errors), dtype=torch.float64)
+    monkeypatch.setattr(scbig, "reconstruction_error", scripted)
+    out = ok(call("scbig.py", "--data", demo, *TINY["scbig"], "--pretrain-steps", 40, "--patience", 3, "--out", tmp_path / "run"))
+    assert "no better in 3 validations, best 1.0000" in out and len(weights) == 5
+    saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["saved"]["model"]
+    assert torch.equal(saved["autoencoder.to_latent.weight"], weights[1]) and not torch.equal(weights[1], weights[4])
+
+
+TWO_STAGES = ["--pretrain-steps", 12, "--steps", 4, "--ema", 0.9, "--dropout", 0.1, "--structure", "alternate", "--structure-every", 2]
+
+
+@pytest.fixture(scope="module")
+def whole(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    scbig.main([str(f) for f in ("--data", demo, *TINY["scbig"], *TWO_STAGES, "--out", folder)])
+    return folder
+
+
+@pytest.mark.parametrize("stop", [-7, 0, 1])
+def test_resume_in_either_stage_is_bit_identical(stop, whole, demo, call, monkeypatch, tmp_path):
+    should_stop = scbig.Progress.should_stop
+    monkeypatch.setattr(scbig.Progress, "should_stop", lambda self, step: step == stop)
+    out = ok(call("scbig.py", "--data", demo, *TINY["scbig"], *TWO_STAGES, "--out", tmp_path / "parts"))
+    assert ("pretraining step" in out.splitlines()[-1]) == (stop <= 0)
+    monkeypatch.setattr(scbig.Progress, "should_stop", should_stop)
+    ok(call("scbig.py", "--out", tmp_path / "parts", "--resume"))
+    a, b = (torch.load(f / "ckpt.pt", weights_only=True)["saved"] for f in (whole, tmp_path / "parts"))
+    assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
+    steps = [[(e["step"], e["loss"]) for e in map(json.loads, (f / "log.jsonl").read_text().splitlines())] for f in (whole, tmp_path / "parts")]
+    assert steps[0] == steps[1] and steps[0][0][0] == -11 and steps[0][-1][0] == 4
+
+
+def test_prediction_needs_no_prior_file(demo, call, dataset, tmp_path):
+    np.savez(tmp_path / "v.npz", names=np.array(dataset.genes), emb=np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32))
+    (tmp_path / "p.gmt").write_text("".join(f"P{i}\tx\t" + "\t".join(dataset.genes[i:i + 9]) + "\n" for i in range(0, 34, 3)))
+    (tmp_path / "p.txt").write_text("".join(f"{a} {b}\n" for a, b in zip(dataset.genes, dataset.genes[1:])))
+    files = ["--gene-embeddings", tmp_path / "v.npz", "--pert-embeddings", tmp_path / "v.npz", "--pathways", tmp_path / "p.gmt", "--ppi", tmp_path / "p.txt"]
+    out = ok(call("scbig.py", "--data", demo, *TINY["scbig"], "--steps", 4, *files, "--stop-at", 2, "--out", tmp_path / "run"))
+    assert out.count("knows 40 of 40") == 3 and "knows 16 of 16" in out
+    for name in ("v.npz", "p.gmt", "p.txt"):
+        (tmp_path / name).unlink()
+    ok(call("scbig.py", "--out", tmp_path / "run", "--resume"))
+    ok(call("scbig.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--predict", "TF1+TF9", "--out", tmp_path / "p.h5ad"))
+
+
+# ------------------------------------------------------------------------------------------------ other files, analysis
+
+def test_scoring_on_another_file_matches_genes_by_name(trained, demo, call, tmp_path):
+    """The training file itself, genes in another order and case: test conditions score as in training."""
+    cells = data.read_cells(demo)
+    order = np.random.default_rng(0).permutation(len(cells.genes))
+    names = [cells.genes[i].lower() if i % 2 and "TF" not in cells.genes[i] else cells.genes[i] for i in order]
+    label = np.where(cells.condition == "TF5", "NOVEL", cells.condition).astype(object)
+    data.write_h5ad(tmp_path / "other.h5ad", cells.X[:, order], {"condition": label}, names)
+    out = ok(call("scbig.py", "--ckpt", trained / "ckpt.pt", "--data", tmp_path / "other.h5ad", "--eval-cells", 8, "--out", tmp_path / "t"))
+    assert "knows 40 of 40 genes" in out and "39 of 40 conditions" in out
+    there, own = (json.loads((f / "metrics.json").read_text())["per_condition"] for f in (tmp_path / "t", trained))
+    assert set(own) < set(there) and "NOVEL" not in there and "TF1" in there
+    for condition in own:
+        assert there[condition]["l2"] == pytest.approx(own[condition]["l2"], rel=1e-3)
+
+
+def test_scoring_on_another_file_without_some_genes(trained, demo, call, tmp_path):
+    cells = data.read_cells(demo)
+    data.lognormalise(cells)
+    data.write_h5ad(tmp_path / "fewer.h5ad", cells.X[:, :30], {"condition": cells.condition}, cells.genes[:30])
+    out = ok(call("scbig.py", "--ckpt", trained / "ckpt.pt", "--data", tmp_path / "fewer.h5ad", "--eval-cells", 8, "--out", tmp_path / "t"))
+    assert "knows 30 of 40 genes" in out and data.read_cells(tmp_path / "t" / "pred.h5ad").genes == cells.genes[:30]
+    data.write_h5ad(tmp_path / "few.h5ad", cells.X[:, :7], {"condition": cells.condition}, cells.genes[:7])
+    error(call("scbig.py", "--ckpt", trained / "ckpt.pt", "--data", tmp_path / "few.h5ad", "--out", tmp_path / "u"), "knows only 7 of 40")
+    label = np.where(cells.condition == "control", "control", "NOVEL").astype(object)
+    data.write_h5ad(tmp_path / "novel.h5ad", cells.X, {"condition": label}, cells.genes)
+    error(call("scbig.py", "--ckpt", trained / "ckpt.pt", "--data", tmp_path / "novel.h5ad", "--out", tmp_path / "u"), "shares no perturbation")
+    error(call("scbig.py", "--ckpt", trained / "ckpt.pt", "--data", tmp_path / "novel.h5ad", "--out", tmp_path / "t"), "exists")
+
+
+def test_enrichment_is_fishers_test_with_bh():
+    genes = [f"G{i}" for i in range(60)]
+    modules = np.arange(60) // 20
+    sets = {"planted": set(genes[:15] + genes[40:42] + ["ELSEWHERE"]), "spread": set(genes[::5]), "small": set(genes[:2])}
+    rows = scbig.enrichment(modules, genes, sets)
+    assert [row[:5] for row in rows] == [(0, "planted", 15, 20, 17)]
+    p = [scipy.stats.fisher_exact([[a, b], [c, d]], "greater")[1] for a, b, c, d in
+         ((15, 2, 5, 38), (0, 17, 20, 23), (2, 15, 18, 25), *[(4, 8, 16, 32)] * 3)]
+    assert rows[0][5] == pytest.approx(p[0]) and rows[0][6] == pytest.approx(scipy.stats.false_discovery_control(p)[0])
+
+
+def test_coactivation_and_its_bootstrap_rate():
+    torch.manual_seed(0)
+    common, member = torch.randn(80, 1), torch.eye(3).repeat_interleave(2, 0) / 2
+    x = torch.randn(80, 6) + common * torch.tensor([2.0, 2, 2, 2, 0, 0])
+    together, positive = scbig.coactivation(x, member)
+    np.testing.assert_allclose(together, np.corrcoef((x @ member).T), atol=1e-5)
+    assert positive[0, 1] == 1 and 0 < positive[0, 2] < 1
+
+
+def test_analysis_during_training_and_afterwards(demo, dataset, call, tmp_path):
+    (tmp_path / "p.gmt").write_text("".join(f"P{i}\tx\t" + "\t".join(dataset.genes[i:i + 9]) + "\n" for i in range(0, 31, 3)))
+    flags = ["--data", demo, *TINY["scbig"], "--pathways", tmp_path / "p.gmt", "--steps", 3]
+    ok(call("scbig.py", *flags, "--analyse", "--out", tmp_path / "with"))
+    ok(call("scbig.py", *flags, "--out", tmp_path / "after"))
+    names = ["attention_shift.tsv", "modules_coactivation.tsv", "modules_enrichment.tsv"]
+    assert not [n for n in names if (tmp_path / "after" / n).exists()]
+    ok(call("scbig.py", "--ckpt", tmp_path / "after" / "ckpt.pt", "--analyse"))
+    for name in names:
+        assert (tmp_path / "with" / name).read_text() == (tmp_path / "after" / name).read_text(), name
+    rows = [line.split("\t") for line in (tmp_path / "with" / "attention_shift.tsv").read_text().splitlines()[1:]]
+    tests = json.loads((tmp_path / "with" / "split.json").read_text())["test"]
+    assert {r[0] for r in rows} == set(tests) and len(rows) == 4 * len(tests)
+    assert sum(float(r[3]) for r in rows) == pytest.approx(len(tests), abs=0.01)      # shares of one
