@@ -55,6 +55,21 @@ METHODS = {
     "scdfm:no-mmd": "scdfm.py --mmd-weight 0",
     "scdfm:no-mask": "scdfm.py --knn 0",
     "scdfm:plain-attention": "scdfm.py --no-differential",
+    "primeflow": "primeflow.py",
+    "primeflow:mlp": "primeflow.py --velocity mlp",
+    "primeflow:pca": "primeflow.py --velocity mlp --space pca",
+    "primeflow:pca-ot": "primeflow.py --velocity mlp --space pca --coupling ot",
+    "scbig": "scbig.py",
+    "scbig:kmeans": "scbig.py --clustering kmeans",
+    "scbig:transformer": "scbig.py --encoder transformer",
+    "scbig:no-correlation": "scbig.py --corr-weight 0",
+    "scbig:no-pathways": "scbig.py --path-weight 0",
+    "celltarnet": "celltarnet.py",
+    "celltarnet:no-contrast": "celltarnet.py --contrast-weight 0",
+    "celltarnet:no-denoising": "celltarnet.py --denoise-weight 0",
+    "celltarnet:no-prior": "celltarnet.py --prior none",
+    "celltarnet:sparse": "celltarnet.py --prior sparse",
+    "celltarnet:low-rank": "celltarnet.py --prior low-rank",
 }
 
 # what the papers print, by name of the data and split; another gene set or split file gives other numbers
@@ -103,14 +118,14 @@ class Config(data.DataConfig):
     seeds: tuple[int, ...] = (0,)   # seeds to run
     methods: tuple[str, ...] = ("all",)  # all, none, names of METHODS, or 'NAME FLAGS' in quotes
     baselines: bool = True          # score linear, latent_additive, ridge and nearest
-    embedding: str = ""             # gene vectors for linear and nearest: .npz (names, emb) or .tsv (name, values)
+    embedding: str = ""             # gene vectors for linear and nearest: .npz (names, emb), .pt, .tsv or .csv
     pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
     preset: str = ""                # size of the methods: demo, paper; '' is demo for --data demo, else paper
     device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
     out: str = ""                   # folder; '' is runs/bench-DATA-SPLIT
     keys: tuple[str, ...] = ()      # metrics to print; default those of the papers' tables
-    jobs: int = 1                   # runs at the same time
+    jobs: int = 0                   # runs at the same time; 0 is one per CPU core for demo-size models, else 1
     plot: bool = False              # figures as PNG files (needs matplotlib)
     condition: str = ""             # condition of the gene and PCA figures; '' is the one with the largest effect
     dry_run: bool = False           # print the commands and stop
@@ -268,22 +283,6 @@ def baseline_populations(name, dataset, eval_cells, seed, embedding=None):
     return out, chosen
 
 
-def read_embedding(path):
-    """{name: vector} of a .npz file (names, emb) or of a .tsv file (name, then values)."""
-    try:
-        if str(path).endswith(".npz"):
-            with np.load(path) as file:
-                return {str(n): e.astype(float) for n, e in zip(file["names"], file["emb"], strict=True)}
-        rows = [line.split("\t") for line in Path(path).read_text().splitlines() if line.strip()]
-        vectors = {row[0]: np.array(row[1:], dtype=float) for row in rows}
-        if not vectors or len({len(v) for v in vectors.values()}) != 1 or not len(next(iter(vectors.values()))):
-            raise ValueError("rows of different lengths, or without values")
-        return vectors
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"--embedding {path}: cannot be read ({error}); it needs a .npz file with names and emb, or a "
-                        ".tsv file with a name and its values in each line") from None
-
-
 # -------------------------------------------------------------------------------- runs
 
 @dataclass
@@ -299,9 +298,10 @@ class Job:
 def jobs(config, out):
     """Every run that the flags ask for."""
     asked = [m for m in METHODS if ":" not in m] if config.methods == ("all",) else config.methods
-    asked, passed = () if tuple(asked) == ("none",) else asked, []
+    asked, passed = () if asked == ("none",) else asked, []
     for f in fields(data.DataConfig):
-        if (value := getattr(config, f.name)) not in (f.default, None) or f.name == "hvg":
+        # always those of which the methods have defaults of their own: all must see the same genes and controls
+        if (value := getattr(config, f.name)) != f.default or f.name in ("hvg", "eval_genes", "control_split"):
             flag = "--" + f.name.replace("_", "-")
             passed += [flag] if value is True else [flag, str(value)]
     common = ["--data", config.data, "--split", config.split, *passed, "--eval-cells", str(config.eval_cells)]
@@ -401,6 +401,13 @@ def score_fold(config, fold, embedding):
     path = data.demo_file(cell_types=2 if config.covariates else 1) if config.data == "demo" else config.data
     dataset = data.load(path, config, config.split, fold, config.n_folds)
     genes = dataset.eval_genes
+    if embedding is not None:
+        of = sorted({*dataset.genes, *dataset.perturbations, *(p.partition(":")[0] for p in dataset.perturbations)})
+        found = {name: embedding[name.upper()].astype(float) for name in of if name.upper() in embedding}
+        if len(found) < 0.2 * len(of):
+            raise DataError(f"--embedding {config.embedding}: knows only {len(found):,} of {len(of):,} genes; give a "
+                            "file of the same species and naming")
+        embedding = found
     names, control = [dataset.genes[i] for i in genes], dataset.controls("test", genes)
     control = control if config.covariates else control[""]
     real, train = dataset.populations("test", genes), dataset.populations("train", genes)
@@ -568,7 +575,7 @@ def bench(config):
             print("# done: " * finished(job) + shlex.join(["python", Path(job.command[1]).name, *command_now(job)[2:]]))
         return 0
     keys = list(config.keys or metrics.TABLE_KEYS)
-    embedding = read_embedding(config.embedding) if config.embedding else None
+    embedding = data.read_vectors(config.embedding, "--embedding") if config.embedding else None
     folds = {fold: score_fold(config, fold, embedding) for fold in config.folds}     # cheap, and finds bad input first
     failed = run_jobs([job for job in planned if not finished(job)], config.jobs)
     runs = [(name, kind, result) for dataset, by_seed in folds.values() for rows in by_seed.values()
@@ -589,8 +596,8 @@ def bench(config):
     lines = reading(rows, tests, keys)
     first = folds[config.folds[0]][0]
     title = f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, " \
-        f"seeds {list(config.seeds)}: {len(first.part('train'))} training and {len(first.part('test'))} test conditions, " \
-        f"{len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition"
+        f"seeds {list(config.seeds)}: {len(first.part('train'))} training and {len(first.part('test'))} test " \
+        f"conditions, {len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition"
     write_results(out, config, rows, tests, failed, title, lines, keys)
     print(f"\n{title}\n")
     print(format_rows(rows, keys, "console" if sys.stdout.isatty() else "plain"))
@@ -890,12 +897,13 @@ def main(argv=None):
     with data.clean_errors():
         parser = data.Parser(prog="bench.py", description=__doc__)
         data.add_flags(parser, Config)
-        config = Config(**vars(parser.parse_args(argv)))
+        typed = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+        config = Config(**typed)
         unknown = sorted(set(config.keys) - set(metrics.KEYS))
         if unknown:
             raise DataError(f"--keys {' '.join(unknown)}: unknown; the metrics are {' '.join(metrics.KEYS)}")
-        if config.jobs < 1 or config.eval_cells < 0 or not config.seeds or min(*config.seeds, *config.folds) < 0:
-            raise DataError("--jobs must be positive, --seeds, --folds and --eval-cells not negative")
+        if config.jobs < 0 or config.eval_cells < 0 or not config.seeds or min(*config.seeds, *config.folds) < 0:
+            raise DataError("--jobs, --seeds, --folds and --eval-cells must not be negative")
         names = [text.partition("=")[0] for text in config.pred]
         if any("=" not in text for text in config.pred) or len(set(names)) < len(names) or \
                 set(names) & {*METHODS, *GRIDS, *metrics.FLOORS}:
@@ -903,6 +911,9 @@ def main(argv=None):
         for repeated in (config.seeds, config.folds, config.methods):
             if len(set(repeated)) < len(repeated):
                 raise DataError(f"{' '.join(map(str, repeated))}: something is asked for twice")
+        cuda = config.device.startswith("cuda") or (not config.device and torch.cuda.is_available())
+        small = (config.preset or ("demo" if config.data == "demo" else "paper")) == "demo" and not cuda
+        config.jobs = config.jobs or (os.cpu_count() or 1 if small else 1)
         config.eval_cells = config.eval_cells or (100 if config.data == "demo" else 1000)
         if config.data == "demo" and config.split == "transfer":
             config.covariates = config.covariates or "cell_type"

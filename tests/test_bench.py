@@ -180,7 +180,8 @@ def test_paired_tests_are_scipys(whole):
 
 def test_a_killed_bench_goes_on_to_the_same_table(whole, demo, run, tmp_path):
     """Ctrl-C while the second run trains: it saves; the next call continues it, and repeats nothing that is finished."""
-    flags = ["--data", demo, "--preset", "demo", "--eval-cells", 8, "--methods", RUN, f"{RUN} --knn 0", "--seeds", 0, 1, "--out", tmp_path / "b"]
+    flags = ["--data", demo, "--preset", "demo", "--eval-cells", 8, "--methods", RUN, f"{RUN} --knn 0", "--seeds", 0, 1, "--jobs", 1, "--out",
+             tmp_path / "b"]
     process = subprocess.Popen([sys.executable, str(ROOT / "bench.py"), *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.time() + 120
@@ -234,9 +235,11 @@ def test_other_tools_predictions_and_two_folds(demo, capsys, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_dry_run_prints_commands_that_start_nothing(demo, capsys, tmp_path):
+def test_dry_run_prints_commands_and_starts_nothing(demo, capsys, tmp_path):
     out = ok(main(capsys, "--data", demo, "--methods", "scdfm", "scdfm:no-mmd", "--dry-run", "--out", tmp_path / "b"))
     assert out.count("python scdfm.py") == 2 and out.count("--mmd-weight 0") == 1 and not (tmp_path / "b").exists()
+    out = ok(main(capsys, "--data", demo, "--methods", "all", "--seeds", 3, 4, "--dry-run", "--out", tmp_path / "b"))
+    assert out.count("--seed 3") == out.count("--seed 4") == len(METHODS) and "--mmd-weight" not in out
 
 
 def test_published_numbers_are_marked_and_only_for_their_data():
@@ -260,7 +263,7 @@ def test_every_method_of_the_repository_is_in_the_list():
     (["--pred", "X=nothing.h5ad"], ["nothing.h5ad", "no such file"]),
     (["--seeds", "0", "0"], ["twice"]),
     (["--seeds", "-1"], ["--seeds"]),
-    (["--jobs", "0"], ["--jobs"]),
+    (["--jobs", "-1"], ["--jobs"]),
     (["--data", "nothing.h5ad"], ["nothing.h5ad", "no such file"]),
     (["--split", "sideways"], ["sideways"]),
     (["--embedding", "nothing.npz"], ["nothing.npz"]),
@@ -269,18 +272,6 @@ def test_misuse(flags, words, demo, capsys, tmp_path):
     given = [] if "--data" in flags else ["--data", demo]
     error(main(capsys, *given, "--out", tmp_path / "b", *(["--methods", "none"] if "--methods" not in flags else []), *flags), *words)
     assert not (tmp_path / "b").exists()
-
-
-def test_embedding_files(tmp_path):
-    vectors = {"A": [1.0, 2.0], "B": [3.0, 4.5]}
-    np.savez(tmp_path / "e.npz", names=list(vectors), emb=np.array(list(vectors.values()), np.float32))
-    (tmp_path / "e.tsv").write_text("A\t1\t2\nB\t3\t4.5\n")
-    for name in ("e.npz", "e.tsv"):
-        read = bench.read_embedding(tmp_path / name)
-        assert {k: v.tolist() for k, v in read.items()} == vectors
-    (tmp_path / "bad.tsv").write_text("A\t1\t2\nB\t3\n")
-    with pytest.raises(data.DataError, match="bad.tsv"):
-        bench.read_embedding(tmp_path / "bad.tsv")
 
 
 def test_flop_count_of_a_known_network():
