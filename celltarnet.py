@@ -824,7 +824,7 @@ class Progress:
         means = dict(zip(losses, (self.sums / n).tolist()))              # the only sync
         speed = n * self.cells / (now - self.last)
         self.sums, self.last, self.last_step = torch.zeros_like(self.sums), now, step
-        self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 1)})
+        self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 4)})
         left = clock((self.steps - step) * self.cells / speed)
         losses = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
         line = f"{self.name} {step - self.first}/{self.steps - self.first}  {losses}  {speed:,.0f} cells/s  " \
