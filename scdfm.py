@@ -978,7 +978,7 @@ def main(argv=None):
             model = train(run, state)
             evaluate(run, model, (state["seconds"] if state else 0) + time.perf_counter() - began)
         except RuntimeError as error:
-            if run.world == 1 or "Connection closed" not in str(error) and "NCCL" not in str(error):
+            if run.world == 1 or not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise DataError(f"process {run.rank}: another process of this run has ended; go on from the last "
                             f"checkpoint in {run.out} with --resume") from None

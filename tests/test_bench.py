@@ -184,7 +184,8 @@ def test_a_killed_bench_goes_on_to_the_same_table(whole, demo, run, capsys, tmp_
     common = ["--data", demo, "--preset", "demo", "--eval-cells", 8, "--methods", RUN, f"{RUN} --knn 0", "--jobs", 1, "--out"]
     flags = [*common, tmp_path / "b"]
     process = subprocess.Popen([sys.executable, str(ROOT / "bench.py"), *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # ignored, if the tests run in the background
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None and len(list((tmp_path / "b").glob("*/log.jsonl"))) < 2:
         time.sleep(0.05)
@@ -193,7 +194,7 @@ def test_a_killed_bench_goes_on_to_the_same_table(whole, demo, run, capsys, tmp_
     assert process.returncode == 130 and "Traceback" not in err, out + err
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "b").glob("*/metrics.json")}
     assert len(before) == 1 and not (tmp_path / "b" / "bench.json").exists()
-    out = ok(main(capsys, *flags))
+    out = ok(run("bench.py", *flags))
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert "/1]" in out
     shutil.copytree(whole[0], tmp_path / "uninterrupted")       # has both runs of seed 0, and those of seed 1

@@ -411,7 +411,7 @@ def test_predictions_depend_on_neither_chunks_nor_columns(coupling, monkeypatch)
     columns = np.array([2, 9, 17])
     np.testing.assert_array_equal(primeflow.generate(model, run, "A+B", control, columns, 5), every[:, columns])
     monkeypatch.setattr(torch.Tensor, "split", lambda x, size, dim=0, split=torch.Tensor.split: split(x, 3 if size == 1000 else size, dim))
-    np.testing.assert_allclose(primeflow.generate(model, run, "A+B", control, np.arange(18), 5), every, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(primeflow.generate(model, run, "A+B", control, np.arange(18), 5), every, rtol=1e-3, atol=1e-4)
     run.config.clamp = False
     free = primeflow.generate(model, run, "A+B", control, np.arange(18), 5)
     assert free.min() < 0

@@ -270,9 +270,8 @@ def test_two_processes_equal_one_with_twice_the_batch(method, demo, call, tmp_pa
     one, two = (data.read_cells(tmp_path / f / "pred.h5ad") for f in ("one", "two"))
     assert list(one.condition) == list(two.condition)
     np.testing.assert_allclose(one.X.toarray().mean(), two.X.toarray().mean(), rtol=1e-2)
-    for x, y in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-3), x
-        assert x.get("val", {}).get("l2") == pytest.approx(y.get("val", {}).get("l2"), rel=1e-2), x
+    scores = [[line["val"]["l2"] for line in log_of(tmp_path / f) if "val" in line] for f in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-2) and len(scores[0]) == 3
     untrained = ["--steps", 1, "--stop-at", 1]                  # the comparison can fail: other weights are further away
     ok(call(f"{method}.py", *flags, *untrained, "--seed", 1, "--out", tmp_path / "other"))
     assert max((a[k] - v).abs().max().item() for k, v in weights(tmp_path / "other").items() if v.dtype.is_floating_point) > 1e-2
