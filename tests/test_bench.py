@@ -242,6 +242,8 @@ def test_other_tools_predictions_and_two_folds(demo, capsys, tmp_path):
 def test_dry_run_prints_commands_and_starts_nothing(demo, capsys, tmp_path):
     out = ok(main(capsys, "--data", demo, "--methods", "scdfm", "scdfm:no-mmd", "--dry-run", "--out", tmp_path / "b"))
     assert out.count("python scdfm.py") == 2 and out.count("--mmd-weight 0") == 1 and not (tmp_path / "b").exists()
+    ablation = ["--data", demo, "--methods", "primeflow:mlp", "--dry-run", "--out", tmp_path / "b"]
+    assert "--steps 3000" in ok(main(capsys, *ablation, "--preset", "demo")) and "--steps" not in ok(main(capsys, *ablation))
     out = ok(main(capsys, "--data", demo, "--methods", "all", "--seeds", 3, 4, "--dry-run", "--out", tmp_path / "b"))
     assert out.count("--seed 3") == out.count("--seed 4") == len(METHODS) and "--mmd-weight" not in out
 
