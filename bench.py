@@ -721,6 +721,7 @@ def plot(config, out, rows, good, dataset, keys):
                   color=COLORS[i % len(COLORS)])
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(1, len(top) + 1), [names[i] for i in top], rotation=60)
+    axis.set_xlim(0.4, len(top) + 1)
     axis.set(ylabel="change from the mean control (log1p CP10k)",
              title=f"{condition}: real cells (boxes, line at their mean) and predicted means; genes of largest change")
     axis.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.22))
