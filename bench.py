@@ -333,6 +333,7 @@ def jobs(config, out):
 
 
 def finished(job):
+    """Whether its scores are there: a run writes them last."""
     return (job.folder / "metrics.json").exists()
 
 

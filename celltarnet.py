@@ -264,6 +264,7 @@ class Attention(nn.Module):
 
 
 def mlp(width, dropout):
+    """The two-layer MLP of a transformer block: (..., width) -> (..., width)."""
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
 
 
