@@ -19,7 +19,7 @@ torch.set_num_threads(1)                # models this small lose more to waking 
 METHODS = [m for m in ("scdfm", "primeflow", "scbig", "celltarnet") if (ROOT / f"{m}.py").exists()]
 
 # per method: the smallest run that goes through every line, in seconds, not minutes, on the file of `demo`
-TINY = {m: ["--preset", "demo", "--split", "additive", "--steps", "20", "--eval-cells", "8"] for m in METHODS}
+TINY = {m: ["--preset", "demo", "--split", "additive", "--steps", "20", "--eval-cells", "8", "--dropout", "0.1"] for m in METHODS}
 TINY["scdfm"] += ["--batch-size", "16", "--conditions-per-batch", "4", "--width", "16", "--layers", "1", "--heads", "2",
                   "--gene-subset", "30", "--ode-steps", "2"]
 if "celltarnet" in METHODS:
