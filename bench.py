@@ -137,17 +137,6 @@ class Config(data.DataConfig):
 
 # -------------------------------------------------------------------------------- baselines
 
-def training_effects(dataset):
-    """Training groups [n], their mean effects (n, G): mean of the cells minus the mean of their controls, and the mean
-    control profile (G,)."""
-    def mean(rows):
-        return data.gene_moments(dataset.X, rows)[0] / len(rows)
-    control = {v: mean(rows) for v, rows in dataset.control_rows["train"].items()}
-    groups = dataset.part("train")
-    effects = [mean(dataset.rows[g]) - control[g.partition("@")[2]] for g in groups]
-    return groups, np.stack(effects), np.mean(list(control.values()), axis=0)
-
-
 def perturbations(group):
     """'A+B@cov' -> ('A', 'B')"""
     return tuple(group.partition("@")[0].split("+"))
@@ -265,7 +254,7 @@ def tune(function, grid, train, Y, test, n_folds=5):
 def baseline_populations(name, dataset, eval_cells, seed, embedding=None):
     """{group: (n, E)} cells of one baseline for the test groups, and the options that cross-validation chose."""
     function, grid = GRIDS[name]
-    train, Y, control = training_effects(dataset)
+    train, Y, control = data.training_effects(dataset)
     test, genes = dataset.part("test"), dataset.eval_genes
     if name in ("linear", "nearest"):
         grid = grid if embedding is None else [g for g in grid if g["k"] == grid[0]["k"]]

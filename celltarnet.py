@@ -181,22 +181,6 @@ def variants(config):
 
 # -------------------------------------------------------------------------------- gene network
 
-def gene_statistics(dataset, device="cpu"):
-    """Mean (G,), variance (G,) and correlation (G, G) of genes over training and control cells, float32. A gene without
-    variance correlates with none."""
-    X, rows = dataset.X, dataset.fit_rows
-    total, square = data.gene_moments(X, rows)
-    mean = total / len(rows)
-    var = np.maximum(square / len(rows) - mean ** 2, 0)
-    varies = torch.from_numpy(var > 1e-12 * np.maximum(mean, 1e-6) ** 2).to(device)
-    mean, var = (torch.from_numpy(a.astype(np.float32)).to(device) for a in (mean, var))
-    std, corr = torch.where(varies, var, 1).sqrt(), torch.zeros(len(mean), len(mean), device=device)
-    for block in np.array_split(rows, max(1, len(rows) * len(mean) // data.BLOCK_NNZ)):
-        z = (torch.from_numpy(X[block].toarray()).to(device) - mean) / std
-        corr.addmm_(z.T, z)                                              # (G, G)
-    return mean, var, corr / len(rows) * (varies & varies[:, None])
-
-
 def gene_prior(corr, kind, k, rank):
     """Boolean (G, G) of section 3.2: S, per gene the k genes of highest |correlation|; L, the k highest of its best
     rank-r approximation; their union, made symmetric, with the diagonal."""
@@ -592,7 +576,7 @@ def train(run, state):
 
     # model, optimiser, schedule; a resumed run takes them over, statistics included
     torch.manual_seed(config.seed)
-    model = CellTARNet(config, panel, None if state else gene_statistics(dataset, run.device)).to(run.device)
+    model = CellTARNet(config, panel, None if state else data.gene_statistics(dataset)).to(run.device)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=True,
                                   weight_decay=config.weight_decay)

@@ -210,26 +210,12 @@ def expression_priors(dataset, width=128, effects=64, neighbours=20):
 
     Vectors: principal axes of the standardised genes, and those of the effects of the training conditions, each scaled
     to length 1 per gene. Graph: mutual nearest neighbours by |correlation|, a cell's total expression held fixed."""
-    X, rows = dataset.X, dataset.fit_rows
-    total, square = data.gene_moments(X, rows)
-    mean = total / len(rows)
-    std = np.sqrt(np.maximum(square / len(rows) - mean ** 2, 0))
-    scale = np.where(std > 1e-6 * np.maximum(mean, 1e-6), 1 / np.maximum(std, 1e-12), 0).astype(np.float32)
-    mean, scale, G = torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(scale), len(mean)
-    corr, with_total, spread = torch.zeros(G, G), torch.zeros(G), 0.0
-    for block in np.array_split(rows, max(1, len(rows) * G // data.BLOCK_NNZ)):
-        z = (torch.from_numpy(X[block].toarray()) - mean) * scale
-        corr.addmm_(z.T, z)
-        with_total += z.T @ z.sum(1)
-        spread += z.sum(1).square().sum()
-    corr, with_total = corr / len(rows), with_total / (len(rows) * spread).clamp(min=1e-12).sqrt()
-
-    groups = dataset.part("train")
-    centre = {v: x.mean(0) for v, x in dataset.controls("train").items()}
-    delta = torch.stack([torch.from_numpy(dataset.cells(g).mean(0) - centre[dataset.control_of(g)]) for g in groups], 1)
+    corr = data.gene_statistics(dataset)[2].cpu()
+    delta = torch.from_numpy(data.training_effects(dataset)[1].T.astype(np.float32))               # (G, n)
     blocks = [principal_rows(corr, width, 0.5), principal_rows(delta, effects, 1.0)]
     vectors = F.normalize(torch.cat([F.normalize(block, dim=1) for block in blocks], dim=1), dim=1)
 
+    with_total, G = corr.sum(1) / corr.sum().clamp(min=1e-12).sqrt(), len(corr)
     partial = (corr - torch.outer(with_total, with_total)).abs()
     partial /= (1 - with_total ** 2).clamp(min=1e-3).sqrt()[:, None] * (1 - with_total ** 2).clamp(min=1e-3).sqrt()
     partial.fill_diagonal_(0)

@@ -150,26 +150,13 @@ def variants(config):
 
 # -------------------------------------------------------------------------------- model
 
-def coexpression_graph(dataset, k, device="cpu"):
+def coexpression_graph(dataset, k):
     """Boolean (G, G): per gene the k genes of highest |Pearson| over training and control cells, symmetrised by union,
     and self loops (eq. 7). A gene without variance keeps only its self loop."""
-    X, rows = dataset.X, dataset.fit_rows
-    total, square = data.gene_moments(X, rows)
-    mean = total / len(rows)
-    std = np.sqrt(np.maximum(square / len(rows) - mean ** 2, 0))
-    varies = torch.from_numpy(std > 1e-6 * np.maximum(mean, 1e-6)).to(device)
-    mean, std = (torch.from_numpy(a.astype(np.float32)).to(device) for a in (mean, np.where(std > 0, std, 1)))
-    corr = torch.zeros(len(mean), len(mean), device=device)
-    for block in np.array_split(rows, max(1, len(rows) * len(mean) // data.BLOCK_NNZ)):
-        z = (torch.from_numpy(X[block].toarray()).to(device) - mean) / std
-        corr.addmm_(z.T, z)                                              # (G, G)
-    corr.abs_()
-    corr[~varies] = corr[:, ~varies] = -1
-    corr.fill_diagonal_(-1)
-    strength, neighbour = corr.topk(min(k, len(mean) - 1), dim=1)        # (G, k)
-    graph = torch.zeros(len(mean), len(mean), dtype=torch.bool, device=device)
-    graph.scatter_(1, neighbour, strength > 0)
-    return graph | graph.T | torch.eye(len(mean), dtype=torch.bool, device=device)
+    corr = data.gene_statistics(dataset)[2].abs().fill_diagonal_(-1)
+    strength, neighbour = corr.topk(min(k, len(corr) - 1), dim=1)        # (G, k)
+    graph = torch.zeros_like(corr, dtype=torch.bool).scatter_(1, neighbour, strength > 0)
+    return (graph | graph.T).fill_diagonal_(True)
 
 
 class GeneEncoder(nn.Module):
@@ -487,7 +474,7 @@ def train(run, state):
 
     # model, optimiser, schedule; a resumed run takes them over, the graph included
     torch.manual_seed(config.seed)
-    graph = coexpression_graph(dataset, config.knn, run.device) if config.knn and not state else None
+    graph = coexpression_graph(dataset, config.knn) if config.knn and not state else None
     model = ScDFM(config, panel, graph).to(run.device)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)

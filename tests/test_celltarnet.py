@@ -32,7 +32,7 @@ def panel(dataset):
 def build(dataset, panel, config, dtype=torch.float64, scale=0.15, seed=0):
     """A model whose zero-initialised parts are random, so that every path matters."""
     torch.manual_seed(seed)
-    model = ct.CellTARNet(config, panel, ct.gene_statistics(dataset)).to(dtype).eval().requires_grad_(False)
+    model = ct.CellTARNet(config, panel, data.gene_statistics(dataset)).to(dtype).eval().requires_grad_(False)
     for block in model.blocks:
         torch.nn.init.normal_(block.head.weight, std=scale)
         torch.nn.init.normal_(block.head.bias, std=scale)
@@ -116,7 +116,7 @@ def test_log_scale_is_bounded_and_the_flow_starts_as_the_standardised_cell(datas
     H = model.encode(*contexts(dataset, panel, 2))
     _, a = model.blocks[0].parameters_of(model.blocks[0].slots(model.standard(cells(dataset, 2, 1))), model.blocks[0].context(H))
     assert 2.9 < a.abs().max() <= 3
-    fresh = ct.CellTARNet(tiny(), panel, ct.gene_statistics(dataset))
+    fresh = ct.CellTARNet(tiny(), panel, data.gene_statistics(dataset))
     x = cells(dataset, 2, 1, torch.float32)
     z, log_p = fresh.flow(x, fresh.encode(*contexts(dataset, panel, 2, torch.float32)))
     torch.testing.assert_close(z, (x - fresh.mean) / fresh.std)
@@ -124,7 +124,7 @@ def test_log_scale_is_bounded_and_the_flow_starts_as_the_standardised_cell(datas
 
 
 def test_standardisation_has_the_moments_of_training_cells(dataset, panel):
-    mean, var, corr = ct.gene_statistics(dataset)
+    mean, var, corr = data.gene_statistics(dataset)
     X = dataset.X[dataset.fit_rows].toarray()
     np.testing.assert_allclose(mean, X.mean(0), rtol=1e-4)
     np.testing.assert_allclose(var, X.var(0), rtol=1e-3, atol=1e-5)
@@ -169,7 +169,7 @@ def test_prior_decides_who_is_attended_to(dataset, panel):
     """With one layer, the value of gene g reaches gene h only through an edge of the graph, or as the slot before."""
     config = tiny(layers=1, neighbours=2, prior="sparse")
     model = build(dataset, panel, config)
-    graph = gene_prior(ct.gene_statistics(dataset)[2], "sparse", 2, 4)
+    graph = gene_prior(data.gene_statistics(dataset)[2], "sparse", 2, 4)
     H = model.encode(*contexts(dataset, panel, 1))
     for block in model.blocks:
         u = torch.randn(1, 1, 40, 1, dtype=torch.float64)
@@ -180,7 +180,7 @@ def test_prior_decides_who_is_attended_to(dataset, panel):
 
 @pytest.mark.parametrize("kind", ["sparse", "low-rank", "both"])
 def test_prior_equals_a_plain_loop(dataset, kind):
-    corr = ct.gene_statistics(dataset)[2]
+    corr = data.gene_statistics(dataset)[2]
     C, k, rank = corr.numpy().astype(float), 3, 5
     value, vector = np.linalg.eigh(C)
     low = sum(value[-i] * np.outer(vector[:, -i], vector[:, -i]) for i in range(1, rank + 1))
@@ -199,19 +199,19 @@ def test_prior_is_made_of_training_cells_and_silent_genes_stand_alone(demo, pane
     two.source.X = two.X.tolil()
     two.source.X[rows] = 7.0
     two.source.X = two.X.tocsr().astype(np.float32)
-    for a, b in zip(ct.gene_statistics(one), ct.gene_statistics(two)):
+    for a, b in zip(data.gene_statistics(one), data.gene_statistics(two)):
         assert torch.equal(a, b)
     one.source.X = one.X.tolil()
     one.source.X[:, 5] = 0
     one.source.X = one.X.tocsr()
-    mean, var, corr = ct.gene_statistics(one)
+    mean, var, corr = data.gene_statistics(one)
     assert mean[5] == var[5] == 0 and corr[5].abs().max() == 0
     graph = gene_prior(corr, "both", 3, 4)
     assert graph[5].sum() == 1 and graph[5, 5]
 
 
 def test_patches_of_the_first_block_hold_correlated_genes(dataset, panel):
-    corr = ct.gene_statistics(dataset)[2]
+    corr = data.gene_statistics(dataset)[2]
     model = build(dataset, panel, tiny(patch=4))
     assert sorted(model.blocks[0].order.tolist()) == list(range(40))
 
@@ -404,7 +404,7 @@ def test_multi_hot_is_additive_and_knows_genes_doses_and_covariates():
 
 
 def test_a_gene_never_perturbed_is_embedded_by_its_own_vector(dataset, panel):
-    model = ct.CellTARNet(tiny(), panel, ct.gene_statistics(dataset))
+    model = ct.CellTARNet(tiny(), panel, data.gene_statistics(dataset))
     control, _ = contexts(dataset, panel, 1, torch.float32)
     H = [model.encode(control, multi_hot([g], panel)) for g in ("GENE3", "GENE4", "TF1")]
     assert min((a - b).abs().max() for a, b in ((H[0], H[1]), (H[1], H[2]))) > 1e-3

@@ -968,6 +968,24 @@ FLAGS_OF_SPLITS = {"transfer": dict(covariates="cell_type", hvg=40, min_cells=70
                    "additive": dict(hvg=30, hvg_on="all", control_split="0.5,0.25,0.25", eval_genes=20)}
 
 
+def test_gene_statistics_are_those_of_training_and_control_cells(two_types, monkeypatch):
+    """In one block and in many, of all rows and of evenly spaced ones; a silent gene correlates with none."""
+    loaded = data.load(two_types, data.DataConfig(covariates="cell_type"), "transfer")
+    X = loaded.X.tolil()
+    X[:, 4] = 0
+    loaded.source.X, n = X.tocsr(), len(loaded.fit_rows)
+    for rows, options in ((np.arange(n), {}), (np.linspace(0, n - 1, 100), {"most": 100})):
+        x = loaded.X[loaded.fit_rows[rows.astype(int)]].toarray().astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            expected = np.nan_to_num(np.corrcoef(x.T))
+        for block in (data.BLOCK_NNZ, 5000):
+            with monkeypatch.context() as m:
+                m.setattr(data, "BLOCK_NNZ", block)
+                mean, var, corr = data.gene_statistics(loaded, **options)
+            assert np.allclose(mean, x.mean(0), atol=1e-6) and np.allclose(var, x.var(0), atol=1e-5)
+            assert np.allclose(corr, expected, atol=1e-5) and corr[4].abs().max() == 0
+
+
 @pytest.mark.parametrize("split", FLAGS_OF_SPLITS)
 @pytest.mark.parametrize("form", ["csr", "csr-chunks", "csr-gzip", "csr-float64", "dense-gzip", "csc", "prepared"])
 def test_streaming_equals_memory(two_types, tmp_path, monkeypatch, form, split):
@@ -991,6 +1009,7 @@ def test_streaming_equals_memory(two_types, tmp_path, monkeypatch, form, split):
         assert list(a) == list(b) and all(np.array_equal(a[g], b[g]) for g in a)
         a, b = disk.controls(part), memory.controls(part)
         assert list(a) == list(b) and all(np.array_equal(a[v], b[v]) for v in a)
+    assert all(torch.equal(a, b) for a, b in zip(data.gene_statistics(disk), data.gene_statistics(memory)))
     disk.prepare_sampling()
     memory.prepare_sampling()
     assert disk.dense is None

@@ -135,7 +135,7 @@ def test_graph_is_the_k_nearest_by_absolute_correlation(dataset):
 
 def test_gene_without_variance_keeps_only_its_self_loop(dataset):
     class Silent:
-        X, fit_rows = dataset.X.copy().tolil(), dataset.fit_rows
+        X, fit_rows, device = dataset.X.copy().tolil(), dataset.fit_rows, dataset.device
     Silent.X[:, 7] = 0
     Silent.X = Silent.X.tocsr()
     graph = scdfm.coexpression_graph(Silent, 4)
