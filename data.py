@@ -1698,8 +1698,9 @@ def add_flags(parser, cls, **overrides):
     comments = {}
     for base in reversed(cls.__mro__[:-1]):
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.M))
+    kinds = typing.get_type_hints(cls)
     for f in fields(cls):
-        kind, flag = typing.get_type_hints(cls)[f.name], "--" + f.name.replace("_", "-")
+        kind, flag = kinds[f.name], "--" + f.name.replace("_", "-")
         options = {"default": argparse.SUPPRESS, "help": comments.get(f.name, "").replace("%", "%%"),
                    **overrides.get(f.name, {})}
         if bool in (kind, *typing.get_args(kind)):          # bool, or bool | None where the default is decided later

@@ -481,6 +481,16 @@ def mean_distance(x, y, squared=False, block=1024):
     return total / (len(x) * len(y))
 
 
+def pair_distances(x, block=1024):
+    """Squared Euclidean distances of all pairs of different cells of x (n, d): (n (n - 1) / 2,) float64."""
+    out, end = np.empty(len(x) * (len(x) - 1) // 2), 0
+    for start in range(0, len(x), block):
+        for i, row in enumerate(squared_distances(x[start:start + block], x[start:])):
+            out[end:end + len(row) - i - 1] = row[i + 1:]
+            end += len(row) - i - 1
+    return out
+
+
 def energy_distance(x, y, unbiased=False, squared=False, known=None):
     """2 E||x-y|| - E||x-x'|| - E||y-y'|| with Euclidean norms, all pairs (V-statistic). x (n, d) and y (m, d) cells.
 
@@ -509,41 +519,56 @@ def mmd_energy(x, y, known=None):
     return 0.5 * energy_distance(x, y, known=known)
 
 
-def mmd_rbf(x, y, scales=(0.5, 1.0, 2.0, 4.0), unbiased=True, distances=None):
-    """Squared MMD, mean over kernels exp(-d^2 / (2 s m)), s in scales; scDFM's Algorithm 1. x predicted, y real cells.
+def kernel_sum(d, median):
+    """Sum over squared distances d of the mean of four kernels exp(-d / (2 s median)), s in 4, 2, 1, 0.5: each is the
+    square of the one before."""
+    total = 0.0
+    for start in range(0, d.size, 1_000_000):
+        kernel = np.exp(d.reshape(-1)[start:start + 1_000_000] / (-8 * median))
+        for _ in range(4):
+            total += kernel.sum() / 4
+            kernel *= kernel
+    return total
+
+
+def real_kernel(pairs):
+    """Of real cells' pair_distances: the bandwidth of mmd_rbf, their lower median, and the kernel_sum."""
+    median = max(np.partition(pairs, (len(pairs) - 1) // 2)[(len(pairs) - 1) // 2], 1e-12)
+    return median, kernel_sum(pairs, median)
+
+
+def mmd_rbf(x, y, unbiased=True, known=None):
+    """Squared MMD, mean over kernels exp(-d^2 / (2 s m)), s in 0.5, 1, 2, 4; scDFM's Algorithm 1. x predicted, y real.
 
     m: lower median of the squared distances between different REAL cells. Unbiased: about 0 for a fresh draw of the
     truth, slightly negative for the same cells; unbiased=False keeps the diagonals: >= 0. NaN with one real cell, or
     one predicted if unbiased. Gene space. scDFM's training loss, in no table; CellFlow's fixed bandwidths give other
-    numbers under the same name. distances: squared, within x, within y and between, where they are known.
+    numbers under the same name. known: pair_distances(x), squared_distances(x, y) and real_kernel(pair_distances(y)).
     """
     n, k = len(x), len(y)
     if k < 2 or (unbiased and n < 2):
         return math.nan
-    xx, yy, xy = distances or (squared_distances(x, x), squared_distances(y, y), squared_distances(x, y))
-    upper = yy[np.triu_indices(k, 1)]
-    median = max(np.partition(upper, (len(upper) - 1) // 2)[(len(upper) - 1) // 2], 1e-12)
-    value = 0.0
-    for s in scales:
-        kx, ky, kxy = (np.exp(d / (-2 * s * median)) for d in (xx, yy, xy))
-        within = ((kernel.sum() - np.trace(kernel)) / (len(kernel) * (len(kernel) - 1)) if unbiased else kernel.mean()
-                  for kernel in (kx, ky))
-        value += sum(within) - 2 * kxy.mean()
-    return float(value / len(scales))
+    xx, xy, (median, sum_y) = known or (pair_distances(x), squared_distances(x, y), real_kernel(pair_distances(y)))
+    sum_x, between = kernel_sum(xx, median), kernel_sum(xy, median) / (n * k)
+    if unbiased:
+        return float(2 * sum_x / (n * (n - 1)) + 2 * sum_y / (k * (k - 1)) - 2 * between)
+    return float((2 * sum_x + n) / n**2 + (2 * sum_y + k) / k**2 - 2 * between)
 
 
 def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
     """Entropic transport plan P of cost (n, m) with uniform weights: (<P, cost>, marginal error at the end).
 
-    Potentials f, g live in the log domain, P = exp((f + g - cost) / epsilon), which holds at any epsilon. Between two
-    such updates 20 cheap scalings of the current plan, unless they leave the range of floats.
+    Potentials f, g live in the log domain, P = exp((f + g - cost) / epsilon), which holds at any epsilon. They are
+    improved by 20 cheap scalings of the current plan; at the start, or where these leave the range of floats, by one
+    update in the log domain.
     """
     n, m = cost.shape
     a, b = 1 / n, 1 / m
-    f, g = np.zeros(n), np.zeros(m)
-    for _ in range(max(1, max_iter // 21)):
-        f = epsilon * (math.log(a) - special.logsumexp((g - cost) / epsilon, axis=1))
-        g = epsilon * (math.log(b) - special.logsumexp((f[:, None] - cost) / epsilon, axis=0))
+    g, scaled = np.zeros(m), False
+    for _ in range(max(1, max_iter // 20)):
+        if not scaled:
+            f = epsilon * (math.log(a) - special.logsumexp((g - cost) / epsilon, axis=1))
+            g = epsilon * (math.log(b) - special.logsumexp((f[:, None] - cost) / epsilon, axis=0))
         plan = np.exp((f[:, None] + g - cost) / epsilon)
         error = np.abs(plan.sum(axis=1) - a).sum()
         if error < tol:
@@ -554,7 +579,8 @@ def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
                 u = a / (plan @ v)
                 v = b / (u @ plan)
             u, v = epsilon * np.log(u), epsilon * np.log(v)
-        if np.isfinite(u).all() and np.isfinite(v).all():
+        scaled = np.isfinite(u).all() and np.isfinite(v).all()
+        if scaled:
             f, g = f + u, g + v
     return float(np.sum(plan * cost)), float(error)
 
@@ -717,6 +743,12 @@ class _Population:
         return cache(lambda k: mean_distance(self.scores[:, :k], self.scores[:, :k]))
 
     @cached_property
+    def in_genes(self):
+        """Mean distance between its cells in gene space, and real_kernel()."""
+        pairs = pair_distances(self.cells)
+        return 2 * np.sqrt(pairs).sum() / self.n**2, real_kernel(pairs) if self.n > 1 else None
+
+    @cached_property
     def ranked_rows(self):
         """Rows that enter the pairwise MMDs. A point mass is one point: quicker, and its ties are exact."""
         cells, limit = self.cells, self.world.rank_cells(self.group)
@@ -809,13 +841,14 @@ def _condition_metrics(p, r, world, keys):
 
     @cache
     def squared():
-        """Squared distances in gene space within p, within r and between: shared by mmd and mmd_rbf."""
-        x, y = p.cells, r.cells
-        return squared_distances(x, x), squared_distances(y, y), squared_distances(x, y)
+        """Squared distances in gene space, of pairs within p and between p and r: shared by mmd and mmd_rbf."""
+        x = p.cells
+        return pair_distances(x), squared_distances(x, r.cells)
 
     def energy(distance, space):
         if space == "genes":
-            return distance(p.cells, r.cells, known=[np.sqrt(d).mean() for d in squared()])
+            xx, xy = squared()
+            return distance(p.cells, r.cells, known=(2 * np.sqrt(xx).sum() / p.n**2, r.in_genes[0], np.sqrt(xy).mean()))
         x, y = p.scores[:, :space], r.scores[:, :space]
         return distance(x, y, known=(p.within(space), r.within(space), mean_distance(x, y)))
 
@@ -844,7 +877,7 @@ def _condition_metrics(p, r, world, keys):
         "discr_cos": lambda: discr_cos(q, m, c),
         "mmd": lambda: energy(mmd_energy, "genes"),
         "mmd_pca30": lambda: energy(mmd_energy, 30),
-        "mmd_rbf": lambda: mmd_rbf(p.cells, r.cells, distances=squared()),
+        "mmd_rbf": lambda: mmd_rbf(p.cells, r.cells, known=(*squared(), r.in_genes[1])),
         "cosine_logfc": lambda: cosine_logfc(q, m, c),
     }
     return {k: values[k]() for k in keys if k in values}
