@@ -741,7 +741,8 @@ class Run:
     def wrap(self, model):
         """The model to call in training: distributed over processes, compiled if asked."""
         if self.world > 1:
-            model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            model = nn.parallel.DistributedDataParallel(model)
+            model.broadcast_buffers = False     # they are the same everywhere; as an argument it is deprecated
         return torch.compile(model) if self.compile else model
 
     def compiled(self, function):

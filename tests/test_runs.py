@@ -260,13 +260,14 @@ def test_two_processes_equal_one_with_twice_the_batch(method, demo, call, tmp_pa
     flags = ["--data", demo, *TINY[method], "--steps", 10, "--dropout", 0.0, "--device", "cpu", "--eval-every", 3]
     done = torchrun(ROOT / f"{method}.py", *flags, "--stop-at", 7, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr
     assert done.stdout.count("validation  l2") == 2             # one process talks, both predict, each its share of the conditions
     ok(call(f"{method}.py", *flags, *TWICE[method], "--out", tmp_path / "one"))
     ok(call(f"{method}.py", "--out", tmp_path / "two", "--resume"))
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert a.keys() == b.keys()
     for k in a:
-        torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=2e-5, msg=k)
+        torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-4, msg=k)     # Adam makes much of the rounding of small gradients
     one, two = (data.read_cells(tmp_path / f / "pred.h5ad") for f in ("one", "two"))
     assert list(one.condition) == list(two.condition)
     np.testing.assert_allclose(one.X.toarray().mean(), two.X.toarray().mean(), rtol=1e-2)

@@ -95,6 +95,21 @@ def test_sinkhorn_marginals_hold_however_small_epsilon():
     torch.testing.assert_close(early, plan[:1], rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("far", [1, 30, 1000])
+def test_sinkhorn_with_outliers_equals_the_log_domain(far):
+    """In fp32 and with a cell on either side that is far from all others, where the kernel form underflows."""
+    cost = torch.rand(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    cost[0, 2] *= far
+    cost[0, :, 3] *= far
+    kernel, f = -cost.double() / 0.05, torch.zeros(2, 8, 1, dtype=torch.float64)
+    for _ in range(37):
+        g = -math.log(6) - (kernel + f).logsumexp(-2, keepdim=True)
+        f = -math.log(8) - (kernel + g).logsumexp(-1, keepdim=True)
+    got = scbig.sinkhorn(cost, 0.05, 37)
+    torch.testing.assert_close(got.double(), (kernel + f + g).exp(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(got.sum(-1), torch.full((2, 8), 1 / 8))
+
+
 def test_partners_become_the_optimal_assignment_as_epsilon_falls():
     torch.manual_seed(0)
     z0, z1 = torch.randn(2, 12, 3, dtype=torch.float64), torch.randn(2, 12, 3, dtype=torch.float64)
