@@ -680,8 +680,9 @@ def parse_config(argv=None):
         config.covariates = config.covariates or "cell_type"             # the demo has it then
     name = [METHOD, Path(config.data).stem, Path(config.split).stem.replace(":", "_"), f"f{config.fold}-s{config.seed}"]
     config.out = config.out or "runs/" + "-".join(name)
-    action = next((name for name in ACTIONS if name in typed), None) if config.ckpt or PREDICTING & set(typed) else None
+    action = None
     if config.ckpt or PREDICTING & set(typed):
+        action = next((name for name in ACTIONS if name in typed), None)
         if not config.ckpt or not action:
             raise DataError(f"--ckpt FILE and --{' or --'.join(ACTIONS)} belong together; to continue a run use "
                             "--resume")
