@@ -10,12 +10,12 @@ Paper: "CellTARNet: single-cell perturbation prediction using transformer based 
 review); no official code exists. It builds on TarFlow (Zhai et al. 2024) and on STARFlow's shifted input.
 
     python celltarnet.py                                            demo data, laptop size, 1.2 minutes on 2 cores
-    python celltarnet.py --data norm.h5 --split cv --fold 0         the paper's configuration; GPU if there is one
-    python celltarnet.py --data norm.h5 --split cv --fold 0 --resume
-    for k in 0 1 2 3 4 5 6 7 8 9; do python celltarnet.py --data norm.h5 --split cv --fold $k; done
+    python celltarnet.py --data norman.h5 --split cv --fold 0         the paper's configuration; GPU if there is one
+    python celltarnet.py --data norman.h5 --split cv --fold 0 --resume
+    for k in 0 1 2 3 4 5 6 7 8 9; do python celltarnet.py --data norman.h5 --split cv --fold $k; done
     python celltarnet.py --ckpt runs/X/ckpt.pt --predict CEBPA KLF1+MAP2K6 --cells 500 --out pred.h5ad
     python celltarnet.py --ckpt runs/X/ckpt.pt --score cells.h5ad --out scores.h5ad    which condition explains a cell?
-    torchrun --nproc-per-node 4 celltarnet.py --data norm.h5 --split cv
+    torchrun --nproc-per-node 4 celltarnet.py --data norman.h5 --split cv
 Ablations: --contrast-weight 0, --denoise-weight 0, --prior none (dense), --prior sparse (S), --prior low-rank (L).
 
 Where the paper (P) contradicts itself or is silent, this file is the reference; deviations and choices:
@@ -32,8 +32,8 @@ Where the paper (P) contradicts itself or is silent, this file is the reference;
     with the right moments. Likelihoods are reported in log1p CP10k.
  7. The perturbation's token of H scales and shifts the slots' labels (FiLM, zero at the start). As one key of many it
     is learned slowly: l2 of a 60-gene demo after 400 steps is 5.90 with it and 7.11 without.
- 8. Noise on the control cell has a level drawn from U(0, 1) times P's standard deviation, so that the clean cell that
-    sampling uses has been seen in training; --context-noise full is P's. The denoising task keeps the covariates.
+ 8. Noise on the control cell has a level drawn from U(0, 1) times the standard deviation of 6, so that the clean cell
+    that sampling uses has been seen in training; --context-noise full is P's. The denoising task keeps the covariates.
  9. A batch holds n contexts of distinct conditions with m cells each; positives are two cells of a context, negatives
     come from encoding another context's cell in blocks of R + 1 contexts, which gives R of each of P's two kinds for R
     passes. Pairs of one condition are masked. Anchors are the cells that are encoded twice, one per context.
@@ -94,7 +94,7 @@ class Config(data.DataConfig):
     out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --predict: the file to write
     steps: int = 100_000            # length of the schedule (ours; the paper names no hyper-parameter)
     stop_at: int = 0                # end at this step as Ctrl-C does; --resume goes on
-    time_limit: float = 0           # end after so many minutes of training as Ctrl-C does; 0 is no limit
+    time_limit: float = 0           # end after so many minutes as Ctrl-C does; 0 is no limit
     batch_size: int = 64            # target cells per step and process (ours)
     lr: float = 3e-4                # AdamW (ours; TarFlow 1e-4 at width 768)
     eval_every: int = 0             # score the validation conditions every so many steps; 0 never
@@ -384,7 +384,7 @@ class CellTARNet(nn.Module):
         super().__init__()
         d, P, G = config.width, config.patch, len(panel.genes)
         T = math.ceil(G / P)
-        mean, var, corr = statistics or (torch.zeros(G), torch.ones(G), torch.eye(G))
+        mean, var, corr = statistics or (torch.zeros(G), torch.ones(G), None)
         self.n_genes, self.padding, self.patch, self.n_pert = G, T * P - G, P, G + len(panel.perturbations)
         self.register_buffer("mean", mean)
         self.register_buffer("std", (var + config.dequantise ** 2).sqrt())   # of the dequantised values
@@ -398,14 +398,16 @@ class CellTARNet(nn.Module):
         self.context_norm = nn.LayerNorm(d)
 
         # flow: orders come in pairs, one and its reverse; the first is the file's, or clusters where patches are sparse
-        graph = None if config.prior == "none" else gene_prior(corr, config.prior, config.neighbours, config.rank)
+        graph = None
+        if corr is not None and config.prior != "none":
+            graph = gene_prior(corr, config.prior, config.neighbours, config.rank)
         pads, generator = torch.arange(G, G + self.padding), torch.Generator().manual_seed(config.seed)
         first = gene_order(corr) if P > 1 and graph is not None else torch.arange(G)
         self.blocks = nn.ModuleList()
         for i in range(config.blocks):
             if i % 2 == 0:
                 order = torch.cat([first if i == 0 else torch.randperm(G, generator=generator), pads])
-            mine = (order.flip(0) if i % 2 else order).to(corr.device)
+            mine = (order.flip(0) if i % 2 else order).to(mean.device)
             self.blocks.append(FlowBlock(config, mine, attention_mask(graph, mine, P), G))
         self.projection = nn.Sequential(nn.LayerNorm(G), nn.Linear(G, 512), nn.GELU(), nn.Linear(512, 128)) \
             if config.contrast_weight else None
@@ -454,18 +456,13 @@ def multi_hot(groups, panel):
     G, gene = len(panel.genes), {g: i for i, g in enumerate(panel.genes)}
     own = {p: G + i for i, p in enumerate(panel.perturbations)}
     gene |= {p: g for p, g in zip(panel.perturbations, panel.pert_gene) if g >= 0}
-    place = [(key, value) for key, values in panel.covariates.items() for value in values]
-    c = torch.zeros(len(groups), G + len(own) + len(place))
+    c = torch.zeros(len(groups), G + len(own))
     for i, group in enumerate(groups):
-        condition, _, covariate = group.partition("@")
-        for p in condition.split("+"):
+        for p in group.partition("@")[0].split("+"):
             for table in (gene, own):
                 if p in table:
                     c[i, table[p]] = 1
-        if panel.covariates:
-            for pair in zip(panel.covariates, covariate.split(",", len(panel.covariates) - 1)):
-                c[i, G + len(own) + place.index(pair)] = 1
-    return c
+    return torch.cat([c, panel.one_hot(groups)], dim=1)
 
 
 # -------------------------------------------------------------------------------- losses
@@ -577,7 +574,7 @@ def train(run, state):
     # model, optimiser, schedule; a resumed run takes them over, statistics included
     torch.manual_seed(config.seed)
     model = CellTARNet(config, panel, None if state else data.gene_statistics(dataset)).to(run.device)
-    ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+    ema = copy.deepcopy(model) if config.ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=True,
                                   weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr)
@@ -633,7 +630,7 @@ def train(run, state):
         optimizer.step()
         schedule.step()
         if ema:
-            torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - config.ema)
+            follow(ema, model, config.ema)
 
         # console, log, validation, checkpoint; none of it touches the random state
         progress.update(step, loss=loss, nll=post, denoise=pre, contrast=contrast)
@@ -673,7 +670,7 @@ def parse_config(argv=None):
     stored, are errors."""
     parser = data.Parser(prog=f"{METHOD}.py", description=__doc__)
     data.add_flags(parser, Config)
-    typed = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    typed = parser.parse(argv)
     preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
     config, state = Config(**PRESETS[preset] | typed), None
     if config.data == "demo" and config.split == "transfer":
@@ -688,8 +685,8 @@ def parse_config(argv=None):
                             "--resume")
         state, free = load_checkpoint(config.ckpt), FREE_ON_PREDICT
         # the user's own file of controls has columns and units of its own
-        own = {f.name: f.default for f in fields(data.DataConfig)} if config.controls else {}
-        own = {k: own[k] for k in ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm") if k in own}
+        units = ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm")
+        own = {name: getattr(data.DataConfig, name) for name in units} if config.controls else {}
         stored = own | {"out": "pred.h5ad"} | typed
     elif config.resume:
         ckpt = Path(config.out, "ckpt.pt")
@@ -719,7 +716,7 @@ class Run:
     def __init__(self, config):
         self.config, self.out, self._compiled, self.dataset, self.panel = config, Path(config.out), {}, None, None
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.main, self.began = self.rank == 0, time.perf_counter()
         name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
@@ -812,10 +809,10 @@ class Progress:
         speed = n * self.cells / (now - self.last)
         self.sums, self.last, self.last_step = torch.zeros_like(self.sums), now, step
         self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 4)})
-        left = clock((self.steps - step) * self.cells / speed)
+        left = data.clock((self.steps - step) * self.cells / speed)
         losses = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
         line = f"{self.name} {step - self.first}/{self.steps - self.first}  {losses}  {speed:,.0f} cells/s  " \
-            f"{clock(self.seconds())} elapsed  {left} left"
+            f"{data.clock(self.seconds())} elapsed  {left} left"
         if self.run.main and sys.stdout.isatty():
             print(f"\r{line}\033[K", end="\n" if step == self.steps else "", flush=True)
         elif (step - self.first) % (10 * self.every) == 0 or step == self.steps:
@@ -832,7 +829,7 @@ class Progress:
     def should_stop(self, step):
         """A signal, --time-limit or --stop-at reached. Several processes agree on the first two every few steps."""
         limit = 60 * self.run.config.time_limit
-        stop = self.signal or (1 if limit and time.perf_counter() - self.began > limit else 0)
+        stop = self.signal or (1 if limit and time.perf_counter() - self.run.began > limit else 0)
         if self.run.world > 1:
             if step % min(10, self.every):      # torchrun kills what has not ended after 30 seconds
                 return 0 < step == self.run.config.stop_at
@@ -855,9 +852,10 @@ class Progress:
         sys.exit(128 + self.signal if self.signal else 0)
 
 
-def clock(seconds):
-    """'0:02:03'"""
-    return str(datetime.timedelta(seconds=int(seconds)))
+@torch.no_grad()
+def follow(ema, model, decay):
+    """One step of the average of a model's weights."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def save_checkpoint(run, step, seconds, saved, sampler):
@@ -927,7 +925,7 @@ def predict_part(run, model, part, most, **options):
         control = run.dataset.X[data.pick_rows(control, n, seed)].toarray()
         out[group] = generate(model, run, group, control, run.panel.eval_genes, seed, **options)
         if sys.stdout.isatty() and run.main:
-            left = clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
+            left = data.clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
             print(f"\rpredicted {i + 1}/{len(groups)} {part} conditions  {left} left\033[K", end="", flush=True)
     if run.world > 1:
         shares = [None] * run.world if run.main else None
@@ -936,12 +934,10 @@ def predict_part(run, model, part, most, **options):
     return {group: out[group] for group in names if group in out}
 
 
-def score(run, pred, part, **options):
-    """metrics.evaluate on the evaluation genes: real cells and real controls of the part."""
-    genes, dataset = run.panel.eval_genes, run.dataset
-    control = dataset.controls(part, genes)
-    return metrics.evaluate(pred, dataset.populations(part, genes), control if run.config.covariates else control[""],
-                            run.panel.eval_names(), seed=run.config.seed, **options)
+def score(run, pred, part, control, **options):
+    """metrics.evaluate on the evaluation genes, against the real cells of the part."""
+    real = run.dataset.populations(part, run.panel.eval_genes)
+    return metrics.evaluate(pred, real, control, run.panel.eval_names(), seed=run.config.seed, **options)
 
 
 def validate(run, model):
@@ -953,7 +949,8 @@ def validate(run, model):
     model.train()
     if not run.main:
         return {}
-    result = score(run, pred, "val", keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
+    control = run.dataset.controls("val", run.panel.eval_genes)
+    result = score(run, pred, "val", control, keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
     run.say("\nvalidation  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
     return {"val": result}
 
@@ -969,10 +966,10 @@ def evaluate(run, model, seconds):
     control = run.dataset.controls("test", run.panel.eval_genes)
     data.write_populations(run.out / "pred.h5ad", pred, control, run.panel.eval_names(), config.covariates, METHOD)
     train = run.dataset.populations("train", run.panel.eval_genes)
-    result = score(run, pred, "test", train=train)
+    result = score(run, pred, "test", control, train=train)
     rows = metrics.result_rows(result, METHOD)
     for name, cells in preds.items():
-        other = score(run, cells, "test", train=train, floors=False)
+        other = score(run, cells, "test", control, train=train, floors=False)
         result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
         at = 1 + max(i for i, (row, _) in enumerate(rows) if row.startswith(METHOD))
         rows.insert(at, (METHOD + name, other["aggregate"]))
@@ -984,8 +981,8 @@ def evaluate(run, model, seconds):
         "method": METHOD, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
         "seconds": round(seconds + took, 1), "peak_memory_mb": round(memory), "config": asdict(config),
         "versions": versions, **result})
-    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {clock(seconds)}, evaluated "
-          f"in {clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
+    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {data.clock(seconds)}, "
+          f"evaluated in {data.clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
     print(metrics.format_table(rows))
     for note in result["info"]["notes"]:
         print(f"note: {note}")
@@ -1070,6 +1067,7 @@ def start_or_resume(run, state):
                 raise DataError(f"--resume: the run in {out} had --{name.replace('_', '-')} {state['config'][name]} in "
                                 f"each of {state['world']} processes; {run.world} processes cannot share {total}")
             setattr(config, name, total // run.world)
+        check(config)
     test = {p for g in dataset.part("test") for p in g.partition("@")[0].split("+")}
     if untrained := sorted(known(run.panel, config)[1] & test):
         run.say(f"note: {len(untrained)} test perturbations were in no training condition "

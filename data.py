@@ -19,6 +19,7 @@ combination of covariates, written CONDITION@cov1,cov2 where covariates are used
 """
 import argparse
 import contextlib
+import datetime
 import errno
 import gzip
 import inspect
@@ -556,7 +557,7 @@ _SEPARATORS = re.compile(r"\s*(?:[+;|]|(?<!\d),|,(?!\d))\s*")  # a comma between
 
 def _split(label):
     """'A+B' -> ['A', 'B']; separators inside brackets do not count: '(+)-JQ1' stays whole."""
-    parts, depth, start = [], 0, 0
+    parts, start = [], 0
     for match in _SEPARATORS.finditer(label):
         if label.count("(", 0, match.start()) + label.count("[", 0, match.start()) == \
                 label.count(")", 0, match.start()) + label.count("]", 0, match.start()):
@@ -1102,10 +1103,6 @@ class Dataset:
         names = set(self.split[name])
         return [g for g, c in zip(self.groups, self.condition) if c != CONTROL and (g in names or c in names)]
 
-    def control_of(self, group):
-        """The covariate string whose control cells belong to a group."""
-        return self.covariate[self.groups.index(group)]
-
     def choose_genes(self):
         """Once the panel is final: columns of the perturbed genes, and the evaluation genes, by training controls."""
         column = {g: i for i, g in enumerate(self.genes)}
@@ -1215,7 +1212,7 @@ def _control_parts(dataset, shares):
         return {part: controls for part in PARTS}
     try:
         share = [float(s) for s in shares.split(",")]
-        if len(share) != 3 or min(share) < 0 or not abs(sum(share) - 1) < 1e-6 or share[0] == 0 or share[2] == 0:
+        if len(share) != 3 or not min(share) > 0 or not abs(sum(share) - 1) < 1e-6:
             raise ValueError
     except ValueError:
         raise DataError(f"--control-split {shares}: give the shares of train,val,test, summing to 1 "
@@ -1225,7 +1222,7 @@ def _control_parts(dataset, shares):
         rows = rng.permutation(controls[covariate])
         cuts = np.round(np.cumsum(share[:2]) * len(rows)).astype(int)
         for part, piece in zip(PARTS, np.split(rows, cuts)):
-            if len(piece) == 0 and share[PARTS.index(part)] > 0:
+            if len(piece) == 0:
                 raise DataError(f"--control-split {shares}: {len(rows)} control cells"
                                 f"{' of ' + covariate if covariate else ''} leave none for {part}; use fewer parts or "
                                 "share the controls")
@@ -1242,6 +1239,20 @@ class Panel:
     pert_gene: list         # column of each perturbation's gene, or -1
     trained: list           # perturbations that a training condition holds
     covariates: dict = field(default_factory=dict)  # {obs column: its values}, the columns of --covariates in order
+
+    def one_hot(self, groups, strict=True):
+        """Covariates of groups CONDITION@COVARIATES, (n, values of all columns) float32. A value that the training file
+        did not have is an error, or all zeros."""
+        levels = [(column, value) for column, values in self.covariates.items() for value in values]
+        out = torch.zeros(len(groups), len(levels))
+        for i, group in enumerate(groups):
+            for column, value in zip(self.covariates, group.partition("@")[2].split(",", len(self.covariates) - 1)):
+                if (column, value) in levels:
+                    out[i, levels.index((column, value))] = 1
+                elif strict:
+                    raise DataError(f"{group}: '{value}' is no {column} of the training file; it has "
+                                    f"{', '.join(self.covariates[column][:9])}")
+        return out
 
     def outside(self):
         """Perturbations that are no gene of the panel."""
@@ -1335,10 +1346,14 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     return data
 
 
+def path_of(config):
+    """The file of --data; the demo's has two cell types where covariates are asked for."""
+    return demo_file(cell_types=2 if config.covariates else 1) if config.data == "demo" else config.data
+
+
 def load_run(config, device="cpu"):
     """load() with a method's Config: its data (or the demo), split and fold."""
-    path = demo_file(cell_types=2 if config.covariates else 1) if config.data == "demo" else config.data
-    return load(path, config, config.split, config.fold, config.folds, device)
+    return load(path_of(config), config, config.split, config.fold, config.folds, device)
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -1511,8 +1526,8 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     learned from other doubles. Counts are negative binomial around library size x expression. With cell_types > 1 each
     type has its own baseline and responds with its own strength (obs.cell_type).
 
-    cells: total, 0 for 400 controls and 100 of each condition and cell type. uns holds the truth, for tests only:
-    truth_conditions, truth_means (noise-free mean log1p CP10k), truth_interactions.
+    cells: total, a part in eleven of it controls; 0 for 400 controls and 100 of each condition, per cell type. uns
+    holds the truth, for tests only: truth_conditions, truth_means (noise-free mean log1p CP10k), truth_interactions.
     """
     if genes < 40 or cell_types < 1 or seed < 0:
         raise DataError(f"demo: --genes {genes} --cell-types {cell_types} --seed {seed}: at least 40 genes, one cell "
@@ -1550,7 +1565,7 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
 
     n_conditions = len(conditions) - 1
     total = cells or (400 + 100 * n_conditions) * cell_types
-    n_control = total // 11 if cells or genes >= 1000 else 400 * cell_types
+    n_control = total // 11 if cells else 400 * cell_types
     if total < 2 * n_conditions * cell_types:
         raise DataError(f"demo: --cells {total}: at least {2 * n_conditions * cell_types} are needed for "
                         f"{n_conditions} conditions")
@@ -1690,7 +1705,7 @@ def read_gmt(path):
 
 # ------------------------------------------------------------------------------------------------ command line
 
-def add_flags(parser, cls, **overrides):
+def add_flags(parser, cls):
     """One flag per field of a dataclass: name, type and default from the field, help from the comment beside it.
 
     Flags that are not given are absent from the parsed namespace, so that callers see what the user asked for.
@@ -1703,8 +1718,7 @@ def add_flags(parser, cls, **overrides):
     kinds = typing.get_type_hints(cls)
     for f in fields(cls):
         kind, flag = kinds[f.name], "--" + f.name.replace("_", "-")
-        options = {"default": argparse.SUPPRESS, "help": comments.get(f.name, "").replace("%", "%%"),
-                   **overrides.get(f.name, {})}
+        options = {"default": argparse.SUPPRESS, "help": comments.get(f.name, "").replace("%", "%%")}
         if bool in (kind, *typing.get_args(kind)):          # bool, or bool | None where the default is decided later
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is typing.Literal:
@@ -1721,8 +1735,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def parse(self, argv):
+        """{field: value} of the flags that were given; lists as tuples."""
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(self.parse_args(argv)).items()}
+
     def error(self, message):
         self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+
+
+def clock(seconds):
+    """'0:02:03'"""
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 @contextlib.contextmanager
@@ -1734,7 +1757,8 @@ def clean_errors():
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; a run that has saved a checkpoint goes on with --resume", file=sys.stderr)
+        print("\ninterrupted; a method that has saved a checkpoint goes on with --resume, bench.py with the same "
+              "command", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                     # the reader of our output (head, less) has gone
         sys.stderr.close()

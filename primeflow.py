@@ -104,7 +104,7 @@ class Config(data.DataConfig):
     out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --predict: the file to write
     steps: int = 100_000            # length of the schedule (500 epochs of sci-Plex, PerturBench's limit)
     stop_at: int = 0                # end at this step as Ctrl-C does; --resume goes on
-    time_limit: float = 0           # end after so many minutes of training as Ctrl-C does; 0 is no limit
+    time_limit: float = 0           # end after so many minutes as Ctrl-C does; 0 is no limit
     batch_size: int = 54            # cells per forward pass and process (paper; --accumulate passes make a step)
     lr: float = 5e-5                # Adam (paper)
     eval_every: int = 0             # score the validation conditions every so many steps; 0 never
@@ -157,8 +157,7 @@ class Config(data.DataConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    if config.velocity == "unet" and (config.width < 2 or config.width % 2 or not config.multipliers
-                                      or min(config.multipliers) < 1):
+    if config.width < 2 or config.width % 2 or not config.multipliers or min(config.multipliers) < 1:
         raise DataError(f"--width {config.width}: must be even and positive, and --multipliers positive")
     deepest = config.width * config.multipliers[-1]
     if config.velocity == "unet" and (config.heads < 1 or deepest % config.heads):
@@ -187,7 +186,7 @@ PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4
     steps=1500, batch_size=32, accumulate=1, lr=1e-2, warmup=50, cosine=True, ema=0.99, hvg=0, eval_genes=1000,
     control_split="", width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1, dropout=0.0, hidden=256,
     mlp_layers=(2, 2, 2, 2), ot_cells=16, guidance=(1.0, 3.0), ode_steps=10, eval_cells=100)}
-SAMPLING = {"guidance", "ode_steps", "clamp"}   # flags that --predict may change
+SAMPLING = {"guidance", "ode_steps", "clamp"}   # flags that --ckpt may change
 # times the number of processes is what a step sees
 PER_PROCESS = ("batch_size",)
 SINKHORN_ITERATIONS = 100               # at epsilon 1 both marginals then hold to 1e-6
@@ -402,7 +401,9 @@ class Space(nn.Module):
 def standard_deviation(dataset, space, rows):
     """(S,) float64, of some cells in the space."""
     total = square = 0.0
-    for block in data.row_blocks(dataset.X, rows):
+    if not space.pca:
+        total, square = (torch.from_numpy(a).to(dataset.device) for a in data.gene_moments(dataset.X, rows))
+    for block in data.row_blocks(dataset.X, rows) if space.pca else ():
         z = space.encode(torch.from_numpy(dataset.X[block].toarray()).to(dataset.device)).double()
         total, square = total + z.sum(0), square + z.square().sum(0)
     return (square / len(rows) - (total / len(rows)).square()).clamp(min=0).sqrt()
@@ -520,14 +521,10 @@ def sample(model, x, c, guidance, config, velocity=None):
 
 def condition_vector(group, panel):
     """(columns,) float32: multi-hot of the perturbations (none for control), then a one-hot per covariate column."""
-    condition, _, covariate = group.partition("@")
+    condition = group.partition("@")[0]
     names = [] if condition == data.CONTROL else condition.split("+")
-    parts = [np.isin(panel.perturbations, names)]
-    for (key, values), value in zip(panel.covariates.items(), covariate.split(",", len(panel.covariates) - 1)):
-        if value not in values:
-            raise DataError(f"{group}: '{value}' is no {key} of the training file; it has {', '.join(values[:9])}")
-        parts.append(np.array(values) == value)
-    return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+    hot = torch.from_numpy(np.isin(panel.perturbations, names).astype(np.float32))
+    return torch.cat([hot, panel.one_hot([group])[0]])
 
 
 def known(panel, config):
@@ -555,7 +552,8 @@ def generate(model, run, group, control, columns, seed, guidance=None):
     else:
         generator = torch.Generator(run.device).manual_seed(seed)
         x = torch.randn(len(control), S, generator=generator, device=run.device)         # the same for any chunks
-    per_cell = (1 if w == 1 else 2) * S * config.width * 4 * 24          # bytes: skips and activations of the U-Net
+    per_cell = 4 * (24 * S * config.width if config.velocity == "unet" else 8 * (S + config.hidden))   # bytes
+    per_cell *= 1 if w == 1 else 2
     room = 16e9 if run.device.type == "cuda" else 1.2e9
     out, columns = [], torch.as_tensor(columns, device=run.device)
     for part in x.split(int(min(1000, max(1, room // per_cell)))):
@@ -577,7 +575,7 @@ def train(run, state):
     model = PRiMeFlow(config, panel).to(run.device)
     if not state:
         model.space.fit(dataset)
-    ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+    ema = copy.deepcopy(model) if config.ema else None
     optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
 
     def rate(step):                                                      # factor on --lr
@@ -642,7 +640,7 @@ def train(run, state):
         optimizer.step()
         schedule.step()
         if ema:
-            torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - config.ema)
+            follow(ema, model, config.ema)
         recent = total if recent is None else recent.lerp(total, 0.01)
 
         # console, log, validation, checkpoint; none of it touches the random state
@@ -677,7 +675,7 @@ def parse_config(argv=None):
     stored, are errors."""
     parser = data.Parser(prog=f"{METHOD}.py", description=__doc__)
     data.add_flags(parser, Config)
-    typed = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    typed = parser.parse(argv)
     preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
     config, state = Config(**PRESETS[preset] | typed), None
     if config.data == "demo" and config.split == "transfer":
@@ -692,8 +690,8 @@ def parse_config(argv=None):
                             "--resume")
         state, free = load_checkpoint(config.ckpt), FREE_ON_PREDICT
         # the user's own file of controls has columns and units of its own
-        own = {f.name: f.default for f in fields(data.DataConfig)} if config.controls else {}
-        own = {k: own[k] for k in ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm") if k in own}
+        units = ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm")
+        own = {name: getattr(data.DataConfig, name) for name in units} if config.controls else {}
         stored = own | {"out": "pred.h5ad"} | typed
     elif config.resume:
         ckpt = Path(config.out, "ckpt.pt")
@@ -723,7 +721,7 @@ class Run:
     def __init__(self, config):
         self.config, self.out, self._compiled, self.dataset, self.panel = config, Path(config.out), {}, None, None
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.main, self.began = self.rank == 0, time.perf_counter()
         name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
@@ -816,10 +814,10 @@ class Progress:
         speed = n * self.cells / (now - self.last)
         self.sums, self.last, self.last_step = torch.zeros_like(self.sums), now, step
         self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 4)})
-        left = clock((self.steps - step) * self.cells / speed)
+        left = data.clock((self.steps - step) * self.cells / speed)
         losses = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
         line = f"{self.name} {step - self.first}/{self.steps - self.first}  {losses}  {speed:,.0f} cells/s  " \
-            f"{clock(self.seconds())} elapsed  {left} left"
+            f"{data.clock(self.seconds())} elapsed  {left} left"
         if self.run.main and sys.stdout.isatty():
             print(f"\r{line}\033[K", end="\n" if step == self.steps else "", flush=True)
         elif (step - self.first) % (10 * self.every) == 0 or step == self.steps:
@@ -836,7 +834,7 @@ class Progress:
     def should_stop(self, step):
         """A signal, --time-limit or --stop-at reached. Several processes agree on the first two every few steps."""
         limit = 60 * self.run.config.time_limit
-        stop = self.signal or (1 if limit and time.perf_counter() - self.began > limit else 0)
+        stop = self.signal or (1 if limit and time.perf_counter() - self.run.began > limit else 0)
         if self.run.world > 1:
             if step % min(10, self.every):      # torchrun kills what has not ended after 30 seconds
                 return 0 < step == self.run.config.stop_at
@@ -859,9 +857,10 @@ class Progress:
         sys.exit(128 + self.signal if self.signal else 0)
 
 
-def clock(seconds):
-    """'0:02:03'"""
-    return str(datetime.timedelta(seconds=int(seconds)))
+@torch.no_grad()
+def follow(ema, model, decay):
+    """One step of the average of a model's weights."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def save_checkpoint(run, step, seconds, saved, sampler):
@@ -931,7 +930,7 @@ def predict_part(run, model, part, most, **options):
         control = run.dataset.X[data.pick_rows(control, n, seed)].toarray()
         out[group] = generate(model, run, group, control, run.panel.eval_genes, seed, **options)
         if sys.stdout.isatty() and run.main:
-            left = clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
+            left = data.clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
             print(f"\rpredicted {i + 1}/{len(groups)} {part} conditions  {left} left\033[K", end="", flush=True)
     if run.world > 1:
         shares = [None] * run.world if run.main else None
@@ -940,12 +939,10 @@ def predict_part(run, model, part, most, **options):
     return {group: out[group] for group in names if group in out}
 
 
-def score(run, pred, part, **options):
-    """metrics.evaluate on the evaluation genes: real cells and real controls of the part."""
-    genes, dataset = run.panel.eval_genes, run.dataset
-    control = dataset.controls(part, genes)
-    return metrics.evaluate(pred, dataset.populations(part, genes), control if run.config.covariates else control[""],
-                            run.panel.eval_names(), seed=run.config.seed, **options)
+def score(run, pred, part, control, **options):
+    """metrics.evaluate on the evaluation genes, against the real cells of the part."""
+    real = run.dataset.populations(part, run.panel.eval_genes)
+    return metrics.evaluate(pred, real, control, run.panel.eval_names(), seed=run.config.seed, **options)
 
 
 def validate(run, model):
@@ -957,7 +954,8 @@ def validate(run, model):
     model.train()
     if not run.main:
         return {}
-    result = score(run, pred, "val", keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
+    control = run.dataset.controls("val", run.panel.eval_genes)
+    result = score(run, pred, "val", control, keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
     run.say("\nvalidation  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
     return {"val": result}
 
@@ -973,10 +971,10 @@ def evaluate(run, model, seconds):
     control = run.dataset.controls("test", run.panel.eval_genes)
     data.write_populations(run.out / "pred.h5ad", pred, control, run.panel.eval_names(), config.covariates, METHOD)
     train = run.dataset.populations("train", run.panel.eval_genes)
-    result = score(run, pred, "test", train=train)
+    result = score(run, pred, "test", control, train=train)
     rows = metrics.result_rows(result, METHOD)
     for name, cells in preds.items():
-        other = score(run, cells, "test", train=train, floors=False)
+        other = score(run, cells, "test", control, train=train, floors=False)
         result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
         at = 1 + max(i for i, (row, _) in enumerate(rows) if row.startswith(METHOD))
         rows.insert(at, (METHOD + name, other["aggregate"]))
@@ -988,8 +986,8 @@ def evaluate(run, model, seconds):
         "method": METHOD, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
         "seconds": round(seconds + took, 1), "peak_memory_mb": round(memory), "config": asdict(config),
         "versions": versions, **result})
-    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {clock(seconds)}, evaluated "
-          f"in {clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
+    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {data.clock(seconds)}, "
+          f"evaluated in {data.clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
     print(metrics.format_table(rows))
     for note in result["info"]["notes"]:
         print(f"note: {note}")
@@ -1074,6 +1072,7 @@ def start_or_resume(run, state):
                 raise DataError(f"--resume: the run in {out} had --{name.replace('_', '-')} {state['config'][name]} in "
                                 f"each of {state['world']} processes; {run.world} processes cannot share {total}")
             setattr(config, name, total // run.world)
+        check(config)
     test = {p for g in dataset.part("test") for p in g.partition("@")[0].split("+")}
     if untrained := sorted(known(run.panel, config)[1] & test):
         run.say(f"note: {len(untrained)} test perturbations were in no training condition "

@@ -13,7 +13,7 @@ prediction"; numbers of equations and tables below are the paper's. Official cod
     python scbig.py                                             demo data, laptop size, a minute on 2 cores
     python scbig.py --data norman.h5 --split additive --gene-embeddings genecompass.npz --pathways reactome.gmt.zip \
         --ppi 9606.protein.links.v12.0.txt.gz --ppi-info 9606.protein.info.v12.0.txt.gz --pert-embeddings esm2.pt
-    python scbig.py --data norm.h5 --split holdout --resume     go on after Ctrl-C or a crash
+    python scbig.py --data norman.h5 --split holdout --resume     go on after Ctrl-C or a crash
     python scbig.py --ckpt runs/X/ckpt.pt --predict CEBPA KLF1+MAP2K6 --cells 500 --out pred.h5ad
     python scbig.py --ckpt runs/X/ckpt.pt --data rpe1.h5        score the model on another file (table 18)
     python scbig.py --ckpt runs/X/ckpt.pt --analyse             modules: enrichment, coactivation, attention
@@ -33,7 +33,8 @@ Those of 2 and 5 are of one autoencoder (1,500 steps of 256 cells), stage 2 alon
     theorem. C's kernel form underflows: far predictions have no loss and no gradient. 100 iterations (P), 50 in C.
  5. Structure losses compare with raw cells (C); --structure-target reconstruction passes these through the autoencoder.
     Without structure losses demo l2 is 4.85 (4.77 with them): the demo does not tell the two apart.
- 6. Stage 1 is validated on 5% of the training and control cells. C uses 300 controls and, failing these, test controls.
+ 6. Stage 1 is validated on 5% of the training and control cells, at most 1,000. C uses 300 controls and, failing these,
+    test controls.
  7. One gene-embedding term in a token, as in C; P describes a second one. It is the mean over the module's genes.
     --module-weights own gives every module a projection of its own: on a 60-gene demo with a small model the training
     loss after 500 steps is 1.22, with the shared one 1.50.
@@ -97,7 +98,7 @@ class Config(data.DataConfig):
     out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --predict: the file to write
     steps: int = 25_000             # length of the schedule, stage 2 (paper: 500,000 iterations, 20 to an update)
     stop_at: int = 0                # end at this step as Ctrl-C does; --resume goes on
-    time_limit: float = 0           # end after so many minutes of training as Ctrl-C does; 0 is no limit
+    time_limit: float = 0           # end after so many minutes as Ctrl-C does; 0 is no limit
     batch_size: int = 20_480        # target cells per step and process (paper: 20 x 1,024)
     lr: float = 5e-5                # Adam, stage 2 (official)
     eval_every: int = 0             # score the validation conditions every so many steps; 0 never
@@ -185,7 +186,7 @@ PRESETS = {"paper": {}, "demo": dict(
     steps=500, batch_size=512, conditions_per_batch=8, lr=1e-3, modules=8, width=64, layers=2, heads=4, inducing=4,
     latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128, pretrain_lr=2e-3, pretrain_check=200,
     hidden=256, condition_dropout=0.0, structure_cells=32, ema=0.98, ode_steps=5, eval_cells=100)}
-SAMPLING = {"ode_steps", "analyse"}     # flags that --predict may change
+SAMPLING = {"ode_steps", "analyse"}     # flags that --ckpt may change
 # times the number of processes is what a step sees
 PER_PROCESS = ("batch_size", "conditions_per_batch", "structure_conditions", "pretrain_batch_size")
 
@@ -240,13 +241,13 @@ def load_priors(run):
     vectors, graph = expression_priors(dataset)
     if config.gene_embeddings:
         table = data.read_vectors(config.gene_embeddings, "--gene-embeddings")
-        known = torch.tensor([s in table for s in symbol])
-        covered(run, "--gene-embeddings", int(known.sum()), G, "genes of the panel")
+        there = torch.tensor([s in table for s in symbol])
+        covered(run, "--gene-embeddings", int(there.sum()), G, "genes of the panel")
         given = torch.from_numpy(np.stack([table[s] for s in symbol if s in table]))
-        own, target = vectors[known], given - given.mean(0)     # genes that the file lacks: ridge from expression
+        own, target = vectors[there], given - given.mean(0)     # genes that the file lacks: ridge from expression
         weight = torch.linalg.solve(own.T @ own + torch.eye(own.shape[1]), own.T @ target)
         vectors = given.mean(0) + vectors @ weight
-        vectors[known] = given
+        vectors[there] = given
     if config.ppi:
         column, graph = {s: i for i, s in enumerate(symbol)}, torch.zeros(G, G)
         pairs = data.read_edges(config.ppi, config.ppi_info)
@@ -274,13 +275,14 @@ def load_priors(run):
         raise DataError("no pathway has three genes of the panel; give another --pathways, or --path-weight 0")
 
     names = token_names(panel, config)
+    tokens = {name: i for i, name in enumerate(names)}
     table = {s: v.numpy() for s, v in zip(symbol, vectors)}
     if config.pert_embeddings:
         table = data.read_vectors(config.pert_embeddings, "--pert-embeddings")
-        asked = {perturbation_token(p, panel, config)[0] for p in panel.perturbations}
+        asked = {perturbation_token(p, config, tokens)[0] for p in panel.perturbations}
         found = [i for i in asked if names[i].upper() in table]
         covered(run, "--pert-embeddings", len(found), len(asked), "perturbations")
-        trained = {perturbation_token(p, panel, config)[0] for p in panel.trained}
+        trained = {perturbation_token(p, config, tokens)[0] for p in panel.trained}
         if lost := sorted(names[i] for i in asked - trained - set(found)):
             run.say(f"note: {len(lost)} perturbations are neither in --pert-embeddings nor in a training condition "
                     f"({', '.join(lost[:5])}): their embeddings are untrained")
@@ -688,9 +690,8 @@ def base_and_dose(name, config):
         return name, None
 
 
-def perturbation_token(name, panel, config, tokens=None):
-    """Token of a perturbation or gene, and its dose."""
-    tokens = tokens or {name: i for i, name in enumerate(token_names(panel, config))}
+def perturbation_token(name, config, tokens):
+    """Token of a perturbation or gene, and its dose; tokens: {name: number}."""
     base, dose = base_and_dose(name, config)
     return tokens[name if name in tokens else base], dose
 
@@ -706,17 +707,10 @@ def slots(groups, panel, config):
     token, mask, dose = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.ones(shape)
     for i, names in enumerate(parts):
         for j, name in enumerate(names):
-            token[i, j], d = perturbation_token(name, panel, config, tokens)
+            token[i, j], d = perturbation_token(name, config, tokens)
             mask[i, j] = True
             dose[i, j] = 1.0 if d is None else math.log1p(d) / math.log1p(highest)
-    levels = [(column, value) for column, values in panel.covariates.items() for value in values]
-    covariates = torch.zeros(len(parts), len(levels))
-    for i, group in enumerate(groups):
-        values = group.partition("@")[2].split(",", max(0, len(panel.covariates) - 1))
-        for column, value in zip(panel.covariates, values):
-            if (column, value) in levels:
-                covariates[i, levels.index((column, value))] = 1
-    return token, mask, dose, covariates
+    return token, mask, dose, panel.one_hot(groups, strict=False)
 
 
 def known(panel, config):
@@ -736,6 +730,8 @@ PRIORS = {"modules": "autoencoder.module_of", "module_vectors": "autoencoder.mod
 
 def load_model(config, panel, saved):
     """The model that predicts, from what a checkpoint has saved."""
+    if "stopping" in saved:
+        raise DataError("the run of this checkpoint is still in stage 1, its flow untrained; go on with --resume")
     model = ScBIG(config, panel, {name: saved["model"][key] for name, key in PRIORS.items()})
     model.load_state_dict(saved["model"])
     if "ema" in saved:
@@ -747,7 +743,7 @@ def generate(model, run, group, control, columns, seed):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
     for columns (E,) of the panel, ascending: (n, E) float32. Nothing is drawn: the seed has chosen the controls."""
     condition = [a.to(run.device) for a in slots([group], run.panel, run.config)]
-    model.flow.steps, columns, out = run.config.ode_steps, torch.as_tensor(columns, device=run.device), []
+    columns, out = torch.as_tensor(columns, device=run.device), []
     for cells in np.array_split(control, math.ceil(len(control) / 1024)):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
             x = sample(model, torch.from_numpy(cells).to(run.device), condition, run.compiled(model.flow.integrate))
@@ -847,7 +843,7 @@ def train(run, state):
     saved = {"model": model, "optimizer": optimizer}
     if config.structure == "alternate":                                  # its moments are its own (official)
         saved["structure_optimizer"] = torch.optim.Adam(model.flow.parameters(), lr=config.lr, fused=True)
-    predictor = copy.deepcopy(model).requires_grad_(False) if config.ema else model
+    predictor = copy.deepcopy(model) if config.ema else model
     if config.ema:
         saved["ema"] = predictor.flow
     start, seconds = restore(run, state, saved, sampler) if resumed else (0, before)
@@ -919,7 +915,7 @@ def train(run, state):
         loss = flow + config.corr_weight * corr + config.path_weight * path if joint else flow
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
         optimizer.step()
 
         # the official schedule: one update of its own per chosen condition, elementwise clipped
@@ -929,11 +925,10 @@ def train(run, state):
                 corr, path = structure_losses(end, real[i:i + 1])
             saved["structure_optimizer"].zero_grad(set_to_none=True)
             (config.corr_weight * corr + config.path_weight * path).backward()
-            torch.nn.utils.clip_grad_value_(model.flow.parameters(), 1.0)
+            nn.utils.clip_grad_value_(model.flow.parameters(), 1.0)
             saved["structure_optimizer"].step()
         if config.ema:
-            torch._foreach_lerp_(list(predictor.flow.parameters()), [p.detach() for p in model.flow.parameters()],
-                                 1 - config.ema)
+            follow(predictor.flow, model.flow, config.ema)
 
         # console, log, validation, checkpoint; none of it touches the random state
         progress.update(step, loss=loss, flow=flow, corr=corr, path=path)
@@ -1005,12 +1000,12 @@ def write_analysis(run, model):
         write_table(run, "modules_enrichment.tsv", header, found)
     pairs, shifts = [], []
     for group in dataset.part("test"):
-        control = dataset.X[data.pick_rows(dataset.control_rows["test"][dataset.control_of(group)], config.eval_cells,
+        control = dataset.X[data.pick_rows(dataset.control_rows["test"][group.partition("@")[2]], config.eval_cells,
                                            seed_of(group, config.seed))].toarray()
         pred = torch.from_numpy(generate(model, run, group, control, every, 0))
         real = torch.from_numpy(control)
         together, positive = coactivation(pred, member)
-        before, _ = coactivation(real, member)
+        before = correlation((real @ member)[None], torch.eye(member.shape[1]))[0]
         i, j = torch.triu_indices(*together.shape, 1)
         strongest = (together - before)[i, j].abs().argsort(descending=True)[:20]
         pairs += [(group, a, b, float(together[a, b]), float(before[a, b]), float(positive[a, b]))
@@ -1042,7 +1037,7 @@ def parse_config(argv=None):
     stored, are errors."""
     parser = data.Parser(prog=f"{METHOD}.py", description=__doc__)
     data.add_flags(parser, Config)
-    typed = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    typed = parser.parse(argv)
     preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
     config, state = Config(**PRESETS[preset] | typed), None
     if config.data == "demo" and config.split == "transfer":
@@ -1057,8 +1052,8 @@ def parse_config(argv=None):
                             "--resume")
         state, free = load_checkpoint(config.ckpt), FREE_ON_PREDICT
         # the user's own file of controls has columns and units of its own
-        own = {f.name: f.default for f in fields(data.DataConfig)} if config.controls else {}
-        own = {k: own[k] for k in ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm") if k in own}
+        units = ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm")
+        own = {name: getattr(data.DataConfig, name) for name in units} if config.controls else {}
         stored = own | {"out": "pred.h5ad"} | typed
     elif config.resume:
         ckpt = Path(config.out, "ckpt.pt")
@@ -1088,7 +1083,7 @@ class Run:
     def __init__(self, config):
         self.config, self.out, self._compiled, self.dataset, self.panel = config, Path(config.out), {}, None, None
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.main, self.began = self.rank == 0, time.perf_counter()
         name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
@@ -1181,10 +1176,10 @@ class Progress:
         speed = n * self.cells / (now - self.last)
         self.sums, self.last, self.last_step = torch.zeros_like(self.sums), now, step
         self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 4)})
-        left = clock((self.steps - step) * self.cells / speed)
+        left = data.clock((self.steps - step) * self.cells / speed)
         losses = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
         line = f"{self.name} {step - self.first}/{self.steps - self.first}  {losses}  {speed:,.0f} cells/s  " \
-            f"{clock(self.seconds())} elapsed  {left} left"
+            f"{data.clock(self.seconds())} elapsed  {left} left"
         if self.run.main and sys.stdout.isatty():
             print(f"\r{line}\033[K", end="\n" if step == self.steps else "", flush=True)
         elif (step - self.first) % (10 * self.every) == 0 or step == self.steps:
@@ -1201,7 +1196,7 @@ class Progress:
     def should_stop(self, step):
         """A signal, --time-limit or --stop-at reached. Several processes agree on the first two every few steps."""
         limit = 60 * self.run.config.time_limit
-        stop = self.signal or (1 if limit and time.perf_counter() - self.began > limit else 0)
+        stop = self.signal or (1 if limit and time.perf_counter() - self.run.began > limit else 0)
         if self.run.world > 1:
             if step % min(10, self.every):      # torchrun kills what has not ended after 30 seconds
                 return 0 < step == self.run.config.stop_at
@@ -1224,9 +1219,10 @@ class Progress:
         sys.exit(128 + self.signal if self.signal else 0)
 
 
-def clock(seconds):
-    """'0:02:03'"""
-    return str(datetime.timedelta(seconds=int(seconds)))
+@torch.no_grad()
+def follow(ema, model, decay):
+    """One step of the average of a model's weights."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def save_checkpoint(run, step, seconds, saved, sampler):
@@ -1296,7 +1292,7 @@ def predict_part(run, model, part, most, **options):
         control = run.dataset.X[data.pick_rows(control, n, seed)].toarray()
         out[group] = generate(model, run, group, control, run.panel.eval_genes, seed, **options)
         if sys.stdout.isatty() and run.main:
-            left = clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
+            left = data.clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
             print(f"\rpredicted {i + 1}/{len(groups)} {part} conditions  {left} left\033[K", end="", flush=True)
     if run.world > 1:
         shares = [None] * run.world if run.main else None
@@ -1305,12 +1301,10 @@ def predict_part(run, model, part, most, **options):
     return {group: out[group] for group in names if group in out}
 
 
-def score(run, pred, part, **options):
-    """metrics.evaluate on the evaluation genes: real cells and real controls of the part."""
-    genes, dataset = run.panel.eval_genes, run.dataset
-    control = dataset.controls(part, genes)
-    return metrics.evaluate(pred, dataset.populations(part, genes), control if run.config.covariates else control[""],
-                            run.panel.eval_names(), seed=run.config.seed, **options)
+def score(run, pred, part, control, **options):
+    """metrics.evaluate on the evaluation genes, against the real cells of the part."""
+    real = run.dataset.populations(part, run.panel.eval_genes)
+    return metrics.evaluate(pred, real, control, run.panel.eval_names(), seed=run.config.seed, **options)
 
 
 def validate(run, model):
@@ -1322,7 +1316,8 @@ def validate(run, model):
     model.train()
     if not run.main:
         return {}
-    result = score(run, pred, "val", keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
+    control = run.dataset.controls("val", run.panel.eval_genes)
+    result = score(run, pred, "val", control, keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
     run.say("\nvalidation  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
     return {"val": result}
 
@@ -1338,10 +1333,10 @@ def evaluate(run, model, seconds):
     control = run.dataset.controls("test", run.panel.eval_genes)
     data.write_populations(run.out / "pred.h5ad", pred, control, run.panel.eval_names(), config.covariates, METHOD)
     train = run.dataset.populations("train", run.panel.eval_genes)
-    result = score(run, pred, "test", train=train)
+    result = score(run, pred, "test", control, train=train)
     rows = metrics.result_rows(result, METHOD)
     for name, cells in preds.items():
-        other = score(run, cells, "test", train=train, floors=False)
+        other = score(run, cells, "test", control, train=train, floors=False)
         result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
         at = 1 + max(i for i, (row, _) in enumerate(rows) if row.startswith(METHOD))
         rows.insert(at, (METHOD + name, other["aggregate"]))
@@ -1353,8 +1348,8 @@ def evaluate(run, model, seconds):
         "method": METHOD, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
         "seconds": round(seconds + took, 1), "peak_memory_mb": round(memory), "config": asdict(config),
         "versions": versions, **result})
-    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {clock(seconds)}, evaluated "
-          f"in {clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
+    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {data.clock(seconds)}, "
+          f"evaluated in {data.clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
     print(metrics.format_table(rows))
     for note in result["info"]["notes"]:
         print(f"note: {note}")
@@ -1439,6 +1434,7 @@ def start_or_resume(run, state):
                 raise DataError(f"--resume: the run in {out} had --{name.replace('_', '-')} {state['config'][name]} in "
                                 f"each of {state['world']} processes; {run.world} processes cannot share {total}")
             setattr(config, name, total // run.world)
+        check(config)
     test = {p for g in dataset.part("test") for p in g.partition("@")[0].split("+")}
     if untrained := sorted(known(run.panel, config)[1] & test):
         run.say(f"note: {len(untrained)} test perturbations were in no training condition "
@@ -1480,8 +1476,9 @@ def transfer(run, state):
         run.out = Path("runs", f"{name}-on-{Path(config.data).stem}")
     if run.out.exists():
         raise DataError(f"--out {run.out}: exists; choose another name, or remove it")
-    path = data.demo_file(cell_types=2 if config.covariates else 1) if config.data == "demo" else config.data
-    dataset = data.load(path, replace(config, min_cells=0, hvg=0), device=run.device)
+    # in memory whatever its size: columns are taken below
+    dataset = data.load(data.path_of(config), replace(config, min_cells=0, hvg=0, backed=False, cache_gb=math.inf),
+                        device=run.device)
     column = {gene.upper(): i for i, gene in enumerate(dataset.genes)}
     there = np.array([gene.upper() in column for gene in panel.genes])
     covered(run, f"--data {config.data}", int(there.sum()), len(there), "genes of the model")

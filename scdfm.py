@@ -12,10 +12,10 @@ of equations, tables and algorithms below are the paper's. Official code: github
 (MIT), called "official" below. Nothing here is copied from it.
 
     python scdfm.py                                             demo data, laptop size, about 2 minutes on 2 cores
-    python scdfm.py --data norm.h5 --split holdout              the paper's configuration; GPU if there is one
-    python scdfm.py --data norm.h5 --split holdout --resume     go on after Ctrl-C or a crash
+    python scdfm.py --data norman.h5 --split holdout              the paper's configuration; GPU if there is one
+    python scdfm.py --data norman.h5 --split holdout --resume     go on after Ctrl-C or a crash
     python scdfm.py --ckpt runs/X/ckpt.pt --predict CEBPA KLF1+MAP2K6 --cells 500 --out pred.h5ad
-    torchrun --nproc-per-node 4 scdfm.py --data norm.h5 --split additive
+    torchrun --nproc-per-node 4 scdfm.py --data norman.h5 --split additive
 Ablations of figure 5: --mmd-weight 0 (no MMD), --knn 0 (no gene mask), --no-differential (plain attention).
 
 Deviations from paper (P) or official code (C). "demo l2" is the l2 of the demo's test conditions, one run each, with
@@ -85,7 +85,7 @@ class Config(data.DataConfig):
     out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --predict: the file to write
     steps: int = 100_000            # length of the schedule (paper A.3)
     stop_at: int = 0                # end at this step as Ctrl-C does; --resume goes on
-    time_limit: float = 0           # end after so many minutes of training as Ctrl-C does; 0 is no limit
+    time_limit: float = 0           # end after so many minutes as Ctrl-C does; 0 is no limit
     batch_size: int = 96            # target cells per step and process (paper; official run.sh 48)
     lr: float = 5e-5                # Adam (paper)
     eval_every: int = 0             # score the validation conditions every so many steps; 0 never
@@ -138,7 +138,7 @@ def check(config):
 PRESETS = {"paper": {}, "demo": dict(
     steps=800, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2, dropout=0.0,
     ema=0.99, gene_subset=60, ode="heun", ode_steps=6, eval_cells=100)}
-SAMPLING = {"ode", "ode_steps"}         # flags that --predict may change
+SAMPLING = {"ode", "ode_steps"}         # flags that --ckpt may change
 # times the number of processes is what a step sees
 PER_PROCESS = ("batch_size", "conditions_per_batch")
 
@@ -443,7 +443,7 @@ def generate(model, run, group, control, columns, seed):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
     for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory; calls are independent.
 
-    More columns than the model saw together in training are generated in passes, from the same control cells."""
+    More columns than --gene-subset and the evaluation genes are generated in passes, from the same control cells."""
     config, most = run.config, max(run.config.gene_subset, len(run.panel.eval_genes))
     if len(columns) > most:
         mixed = np.random.default_rng(config.seed).permutation(columns)
@@ -476,7 +476,7 @@ def train(run, state):
     torch.manual_seed(config.seed)
     graph = coexpression_graph(dataset, config.knn) if config.knn and not state else None
     model = ScDFM(config, panel, graph).to(run.device)
-    ema = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+    ema = copy.deepcopy(model) if config.ema else None
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, config.lr_min)
     sampler = torch.Generator(run.device).manual_seed(config.seed)
@@ -515,7 +515,7 @@ def train(run, state):
         optimizer.step()
         schedule.step()
         if ema:
-            torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - config.ema)
+            follow(ema, model, config.ema)
 
         # console, log, validation, checkpoint; none of it touches the random state
         progress.update(step, loss=loss, flow=flow, mmd=mmd)
@@ -547,7 +547,7 @@ def parse_config(argv=None):
     stored, are errors."""
     parser = data.Parser(prog=f"{METHOD}.py", description=__doc__)
     data.add_flags(parser, Config)
-    typed = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
+    typed = parser.parse(argv)
     preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
     config, state = Config(**PRESETS[preset] | typed), None
     if config.data == "demo" and config.split == "transfer":
@@ -562,8 +562,8 @@ def parse_config(argv=None):
                             "--resume")
         state, free = load_checkpoint(config.ckpt), FREE_ON_PREDICT
         # the user's own file of controls has columns and units of its own
-        own = {f.name: f.default for f in fields(data.DataConfig)} if config.controls else {}
-        own = {k: own[k] for k in ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm") if k in own}
+        units = ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm")
+        own = {name: getattr(data.DataConfig, name) for name in units} if config.controls else {}
         stored = own | {"out": "pred.h5ad"} | typed
     elif config.resume:
         ckpt = Path(config.out, "ckpt.pt")
@@ -593,7 +593,7 @@ class Run:
     def __init__(self, config):
         self.config, self.out, self._compiled, self.dataset, self.panel = config, Path(config.out), {}, None, None
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.main, self.began = self.rank == 0, time.perf_counter()
         name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
@@ -686,10 +686,10 @@ class Progress:
         speed = n * self.cells / (now - self.last)
         self.sums, self.last, self.last_step = torch.zeros_like(self.sums), now, step
         self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 4)})
-        left = clock((self.steps - step) * self.cells / speed)
+        left = data.clock((self.steps - step) * self.cells / speed)
         losses = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
         line = f"{self.name} {step - self.first}/{self.steps - self.first}  {losses}  {speed:,.0f} cells/s  " \
-            f"{clock(self.seconds())} elapsed  {left} left"
+            f"{data.clock(self.seconds())} elapsed  {left} left"
         if self.run.main and sys.stdout.isatty():
             print(f"\r{line}\033[K", end="\n" if step == self.steps else "", flush=True)
         elif (step - self.first) % (10 * self.every) == 0 or step == self.steps:
@@ -706,7 +706,7 @@ class Progress:
     def should_stop(self, step):
         """A signal, --time-limit or --stop-at reached. Several processes agree on the first two every few steps."""
         limit = 60 * self.run.config.time_limit
-        stop = self.signal or (1 if limit and time.perf_counter() - self.began > limit else 0)
+        stop = self.signal or (1 if limit and time.perf_counter() - self.run.began > limit else 0)
         if self.run.world > 1:
             if step % min(10, self.every):      # torchrun kills what has not ended after 30 seconds
                 return 0 < step == self.run.config.stop_at
@@ -729,9 +729,10 @@ class Progress:
         sys.exit(128 + self.signal if self.signal else 0)
 
 
-def clock(seconds):
-    """'0:02:03'"""
-    return str(datetime.timedelta(seconds=int(seconds)))
+@torch.no_grad()
+def follow(ema, model, decay):
+    """One step of the average of a model's weights."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def save_checkpoint(run, step, seconds, saved, sampler):
@@ -801,7 +802,7 @@ def predict_part(run, model, part, most, **options):
         control = run.dataset.X[data.pick_rows(control, n, seed)].toarray()
         out[group] = generate(model, run, group, control, run.panel.eval_genes, seed, **options)
         if sys.stdout.isatty() and run.main:
-            left = clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
+            left = data.clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
             print(f"\rpredicted {i + 1}/{len(groups)} {part} conditions  {left} left\033[K", end="", flush=True)
     if run.world > 1:
         shares = [None] * run.world if run.main else None
@@ -810,12 +811,10 @@ def predict_part(run, model, part, most, **options):
     return {group: out[group] for group in names if group in out}
 
 
-def score(run, pred, part, **options):
-    """metrics.evaluate on the evaluation genes: real cells and real controls of the part."""
-    genes, dataset = run.panel.eval_genes, run.dataset
-    control = dataset.controls(part, genes)
-    return metrics.evaluate(pred, dataset.populations(part, genes), control if run.config.covariates else control[""],
-                            run.panel.eval_names(), seed=run.config.seed, **options)
+def score(run, pred, part, control, **options):
+    """metrics.evaluate on the evaluation genes, against the real cells of the part."""
+    real = run.dataset.populations(part, run.panel.eval_genes)
+    return metrics.evaluate(pred, real, control, run.panel.eval_names(), seed=run.config.seed, **options)
 
 
 def validate(run, model):
@@ -827,7 +826,8 @@ def validate(run, model):
     model.train()
     if not run.main:
         return {}
-    result = score(run, pred, "val", keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
+    control = run.dataset.controls("val", run.panel.eval_genes)
+    result = score(run, pred, "val", control, keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
     run.say("\nvalidation  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
     return {"val": result}
 
@@ -843,10 +843,10 @@ def evaluate(run, model, seconds):
     control = run.dataset.controls("test", run.panel.eval_genes)
     data.write_populations(run.out / "pred.h5ad", pred, control, run.panel.eval_names(), config.covariates, METHOD)
     train = run.dataset.populations("train", run.panel.eval_genes)
-    result = score(run, pred, "test", train=train)
+    result = score(run, pred, "test", control, train=train)
     rows = metrics.result_rows(result, METHOD)
     for name, cells in preds.items():
-        other = score(run, cells, "test", train=train, floors=False)
+        other = score(run, cells, "test", control, train=train, floors=False)
         result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
         at = 1 + max(i for i, (row, _) in enumerate(rows) if row.startswith(METHOD))
         rows.insert(at, (METHOD + name, other["aggregate"]))
@@ -858,8 +858,8 @@ def evaluate(run, model, seconds):
         "method": METHOD, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
         "seconds": round(seconds + took, 1), "peak_memory_mb": round(memory), "config": asdict(config),
         "versions": versions, **result})
-    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {clock(seconds)}, evaluated "
-          f"in {clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
+    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {data.clock(seconds)}, "
+          f"evaluated in {data.clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
     print(metrics.format_table(rows))
     for note in result["info"]["notes"]:
         print(f"note: {note}")
@@ -944,6 +944,7 @@ def start_or_resume(run, state):
                 raise DataError(f"--resume: the run in {out} had --{name.replace('_', '-')} {state['config'][name]} in "
                                 f"each of {state['world']} processes; {run.world} processes cannot share {total}")
             setattr(config, name, total // run.world)
+        check(config)
     test = {p for g in dataset.part("test") for p in g.partition("@")[0].split("+")}
     if untrained := sorted(known(run.panel, config)[1] & test):
         run.say(f"note: {len(untrained)} test perturbations were in no training condition "

@@ -1,6 +1,7 @@
 """bench.py: baselines on cases whose answer is known, runs that are interrupted, other tools' predictions, misuse."""
 import csv
 import json
+import re
 import os
 import shutil
 import signal
@@ -108,12 +109,12 @@ def test_nearest_neighbour_finds_the_twin():
 def test_baseline_cells_have_the_predicted_mean_and_never_see_test_cells(tmp_path):
     data.simulate(tmp_path / "a.h5ad", cells=900, genes=40)
     dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(), "additive")
-    before = {name: bench.baseline_populations(name, dataset, 20, 0)[0] for name in bench.GRIDS}
+    before = {name: bench.baseline_populations(name, dataset, bench.fit_baseline(name, dataset)[0], 20, 0) for name in bench.GRIDS}
     for rows in (dataset.rows[g] for part in ("test", "val") for g in dataset.part(part)):
         for r in rows:
             dataset.X.data[dataset.X.indptr[r]:dataset.X.indptr[r + 1]] = 7.0
     for name in bench.GRIDS:
-        after = bench.baseline_populations(name, dataset, 20, 0)[0]
+        after = bench.baseline_populations(name, dataset, bench.fit_baseline(name, dataset)[0], 20, 0)
         assert list(after) == dataset.part("test")
         assert all(np.array_equal(before[name][g], after[g]) and len(after[g]) <= 20 for g in after), name
 
@@ -248,10 +249,31 @@ def test_dry_run_prints_commands_and_starts_nothing(demo, capsys, tmp_path):
     assert out.count("--seed 3") == out.count("--seed 4") == len(METHODS) and "--mmd-weight" not in out
 
 
+def test_a_folder_belongs_to_one_number_of_folds(demo, capsys, tmp_path):
+    out = [ok(main(capsys, "--data", demo, "--split", "cv", "--n-folds", n, "--methods", "scdfm", "--dry-run", "--out", tmp_path / "b"))
+           for n in (3, 4)]
+    assert "--folds 3" in out[0] and "--folds 4" in out[1]
+    folders = [re.search(r"--out (\S+)", text)[1] for text in out]
+    assert folders[0] != folders[1]
+
+
+def test_a_floor_that_exists_for_some_conditions_is_not_ranked():
+    def row(kind, l2, n):
+        return {"kind": kind, "mean": {"l2": l2}, "sd": {}, "per_condition": {f"C{i}": {"l2": l2} for i in range(n)}}
+    rows = {"control": row("floor", 3.0, 2), "additive": row("floor", 0.5, 1), "ridge": row("baseline", 2.0, 2), "scdfm": row("method", 1.0, 2)}
+    assert bench.best_and_second(rows, "l2") == ["scdfm", "ridge"]
+    tests = bench.paired_tests(rows, ["l2"])
+    assert tests["scdfm"]["l2"]["against"] == "ridge" and tests["scdfm"]["l2"]["better"]
+    assert any("additive exists for 1 of 2" in line for line in bench.reading(rows, tests, ["l2"]))
+    rows["additive"] = row("floor", 0.5, 2)
+    assert bench.best_and_second(rows, "l2") == ["additive", "scdfm"]
+
+
 def test_published_numbers_are_marked_and_only_for_their_data():
     rows = bench.published_rows(bench.Config(data="x/norman.h5", split="additive"))
     assert rows["scDFM, scDFM table 1"]["l2"] == 1.7043 and rows["scBIG, scBIG table 1"]["l2"] == 3.92
     assert not bench.published_rows(bench.Config(data="papalexi.h5", split="additive"))
+    assert not bench.published_rows(bench.Config(data="norman19_devel.h5ad", split="additive"))
     assert not bench.published_rows(bench.Config(data="norman.h5", split="unseen"))
     for (_, _), published in bench.PUBLISHED.items():
         assert all(len(keys) == len(values) and set(keys) <= set(metrics.KEYS) for _, keys, values in published)
@@ -266,6 +288,8 @@ def test_every_method_of_the_repository_is_in_the_list():
     (["--keys", "l3"], ["l3", "pearson_delta"]),
     (["--pred", "x.h5ad"], ["NAME=FILE"]),
     (["--pred", "scdfm=x.h5ad"], ["none of ours"]),
+    (["--pred", "replicate=x.h5ad"], ["none of ours"]),
+    (["--plot", "--condition", "TF99"], ["--condition TF99", "choose from"]),
     (["--pred", "X=nothing.h5ad"], ["nothing.h5ad", "no such file"]),
     (["--seeds", "0", "0"], ["twice"]),
     (["--seeds", "-1"], ["--seeds"]),

@@ -421,7 +421,7 @@ def test_covariates_and_dropped_groups(tmp_path):
     loaded = data.load(path, data.DataConfig(covariates="type, batch"))
     assert loaded.groups == ["control@B,1", "control@CD14+ Monocytes, a,1", "KLF1@B,1", "KLF1@CD14+ Monocytes, a,1"]
     assert any("5 cells of 1 covariate values without control cells (alone,1)" in n for n in loaded.source.notes)
-    assert loaded.control_of("KLF1@B,1") == "B,1" and loaded.source.file_shape == (45, len(GENES))
+    assert loaded.source.file_shape == (45, len(GENES))
     back = tmp_path / "prepared.h5ad"
     data.write_prepared(back, loaded)
     assert data.load(back, data.DataConfig(covariates="type,batch")).groups == loaded.groups
@@ -915,7 +915,6 @@ def test_controls_match_the_covariate_and_the_part(sampled):
     control = sampled.controls_for(groups)
     for g, c in zip(groups.tolist(), control.tolist()):
         assert sampled.condition[c] == "control" and sampled.covariate[c] == sampled.covariate[g]
-        assert sampled.control_of(sampled.groups[g]) == sampled.covariate[c]
     drawn = set(sampled.draw(control, 200, seeded()).tolist())
     training = {r for rows in sampled.control_rows["train"].values() for r in rows}
     assert drawn == training                                                # all of them, and no other control
@@ -1446,7 +1445,7 @@ FLAGS = [("--pert-key nothing", ["obs has no column 'nothing' (--pert-key); it h
          ("--min-cells -1", ["--min-cells -1: must not be negative"]),
          ("--hvg 5", ["--hvg chooses genes on the training cells of a split: add --split NAME"]),
          ("--control-split 0.5,0.5", ["--control-split 0.5,0.5: give the shares of train,val,test"]),
-         ("--control-split nan,0.5,0.5", ["give the shares"]),
+         ("--control-split nan,0.5,0.5", ["give the shares"]), ("--control-split 0.7,0,0.3", ["give the shares"]),
          ("--control-split 0.98,0.01,0.01", ["20 control cells leave none for val"]),
          ("--split transfer", ["--split transfer needs covariates"]), ("--split nothing", ["--split nothing: unknown"]),
          ("--split cv --folds 3", ["between 3 and 1 folds are possible with 1 doubles"]),

@@ -533,7 +533,7 @@ def test_ablations_run_and_report_both_guidance_weights(flags, demo, call, tmp_p
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--multipliers", "0"], "--multipliers"), (["--width", "15"], "--width 15"), (["--heads", "3"], "--heads 3"), (["--groups", "5"], "--groups 5"),
+    (["--multipliers", "0"], "--multipliers"), (["--width", "15"], "--width 15"), (["--velocity", "mlp", "--width", "15"], "--width 15"), (["--heads", "3"], "--heads 3"), (["--groups", "5"], "--groups 5"),
     (["--mlp-layers", "1", "2"], "four"), (["--coupling", "ot", "--ot-cells", "5"], "--batch-size 16"), (["--ot-tau-a", "2"], "--ot-tau-a"),
     (["--p-null", "0", "--guidance", "1", "3"], "--guidance 1.0 3.0"), (["--ode-steps", "0"], "--ode-steps"), (["--ema", "1"], "--ema"),
     (["--sigma", "-1"], "--sigma"), (["--space", "pca", "--pcs", "30", "--split", "unseen", "--min-cells", "0"], None)])

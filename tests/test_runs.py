@@ -278,6 +278,14 @@ def test_two_processes_equal_one_with_twice_the_batch(method, demo, call, tmp_pa
     assert max((a[k] - v).abs().max().item() for k, v in weights(tmp_path / "other").items() if v.dtype.is_floating_point) > 1e-2
 
 
+@pytest.mark.parametrize("method, flags, word", [("celltarnet", ["--batch-size", 4], "--batch-size 2"),
+                                                 ("primeflow", ["--coupling", "ot", "--batch-size", 8, "--ot-cells", 8], "--batch-size 4")])
+def test_resume_by_more_processes_than_the_batch_allows(method, flags, word, demo, call, tmp_path):
+    ok(call(f"{method}.py", "--data", demo, *TINY[method], *flags, "--stop-at", 1, "--out", tmp_path / "run"))
+    done = torchrun(ROOT / f"{method}.py", "--out", tmp_path / "run", "--resume")
+    assert done.returncode != 0 and f"error: {word}" in done.stderr and f'{method}.py", line' not in done.stderr
+
+
 def test_a_process_that_dies_ends_the_run_and_both_go_on_from_its_checkpoint(demo, tmp_path):
     """A copy of the script whose second process kills itself after step 5, every step saved."""
     for name in ("scdfm.py", "data.py", "metrics.py"):
@@ -488,6 +496,15 @@ def plumbing(method):
 
 def test_plumbing_is_the_same_text_in_every_method():
     assert all(len(plumbing(m)) > 1000 and plumbing(m) == plumbing(METHODS[0]) for m in METHODS)
+
+
+def test_the_end_of_a_step_is_the_same_text_in_every_method():
+    def tail(method):
+        text = (ROOT / f"{method}.py").read_text()
+        start = text.rindex("        # console, log, validation, checkpoint")
+        lines = text[start:text.index("    progress.close()", start)].splitlines()
+        return [line for line in lines if "progress.update" not in line]
+    assert len(tail("scdfm")) == 8 and all(tail(m) == tail("scdfm") for m in METHODS)
 
 
 def test_only_the_allowed_packages_are_imported():

@@ -718,6 +718,20 @@ def test_scoring_on_another_file_without_some_genes(trained, demo, call, tmp_pat
     error(call("scbig.py", "--ckpt", trained / "ckpt.pt", "--data", tmp_path / "novel.h5ad", "--out", tmp_path / "t"), "exists")
 
 
+def test_scoring_on_another_file_that_would_be_streamed(trained, demo, call, tmp_path):
+    for name, flags in (("memory", []), ("disk", ["--backed"])):
+        ok(call("scbig.py", "--ckpt", trained / "ckpt.pt", "--data", demo, "--eval-cells", 8, *flags, "--out", tmp_path / name))
+    one, two = (json.loads((tmp_path / f / "metrics.json").read_text())["per_condition"] for f in ("memory", "disk"))
+    assert one == two
+
+
+def test_a_checkpoint_of_stage_1_does_not_predict(demo, call, tmp_path):
+    ok(call("scbig.py", "--data", demo, *TINY["scbig"], "--pretrain-steps", 20, "--stop-at", 0, "--time-limit", 1e-9, "--out", tmp_path / "run"))
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] < 0
+    error(call("scbig.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--predict", "TF1", "--out", tmp_path / "p.h5ad"), "stage 1", "--resume")
+    assert not (tmp_path / "p.h5ad").exists()
+
+
 def test_enrichment_is_fishers_test_with_bh():
     genes = [f"G{i}" for i in range(60)]
     modules = np.arange(60) // 20
