@@ -11,7 +11,8 @@ choose genes on training and control cells only; log-normalise. Nothing here is 
 
 Size: a matrix is held dense on the device up to --cache-gb, else sparse in memory up to that, else it stays on disk
 (--backed: always): every pass then goes over blocks of rows, and a batch is read when it is drawn. Results are the same
-to the last bit. Uncompressed CSR files, prepared ones among them, are read in place; of others a temporary copy is.
+to the last bit, but on a GPU, whose dense matrix is float16. Uncompressed CSR files, prepared ones among them, are read
+in place; of others a temporary copy is.
 
 Units: `counts` are raw UMI counts; everything a method sees is log1p of counts per 10,000 ("log1p CP10k").
 Names: a condition is its perturbations sorted and joined by '+', or 'control'; a group is a condition within one
