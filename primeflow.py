@@ -15,6 +15,7 @@ guided-diffusion (MIT), called GD; protocol and optimiser where the paper is sil
     torchrun --nproc-per-node 4 primeflow.py --data sciplex.h5 --covariates cell_type      the paper: table 1
     torchrun --nproc-per-node 4 primeflow.py --data norman.h5 --preset norman              the paper: table 2
     python primeflow.py --data sciplex.h5 --covariates cell_type --accumulate 16           one GPU, the same batch
+    python primeflow.py --data sciplex.h5 --covariates cell_type --accumulate 16 --resume  go on after Ctrl-C or a crash
     python primeflow.py --ckpt runs/X/ckpt.pt --predict TF1@type2 TF1+TF2 --guidance 3 --cells 500 --out pred.h5ad
 Ablations, with the hyper-parameters of tables 3 to 8 (--mlp-layers: value, condition, time, decoder); on the demo add
 --lr 1e-3 --batch-size 64 --steps 3000, whose schedule is otherwise the U-Net's (MLP: l2 3.46, without 5.51):
@@ -528,7 +529,7 @@ def condition_vector(group, panel):
 
 
 def known(panel, config):
-    """Names that can be predicted, and those among them that no training condition holds."""
+    """Names that can be predicted, and those among them whose embedding no training condition has reached."""
     return set(panel.perturbations), set(panel.perturbations) - set(panel.trained)
 
 

@@ -270,11 +270,12 @@ def oracle():
 @pytest.mark.parametrize("key", metrics.KEYS)
 def test_agrees_with_the_reference_implementations(oracle, key):
     result, expected = oracle[0], oracle[1][ORACLE_KEYS[key]]
-    assert result["aggregate"][key] == pytest.approx(expected["value"], rel=1e-3)
+    rel = {"mmd": 3e-4, "mmd_pca30": 2e-4}.get(key, 1e-6)
+    assert result["aggregate"][key] == pytest.approx(expected["value"], rel=rel)
     assert result["n_valid"][key] == expected["n_valid"]
     for name, value in expected["per_perturbation"].items():
         canonical = "+".join(sorted(name.split("+")))
-        assert result["per_condition"][canonical][key] == pytest.approx(value, rel=1e-3, abs=1e-9)
+        assert result["per_condition"][canonical][key] == pytest.approx(value, rel=rel, abs=1e-9)
 
 
 def test_documented_variants_agree_too(oracle):
