@@ -808,7 +808,6 @@ def pretrain(run, state, model, sampler):
             save_checkpoint(run, step, progress.seconds(), saved, sampler)
         if stop:
             progress.stopped(step)
-    progress.close()
     if n:
         model.autoencoder.load_state_dict(stopping.weights)
     return progress.seconds()
@@ -939,7 +938,7 @@ def train(run, state):
             save_checkpoint(run, step, progress.seconds(), saved, sampler)
         if stop and step < config.steps:
             progress.stopped(step)
-    progress.close()
+    run.deafen()
     if config.analyse and run.main:
         write_analysis(run, predictor.eval())
     return predictor.eval()
@@ -1083,7 +1082,7 @@ class Run:
     def __init__(self, config):
         self.config, self.out, self._compiled, self.dataset, self.panel = config, Path(config.out), {}, None, None
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.began = self.rank == 0, time.perf_counter()
+        self.main, self.began, self.signal, self.handlers = self.rank == 0, time.perf_counter(), 0, {}
         name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
@@ -1102,6 +1101,19 @@ class Run:
         if self.world > 1:
             # the others wait while the first process validates
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+
+    def listen(self):
+        """Until deafen(), Ctrl-C and what a cluster sends before it takes the machine away end training after a step."""
+        if not self.handlers and not self.signal:
+            self.handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(self, number, _):
+        self.signal = number
+        self.deafen()                           # a second one ends at once
+
+    def deafen(self):
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
     def wrap(self, model):
         """The model to call in training: distributed over processes, compiled if asked."""
@@ -1125,7 +1137,7 @@ class Run:
 
 
 class Progress:
-    """Status line, log.jsonl, signals and the clock. Losses stay on the device between log lines: no sync in a step.
+    """Status line, log.jsonl and the clock. Losses stay on the device between log lines: no sync in a step.
 
     The steps of a stage go from first + 1 to last; the main stage's from 1 to --steps, those of a stage before it
     (name 'pretraining step') end at 0."""
@@ -1135,22 +1147,12 @@ class Progress:
         self.first, self.steps = first, run.config.steps if last is None else last
         self.every = max(1, min(100, (self.steps - first) // 100))
         self.began = self.last = self.saved = time.perf_counter()
-        self.last_step, self.sums, self.signal, self.log = start, torch.zeros(()), 0, run.out / "log.jsonl"
+        self.last_step, self.sums, self.log = start, torch.zeros(()), run.out / "log.jsonl"
         if run.main and self.log.exists():      # lines written after the checkpoint will be written again
             lines = [x for x in self.log.read_text().splitlines() if x.endswith("}") and json.loads(x)["step"] <= start]
             with data.atomic(self.log) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines))
-        # Ctrl-C, and what a cluster sends before it takes the machine away
-        self.handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def interrupt(self, number, _):
-        self.signal = number
-        self.close()                            # a second one ends at once
-
-    def close(self):
-        """From here on Ctrl-C ends the program again."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        run.listen()
 
     def seconds(self):
         """Seconds of training so far, over all resumed parts."""
@@ -1196,13 +1198,13 @@ class Progress:
     def should_stop(self, step):
         """A signal, --time-limit or --stop-at reached. Several processes agree on the first two every few steps."""
         limit = 60 * self.run.config.time_limit
-        stop = self.signal or (1 if limit and time.perf_counter() - self.run.began > limit else 0)
+        stop = self.run.signal or (1 if limit and time.perf_counter() - self.run.began > limit else 0)
         if self.run.world > 1:
             if step % min(10, self.every):      # torchrun kills what has not ended after 30 seconds
                 return 0 < step == self.run.config.stop_at
-            flag = torch.tensor([self.signal, stop], device=self.run.device)
+            flag = torch.tensor([self.run.signal, stop], device=self.run.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal, stop = flag.tolist()
+            self.run.signal, stop = flag.tolist()
         return stop > 0 or 0 < step == self.run.config.stop_at
 
     def checkpoint_due(self):
@@ -1212,11 +1214,11 @@ class Progress:
 
     def stopped(self, step):
         """After the checkpoint of an unfinished run: say how to go on, and end."""
-        self.close()
+        self.run.deafen()
         start = f"torchrun --nproc-per-node {self.run.world}" if self.run.world > 1 else "python"
         self.run.say(f"\nstopped at {self.name} {step - self.first} of {self.steps - self.first}; go on with: {start} "
                      f"{METHOD}.py --out {self.run.out} --resume")
-        sys.exit(128 + self.signal if self.signal else 0)
+        sys.exit(128 + self.run.signal if self.run.signal else 0)
 
 
 @torch.no_grad()
@@ -1463,6 +1465,7 @@ def main(argv=None):
             raise DataError(f"process {run.rank}: another process of this run has ended; go on from the last "
                             f"checkpoint in {run.out} with --resume") from None
         finally:
+            run.deafen()
             if run.world > 1:
                 dist.destroy_process_group()
 

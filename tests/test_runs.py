@@ -502,7 +502,7 @@ def test_the_end_of_a_step_is_the_same_text_in_every_method():
     def tail(method):
         text = (ROOT / f"{method}.py").read_text()
         start = text.rindex("        # console, log, validation, checkpoint")
-        lines = text[start:text.index("    progress.close()", start)].splitlines()
+        lines = text[start:text.index("    run.deafen()", start)].splitlines()
         return [line for line in lines if "progress.update" not in line]
     assert len(tail("scdfm")) == 8 and all(tail(m) == tail("scdfm") for m in METHODS)
 

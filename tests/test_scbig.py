@@ -2,6 +2,8 @@
 import gzip
 import json
 import math
+import os
+import signal
 import zipfile
 
 import numpy as np
@@ -723,6 +725,20 @@ def test_scoring_on_another_file_that_would_be_streamed(trained, demo, call, tmp
         ok(call("scbig.py", "--ckpt", trained / "ckpt.pt", "--data", demo, "--eval-cells", 8, *flags, "--out", tmp_path / name))
     one, two = (json.loads((tmp_path / f / "metrics.json").read_text())["per_condition"] for f in ("memory", "disk"))
     assert one == two
+
+
+def test_a_signal_between_the_stages_is_not_lost(demo, monkeypatch, call, tmp_path):
+    pretrain = scbig.pretrain
+
+    def interrupted(*args):
+        seconds = pretrain(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+        return seconds
+    monkeypatch.setattr(scbig, "pretrain", interrupted)
+    done = call("scbig.py", "--data", demo, *TINY["scbig"], "--out", tmp_path / "run")
+    assert done.returncode == 130 and "stopped at step 1 of" in done.stdout
+    monkeypatch.undo()
+    ok(call("scbig.py", "--out", tmp_path / "run", "--resume"))
 
 
 def test_a_checkpoint_of_stage_1_does_not_predict(demo, call, tmp_path):
