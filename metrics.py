@@ -28,8 +28,8 @@ What to keep in mind when reading the numbers:
   as the prediction; the replicate has half of the real cells on each side, so a good model can pass it.
 - Distances grow with the number of genes, and PCA is fitted on the real cells at hand: values of different gene sets or
   different sets of conditions cannot be compared.
-- All keys agree with the reference implementations to 1e-6 in every condition of a case with all of them, but for mmd and
-  mmd_pca30 (2e-4, 1e-4), which PerturBench computes in float32 with distances of at least 1e-4.
+- All keys agree with the reference implementations to 1e-6 in every condition of a case with all of them, but for mmd
+  and mmd_pca30 (2e-4, 1e-4), which PerturBench computes in float32 with distances of at least 1e-4.
 """
 import argparse
 import dataclasses

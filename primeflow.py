@@ -743,7 +743,7 @@ class Run:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
 
     def listen(self):
-        """Until deafen(), Ctrl-C and what a cluster sends before it takes the machine away end training after a step."""
+        """Until deafen(), Ctrl-C and the SIGTERM of a cluster that wants its machine back end training after a step."""
         if not self.handlers and not self.signal:
             self.handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
 
