@@ -210,6 +210,14 @@ def test_prior_is_made_of_training_cells_and_silent_genes_stand_alone(demo, pane
     assert graph[5].sum() == 1 and graph[5, 5]
 
 
+def test_covariates_are_one_hot_and_an_unknown_value_is_an_error():
+    panel = data.Panel(["A", "B"], [0], ["A"], [0], ["A"], {"cell_type": ["T cell", "B cell"], "donor": ["1"]})
+    c = multi_hot(["A@B cell,1", "control@T cell,1"], panel)
+    assert c.tolist() == [[1, 0, 1, 0, 1, 1], [0, 0, 0, 1, 0, 1]]
+    with pytest.raises(data.DataError, match="'NK' is no cell_type of the training file; it has T cell, B cell"):
+        multi_hot(["A@NK,1"], panel)
+
+
 def test_patches_of_the_first_block_hold_correlated_genes(dataset, panel):
     corr = data.gene_statistics(dataset)[2]
     model = build(dataset, panel, tiny(patch=4))

@@ -741,6 +741,17 @@ def test_a_signal_between_the_stages_is_not_lost(demo, monkeypatch, call, tmp_pa
     ok(call("scbig.py", "--out", tmp_path / "run", "--resume"))
 
 
+def test_the_time_limit_counts_both_stages(demo, monkeypatch, call, tmp_path):
+    pretrain = scbig.pretrain
+
+    def slow(run, *args):
+        seconds = pretrain(run, *args)
+        run.began -= 120
+        return seconds
+    monkeypatch.setattr(scbig, "pretrain", slow)
+    assert "stopped at step 1 of" in ok(call("scbig.py", "--data", demo, *TINY["scbig"], "--time-limit", 1, "--out", tmp_path / "run"))
+
+
 def test_a_checkpoint_of_stage_1_does_not_predict(demo, call, tmp_path):
     ok(call("scbig.py", "--data", demo, *TINY["scbig"], "--pretrain-steps", 20, "--stop-at", 0, "--time-limit", 1e-9, "--out", tmp_path / "run"))
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] < 0
