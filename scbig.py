@@ -50,9 +50,9 @@ Those of 2 and 5 are of one autoencoder (1,500 steps of 256 cells), stage 2 alon
 16. Ours: priors from training cells where no file is given, --ema (off in the paper preset), no dropout on attention
     weights (the fused kernels have none).
 Modules of the demo (K = 8) against its planted programs, adjusted Rand index, simulator seeds 0 to 3, in brackets
-k-means on the same vectors: 0.51 (0.22), 0.28 (0.10), 0.31 (0.12), 0.42 (0.29), where up- and downregulated genes of a
+k-means on the same vectors: 0.51 (0.22), 0.28 (0.10), 0.31 (0.12), 0.42 (0.28), where up- and downregulated genes of a
 program are one class; 0.49 (0.43), 0.38 (0.30), 0.30 (0.22), 0.46 (0.52) where they are two, and there --ppi-weight 0
-is better on three of the four seeds (0.74, 0.35, 0.44, 0.63): the graph of |correlation| joins both signs.
+is better on three of the four seeds (0.74, 0.35, 0.43, 0.63): the graph of |correlation| joins both signs.
 """
 import copy
 import datetime
