@@ -481,10 +481,10 @@ def partial_floors(rows):
 def best_and_second(rows, key):
     """Names of the best and the second best row of a column. Published rows, the replicate and a floor that exists for
     some of the conditions only do not compete."""
-    sign = -1 if metrics.KEYS[key].arrow == "↑" else 1
+    sign, partial = -1 if metrics.KEYS[key].arrow == "↑" else 1, partial_floors(rows)
     rank = sorted((sign * row["mean"][key], name) for name, row in rows.items()
                   if row["kind"] not in ("replicate", "published") and row["mean"].get(key) is not None
-                  and name not in partial_floors(rows))
+                  and name not in partial)
     return [name for _, name in rank[:2]] + [None] * (2 - len(rank))
 
 

@@ -401,12 +401,13 @@ class Space(nn.Module):
 @torch.no_grad()
 def standard_deviation(dataset, space, rows):
     """(S,) float64, of some cells in the space."""
-    total = square = 0.0
-    if not space.pca:
+    if space.pca:
+        total = square = 0.0
+        for block in data.row_blocks(dataset.X, rows):
+            z = space.encode(torch.from_numpy(dataset.X[block].toarray()).to(dataset.device)).double()
+            total, square = total + z.sum(0), square + z.square().sum(0)
+    else:
         total, square = (torch.from_numpy(a).to(dataset.device) for a in data.gene_moments(dataset.X, rows))
-    for block in data.row_blocks(dataset.X, rows) if space.pca else ():
-        z = space.encode(torch.from_numpy(dataset.X[block].toarray()).to(dataset.device)).double()
-        total, square = total + z.sum(0), square + z.square().sum(0)
     return (square / len(rows) - (total / len(rows)).square()).clamp(min=0).sqrt()
 
 

@@ -306,9 +306,9 @@ def sinkhorn(cost, epsilon, iterations, columns=None, tolerance=0.0):
     """Entropic transport plans, fp32 or better: cost (..., n, m) -> plan (..., n, m).
 
     Rows are uniform and met exactly, columns uniform or as given (m,). epsilon: number or (..., 1, 1). One iteration
-    in ten is in the log domain, which holds at any epsilon; the others scale the plan that it gives, which takes a
-    fifth of the kernels and is safe: rows and columns that were met stay within a factor of n m. tolerance: stop when
-    the columns are met this well, checked every ten iterations; 0 never looks, hence never syncs."""
+    in ten is in the log domain, which holds at any epsilon; the others scale the plan that it gives, for less work: a
+    step shrinks no scaling below 1/n or 1/m of what it was, so that nine stay in the range of floats. tolerance: stop
+    when the columns are met this well, checked every ten iterations; 0 never looks, hence never syncs."""
     with torch.autocast(cost.device.type, enabled=False):
         kernel = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon
         n, m = kernel.shape[-2:]
