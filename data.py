@@ -21,6 +21,7 @@ combination of covariates, written CONDITION@cov1,cov2 where covariates are used
 import argparse
 import contextlib
 import datetime
+import difflib
 import errno
 import gzip
 import inspect
@@ -34,7 +35,7 @@ import typing
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import h5py
@@ -1137,7 +1138,7 @@ class Dataset:
             for block in row_blocks(self.X, np.arange(n)):
                 self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)
 
-    def draw(self, groups, n, generator):
+    def draw(self, groups, n, generator=None):
         """Rows of n cells, with replacement, from each group: groups (C,) long -> (C * n,) long on the device."""
         u = torch.rand(len(groups), n, generator=generator, device=self.device, dtype=torch.float64)
         offset = (u * self._size[groups, None]).long()
@@ -1151,7 +1152,7 @@ class Dataset:
             x = torch.from_numpy(self.X[rows.cpu().numpy()].toarray()).to(self.device)
         return (x if genes is None else x.index_select(1, genes)).float()
 
-    def sample(self, groups, n, generator, genes=None):
+    def sample(self, groups, n, generator=None, genes=None):
         """n cells of each group (index, or (C,) long), uniformly with replacement: rows (C * n,), values (C * n, G').
 
         Deterministic under a seeded torch.Generator on the data's device. Control groups give training controls.
@@ -1174,6 +1175,10 @@ class Dataset:
             return self._values(self.control_rows[part][covariate], genes)
         return {v: self._values(rows, genes) for v, rows in self.control_rows[part].items()}
 
+    def control_cells(self, part):
+        """{covariate: Rows} of a part's control cells, to be read when indexed."""
+        return {v: Rows(self.X, rows) for v, rows in self.control_rows[part].items()}
+
     def _values(self, rows, genes):
         return (self.X[rows] if genes is None else self.X[rows][:, genes]).toarray()
 
@@ -1183,12 +1188,29 @@ class Dataset:
         keys = self.config.covariate_keys
         values = zip(*(v.split(",", len(keys) - 1) for v in set(self.covariate))) if keys else ()
         covariates = {key: sorted(set(v)) for key, v in zip(keys, values)}
+        mean = gene_moments(self.X, self.fit_rows)[0] / len(self.fit_rows)
+        highest = np.zeros(len(self.genes), dtype=np.float32)
+        for block in row_blocks(self.X, self.fit_rows):
+            highest = np.maximum(highest, self.X[block].max(axis=0).toarray()[0])
         return Panel(list(self.genes), self.eval_genes.tolist(), list(self.perturbations), self.pert_gene.tolist(),
-                     trained, covariates)
+                     trained, mean.tolist(), highest.tolist(), covariates)
 
     def populations(self, part, genes=None):
         """Lazy mapping {group: (n, G')} of the perturbed cells of a part, for metrics.evaluate."""
         return _Populations(self, self.part(part), genes)
+
+
+class Rows:
+    """Some cells of a matrix, all genes, that are read when indexed: cells[i] is float32 (len(i), G)."""
+
+    def __init__(self, X, rows):
+        self.X, self.rows = X, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.X[self.rows[i]].toarray()
 
 
 class _Populations(Mapping):
@@ -1239,6 +1261,8 @@ class Panel:
     perturbations: list     # names of the P perturbations of the file
     pert_gene: list         # column of each perturbation's gene, or -1
     trained: list           # perturbations that a training condition holds
+    mean: list              # of each gene, over training and control cells: what stands in for a gene that was not seen
+    highest: list           # largest value of each gene in these cells
     covariates: dict = field(default_factory=dict)  # {obs column: its values}, the columns of --covariates in order
 
     def one_hot(self, groups, strict=True):
@@ -1269,21 +1293,23 @@ def pick_rows(x, n, seed):
     return x[np.random.default_rng(seed).permutation(max(n, len(x)))[:n] % len(x)]
 
 
-def read_controls(path, config, genes):
-    """{covariate: (n, G)} control cells of a user's file, log1p CP10k, on a model's genes (matched by name).
-
-    A file without labels is all control cells. Raises DataError when a gene is missing.
-    """
+def read_controls(path, config, panel):
+    """({covariate: (n, G)} control cells of a user's file, log1p CP10k, on a model's genes, and the columns (M,) of the
+    genes that it lacks, which are at their training mean. A file without labels is all control cells."""
     cells = read_cells(path, config, perturbed_required=False)
     lognormalise(cells)
-    column = {g: i for i, g in enumerate(cells.genes)}
-    missing = [g for g in genes if g not in column]
-    if missing:
-        raise DataError(f"--controls {path}: lacks {len(missing):,} of the {len(genes):,} genes of the model "
-                        f"({', '.join(missing[:5])}); add them (zero where not measured)")
-    columns = [column[g] for g in genes]
-    controls = sorted((v, i) for i, (c, v) in enumerate(cells.pairs) if c == CONTROL)
-    return {v: cells.X[np.flatnonzero(cells.pair == i)][:, columns].toarray() for v, i in controls}
+    column = match_genes(cells.genes, panel.genes)
+    missing = np.flatnonzero(column < 0)
+    if 2 * len(missing) > len(column):
+        raise DataError(f"--controls {path}: lacks {len(missing):,} of the model's {len(column):,} genes "
+                        f"({', '.join(panel.genes[i] for i in missing[:5])}); genes are matched by name: check --gene-key")
+    controls = {}
+    for i, (condition, covariate) in sorted(enumerate(cells.pairs), key=lambda pair: pair[1]):
+        if condition == CONTROL:
+            x = np.tile(np.array(panel.mean, dtype=np.float32), (int((cells.pair == i).sum()), 1))
+            x[:, column >= 0] = cells.X[np.flatnonzero(cells.pair == i)][:, column[column >= 0]].toarray()
+            controls[covariate] = x
+    return controls, missing
 
 
 def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
@@ -1375,6 +1401,22 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):      # renamed, or its folder could not be made
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Around writing in place: what the system refuses is one clear DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); free some space, or choose another folder with "
+                        "--out") from None
+
+
+def write_json(path, content):
+    """A JSON file, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 class _Disk(io.FileIO):
@@ -1704,30 +1746,288 @@ def read_gmt(path):
     return sets
 
 
+# ------------------------------------------------------------------------------------------------ runs of a method
+
+CHECKPOINT_VERSION = 2
+FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "compile", "resume", "cache_gb", "backed"}
+PREDICTING = {"ckpt", "out", "predict", "controls", "cells", "all_genes", "dtype", "seed"} | FREE_ON_RESUME
+UNITS = ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm")    # of the user's own --controls
+
+
+@dataclass
+class RunConfig(DataConfig):
+    """The flags that all methods share. A method's Config adds its own and overrides defaults."""
+    data: str = "demo"              # AnnData file (.h5ad, .h5), or demo
+    split: str = "additive"         # additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN
+    fold: int = 0                   # which of the seeded splits
+    folds: int = 10                 # number of folds of --split cv
+    seed: int = 0                   # weights, batches and samples; the split depends on --fold alone
+    preset: str = ""                # recipe: demo (laptop) or paper; '' is demo for --data demo and paper otherwise
+    out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --ckpt: the file to write
+    steps: int = 100_000            # length of the schedule
+    batch_size: int = 64            # target cells per step and process
+    lr: float = 1e-4                # learning rate
+    eval_every: int = 0             # score the validation conditions every so many steps; 0 never
+    eval_cells: int = 1000          # cells generated per condition: as many as it really has, at most this
+    device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
+    dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it
+    compile: bool | None = None     # torch.compile; default on for CUDA, off for CPU
+    resume: bool = False            # go on with the run in its folder
+    ckpt: str = ""                  # a run's ckpt.pt, to --predict with it
+    predict: tuple[str, ...] = ()   # conditions to predict: A A+B A@covariates, or test for the run's test conditions
+    controls: str = ""              # with --predict: AnnData file with your own control cells
+    cells: int = 500                # with --predict: cells per condition
+    all_genes: bool = False         # with --predict: every gene of the panel, not only the evaluation genes
+
+
+def parse_run(method, doc, cls, presets, sampling, argv=None):
+    """Command line -> (Config, stored checkpoint or None). A new run starts from its preset, --resume and --ckpt from
+    what was stored; a flag that contradicts it is an error. sampling: flags of the method that --ckpt may change."""
+    parser = Parser(prog=f"{method}.py", description=doc)
+    add_flags(parser, cls, presets)
+    typed = parser.parse(argv)
+    state = None
+    preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
+    if preset not in presets:
+        raise DataError(f"--preset {preset}: unknown; choose from {', '.join(presets)}")
+    config = cls(**presets[preset] | typed | {"preset": preset})
+    if config.data == "demo" and config.split == "transfer":
+        config.covariates = config.covariates or "cell_type"             # the demo has it then
+    if not config.out:
+        split = Path(config.split).stem.replace(":", "_")
+        config.out = f"runs/{method}-{Path(config.data).stem}-{split}-f{config.fold}-s{config.seed}"
+    if config.ckpt or config.resume:
+        state = load_checkpoint(config.ckpt or Path(config.out, "ckpt.pt"), method)
+        kept, free = typed | {"out": config.out}, FREE_ON_RESUME
+        if config.ckpt:
+            units = {name: getattr(DataConfig, name) for name in UNITS} if config.controls else {}
+            kept = units | {"out": "pred.h5ad"} | typed
+            free = PREDICTING | set(sampling) | {f.name for f in fields(DataConfig)}
+        for name in sorted(set(typed) - free):
+            if typed[name] != state["config"][name]:
+                raise DataError(f"--{name.replace('_', '-')} {typed[name]}: this run was started with "
+                                f"{state['config'][name]}; drop the flag, or start another run with --out")
+        config = cls(**state["config"] | kept)
+    for f in fields(cls):
+        value = getattr(config, f.name)
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+        least = 1 if f.name in ("steps", "batch_size", "cells") else 2 if f.name == "eval_cells" else 0
+        if any(v < least for v in numbers) or (f.name == "lr" and value == 0):
+            raise DataError(f"--{f.name.replace('_', '-')} {value}: must "
+                            + (f"be at least {least}" if least else "be positive" if f.name == "lr" else
+                               "not be negative"))
+    return config, state
+
+
+def load_checkpoint(path, method):
+    """A checkpoint of this method, or a DataError that says what else it is."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found, version = state["method"], state["version"]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such checkpoint; it is called ckpt.pt in a run's folder (--out), and a run has "
+                        "one after five minutes or when it is stopped") from None
+    except Exception as error:                  # torch.load raises many types on damaged files
+        raise DataError(f"{path}: no checkpoint, or damaged ({type(error).__name__}); give a run's ckpt.pt") from None
+    if found != method:
+        raise DataError(f"{path}: is a checkpoint of {found}, not of {method}; run {found}.py")
+    if version != CHECKPOINT_VERSION:
+        raise DataError(f"{path}: is a checkpoint of version {version}, this program reads {CHECKPOINT_VERSION}; "
+                        "train again")
+    return state
+
+
+_claims = []        # open lock files of this process: closing one would give its folder up
+
+
+def claim(folder):
+    """Take a run's folder for this process until it ends, whatever the way; a folder that is taken is an error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = open(folder / ".lock", "w")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise DataError(f"{folder}: another run is using this folder; choose another --out") from None
+    _claims.append(handle)                      # file systems without locks: nothing is claimed
+
+
+def open_run(config, state, device, say, main=True):
+    """Dataset and panel of a run. The folder is checked and claimed, what is known before training written to it (by
+    the main process of several); a resumed run must find the genes, conditions and parts that it had."""
+    out = Path(config.out)
+    if main:
+        unfinished = ("config.json", "split.json", "log.jsonl", ".lock")  # of a run that ended before its checkpoint
+        if out.is_file():
+            raise DataError(f"{out}: is a file; choose another --out")
+        others = sorted(p.name for p in out.iterdir() if p.name not in unfinished) if out.is_dir() else []
+        if others and not state:
+            raise DataError(f"{out}: already holds {', '.join(others[:3])}; go on with --resume, choose another --out, "
+                            "or remove it")
+        with writing(out):
+            claim(out)
+    dataset = load_run(config, device)
+    panel = dataset.panel()
+    for note in dataset.source.notes:
+        say(f"note: {note}")
+    if state and any(panel.__dict__[name] != state["panel"][name] for name in ("genes", "eval_genes", "perturbations")):
+        raise DataError(f"--resume: {config.data} no longer gives the genes and perturbations of the run in {out}: the "
+                        "file has changed; restore it, or start another run with --out")
+    if state and dataset.split != state["split"]:
+        raise DataError(f"--resume: --split {config.split} no longer gives the parts of the run in {out}: a file has "
+                        "changed; restore it, or start another run with --out")
+    dataset.prepare_sampling()
+    if main:
+        write_json(out / "config.json", asdict(config))
+        write_json(out / "split.json", dataset.split)
+    return dataset, panel
+
+
+def open_prediction(config, state, panel, names, device, say):
+    """What --predict asks for: {group: cells}, the control cells {covariate: (n, G)}, and the columns to write (E,).
+
+    names: perturbations that the model knows. Raises DataError for conditions, covariates or genes that are not there.
+    """
+    if Path(config.out).exists():
+        raise DataError(f"--out {config.out}: exists; choose another name, or remove it")
+    texts = list(config.predict)
+    if texts == ["test"]:
+        texts = state["split"]["test"]
+    columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
+    if config.controls:
+        controls, missing = read_controls(config.controls, config, panel)
+        if len(missing):
+            say(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are at "
+                "their training mean, and not in the prediction")
+            columns = np.setdiff1d(columns, missing)
+    else:
+        dataset = load_run(config, device)
+        if list(dataset.genes) != panel.genes:
+            raise DataError(f"{config.data}: gives other genes than the model was trained on; it has changed. Name the "
+                            "training file with --data, or your own control cells with --controls")
+        controls = dataset.control_cells("test")
+    sizes = {}
+    for condition, covariate in asked_conditions(texts, names):
+        if covariate and covariate not in controls and texts != list(config.predict):
+            covariate = ""                      # the test conditions, carried to other cells
+        if covariate and covariate not in controls:
+            raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; there are "
+                            f"{', '.join(sorted(controls))}")
+        for value in [covariate] if covariate else sorted(controls):
+            sizes[group_name(condition, value)] = config.cells
+    untrained = sorted({p for g in sizes for p in g.partition("@")[0].split("+")} - set(panel.trained))
+    if untrained:
+        say(f"note: {', '.join(untrained[:5])}{', ...' if len(untrained) > 5 else ''}: in no training condition")
+    return sizes, controls, columns
+
+
+def asked_conditions(texts, names):
+    """[(condition, covariate)] of --predict, in canonical spelling; names: what the model knows."""
+    asked = []
+    for text in texts:
+        condition, _, covariate = text.partition("@")
+        parts = sorted({p for p in condition.split("+") if p in names or not is_control_label(p)})
+        for name in parts:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 3)
+                advice = f"did you mean {', '.join(close)}" if close else "check its spelling"
+                raise DataError(f"--predict {text}: the model does not know '{name}', which was not in its training "
+                                f"file; {advice}")
+        if not parts:
+            raise DataError(f"--predict {text}: names no perturbation; control cells are real, not predicted")
+        asked.append(("+".join(parts), covariate))
+    return asked
+
+
+def match_genes(have, want):
+    """Where each wanted gene stands in a list of gene names, -1 where it is missing: [G], [E] -> (E,) int64."""
+    where = {gene: i for i, gene in enumerate(have)}
+    return np.array([where.get(gene, -1) for gene in want], dtype=np.int64)
+
+
+def as_measured(cells, panel, columns):
+    """Generated cells (n, E) for columns (E,) of the panel, as values that a measurement can have: not below zero, nor
+    above the gene's training maximum (log(10001) for a gene that is silent there). Returns them and how many were
+    capped."""
+    highest = np.array(panel.highest, dtype=np.float32)[columns]
+    highest = np.where(highest > 0, highest, np.float32(np.log(10_001)))
+    return np.clip(cells, 0, highest), int((cells > highest).sum())
+
+
+def pick_device(name):
+    """The torch.device of --device, '' being the GPU if there is one; under torchrun each process has its own."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    except RuntimeError:
+        raise DataError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DataError(f"--device {name}: not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    return device
+
+
+def peak_memory(device):
+    """Most memory that this process has had, in MB: of the GPU where it ran on one, else resident; None on Windows."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        import resource
+    except ImportError:
+        return None
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def seed_of(*what):
+    """A seed of its own for every purpose: what is drawn beside it, or by whom, changes nothing."""
+    return zlib.crc32(" ".join(map(str, what)).encode())
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
-def add_flags(parser, cls):
-    """One flag per field of a dataclass: name, type and default from the field, help from the comment beside it.
+def add_flags(parser, cls, presets=None):
+    """One flag per field of a dataclass: name, type and default from the field, help from the comment beside it, in a
+    group for each class of the hierarchy. presets {name: {field: value}}: their values are shown beside the default.
 
     Flags that are not given are absent from the parsed namespace, so that callers see what the user asked for.
     """
-    comments = {}
+    comments, group_of = {}, {}
     for base in reversed(cls.__mro__[:-1]):
-        source = Path(inspect.getfile(base)).read_text()                 # inspect.getsource takes ten times as long
+        source = Path(inspect.getfile(base)).read_text(encoding="utf-8")  # inspect.getsource takes ten times as long
         body = re.search(rf"^class {base.__name__}\b.*?(?=^\S)", source, re.M | re.S)[0]
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", body, re.M))
+        title = {"DataConfig": "data", "RunConfig": "run"}.get(base.__name__, "method")
+        group = parser.add_argument_group(title) if isinstance(parser, argparse.ArgumentParser) else parser
+        group_of = {name: group for name in vars(base).get("__annotations__", ())} | group_of
     kinds = typing.get_type_hints(cls)
     for f in fields(cls):
         kind, flag = kinds[f.name], "--" + f.name.replace("_", "-")
-        options = {"default": argparse.SUPPRESS, "help": comments.get(f.name, "").replace("%", "%%")}
+        shown = {"": f.default} | {name: values[f.name] for name, values in (presets or {}).items() if f.name in values}
+        default = ", ".join(f"{name} {_shown(value)}".strip() for name, value in shown.items())
+        options = {"default": argparse.SUPPRESS, "help": f"{comments.get(f.name, '')} [{default}]".replace("%", "%%")}
+        add = group_of[f.name].add_argument
         if bool in (kind, *typing.get_args(kind)):          # bool, or bool | None where the default is decided later
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            add(flag, action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), **options)
+            add(flag, choices=typing.get_args(kind), **options)
         elif typing.get_origin(kind) is tuple:
-            parser.add_argument(flag, nargs="+", type=typing.get_args(kind)[0], metavar="X", **options)
+            add(flag, nargs="+", type=typing.get_args(kind)[0], metavar="X", **options)
         else:
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)
+            add(flag, type=kind, metavar=kind.__name__.upper(), **options)
+
+
+def _shown(value):
+    """A default as it would be typed."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return {True: "on", False: "off", None: "auto", "": "''"}.get(value, value) if not isinstance(value, (int, float)) \
+        or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
 
 
 class Parser(argparse.ArgumentParser):
@@ -1756,6 +2056,13 @@ def clean_errors():
         yield
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:               # gloo and NCCL, where another process of a run has died
+        partner = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if not partner or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        print("error: another process of this run has ended; go on from the last checkpoint with --resume",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; a method that has saved a checkpoint goes on with --resume, bench.py with the same "

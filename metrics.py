@@ -35,6 +35,7 @@ import argparse
 import dataclasses
 import json
 import math
+import time
 import zlib
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -1162,6 +1163,58 @@ def format_table(rows, keys=None, ci=None, width=160):
         used += size
     label = [name.ljust(start) for name in ["", *(name for name, _ in rows)]]
     return "\n\n".join("\n".join("".join(line) for line in zip(label, *block)) for block in blocks)
+
+
+# -------------------------------------------------------------------------------- the report of a run
+
+def report(out, method, config, dataset, pred, seconds, memory, variants=(), notes=()):
+    """Score a run's predicted test conditions {group: (n, E)}: writes metrics.json and genes.tsv, prints the table.
+
+    variants: further rows of the table [(row name, pred)], without floors. seconds: of training. memory: peak, in MB.
+    """
+    import platform
+    import h5py
+    import scipy
+    import torch
+    import data
+    columns, began = dataset.eval_genes, time.perf_counter()
+    names = [dataset.genes[i] for i in columns]
+    real, train = dataset.populations("test", columns), dataset.populations("train", columns)
+    control = dataset.controls("test", columns)
+    result = evaluate(pred, real, control, names, train, seed=config.seed)
+    result["info"]["notes"] += notes
+    for name, cells in variants:
+        other = evaluate(cells, real, control, names, train, seed=config.seed, floors=False)
+        result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
+    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np, scipy, h5py)}
+    data.write_json(out / "metrics.json", {
+        "method": method, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
+        "seconds": round(seconds + time.perf_counter() - began, 1), "peak_memory_mb": memory,
+        "config": dataclasses.asdict(config), "versions": versions, **result})
+    show(out)
+
+
+def show(out):
+    """Print the table of a finished run from its metrics.json."""
+    import data
+    result = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    rows = result_rows(result, result["method"])
+    at = [row for row, _ in rows].index(result["method"]) + 1
+    rows[at:at] = [(result["method"] + name, other["aggregate"]) for name, other in result.get("variants", {}).items()]
+    print(f"\n{result['info']['conditions']} test conditions, {result['info']['genes']:,} genes; trained and scored in "
+          f"{data.clock(result['seconds'])}, peak memory {result['peak_memory_mb'] or 0:,} MB; files in {out}\n")
+    print(format_table(rows))
+    for note in result["info"]["notes"]:
+        print(f"note: {note}")
+
+
+def quick_score(dataset, pred, part, seed):
+    """{key: value} of a few metrics of predicted cells {group: (n, E)}, without floors: for validation in training."""
+    columns = dataset.eval_genes
+    result = evaluate(pred, dataset.populations(part, columns), dataset.controls(part, columns),
+                      [dataset.genes[i] for i in columns], keys=["l2", "pearson_delta", "e_distance"], seed=seed,
+                      floors=False)
+    return {k: v for k, v in result["aggregate"].items() if v is not None}
 
 
 class _Groups(Mapping):
