@@ -1167,31 +1167,35 @@ def format_table(rows, keys=None, ci=None, width=160):
 
 # -------------------------------------------------------------------------------- the report of a run
 
-def report(out, method, config, dataset, pred, seconds, memory, variants=(), notes=()):
-    """Score a run's predicted test conditions {group: (n, E)}: writes metrics.json and genes.tsv, prints the table.
+def report(run, method, rows):
+    """Score a run's predicted test conditions: writes metrics.json and genes.tsv, prints the table.
 
-    variants: further rows of the table [(row name, pred)], without floors. seconds: of training. memory: peak, in MB.
+    rows {suffix: {group: (n, E)}}: the method's own prediction under '', and further rows of the table, which get no
+    floors. run: with config, dataset, out, device, trained (seconds) and capped (values that were cut).
     """
     import platform
     import h5py
     import scipy
     import torch
     import data
-    columns, began = dataset.eval_genes, time.perf_counter()
+    config, dataset, columns, began = run.config, run.dataset, run.dataset.eval_genes, time.perf_counter()
     names = [dataset.genes[i] for i in columns]
     real, train = dataset.populations("test", columns), dataset.populations("train", columns)
     control = dataset.controls("test", columns)
-    result = evaluate(pred, real, control, names, train, seed=config.seed)
-    result["info"]["notes"] += notes
-    for name, cells in variants:
-        other = evaluate(cells, real, control, names, train, seed=config.seed, floors=False)
-        result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
+    result = evaluate(rows[""], real, control, names, train, seed=config.seed)
+    if run.capped:
+        result["info"]["notes"].append(f"{run.capped:,} generated values were above the training maximum of their gene "
+                                       "and were set to it")
+    for name, cells in rows.items():
+        if name:
+            other = evaluate(cells, real, control, names, train, seed=config.seed, floors=False)
+            result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np, scipy, h5py)}
-    data.write_json(out / "metrics.json", {
+    data.write_json(run.out / "metrics.json", {
         "method": method, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
-        "seconds": round(seconds + time.perf_counter() - began, 1), "peak_memory_mb": memory,
+        "seconds": round(run.trained + time.perf_counter() - began, 1), "peak_memory_mb": data.peak_memory(run.device),
         "config": dataclasses.asdict(config), "versions": versions, **result})
-    show(out)
+    show(run.out)
 
 
 def show(out):
