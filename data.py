@@ -1879,6 +1879,13 @@ def claim(folder):
     _claims.append(handle)                      # file systems without locks: nothing is claimed
 
 
+def mend(log):
+    """Cut off the end of a log's last line that was not written whole."""
+    whole = log.read_bytes() if log.exists() else b""
+    if whole and not whole.endswith(b"\n"):
+        log.write_bytes(whole[:whole.rfind(b"\n") + 1])
+
+
 def open_run(config, state, device, say, main=True):
     """Dataset and panel of a run. The folder is checked and claimed, what is known before training written to it (by
     the main process of several); a resumed run must find the genes, conditions and parts that it had."""
@@ -1893,6 +1900,7 @@ def open_run(config, state, device, say, main=True):
                             "or remove it")
         with writing(out):
             claim(out)
+            mend(out / "log.jsonl")
     dataset = load_run(config, device)
     panel = dataset.panel()
     for note in dataset.source.notes:
@@ -2127,6 +2135,9 @@ def clean_errors():
     except BrokenPipeError:                     # the reader of our output (head, less) has gone
         sys.stderr.close()
         sys.exit(1)
+    finally:
+        while _claims:
+            _claims.pop().close()
 
 
 def describe(data, split=""):
