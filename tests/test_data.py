@@ -308,7 +308,7 @@ def test_uns_of_any_kind(tmp_path):
     ("A+A", "A"), ("C+A+B", "A+B+C"), ("C_A_B", "A+B+C"), ("A+ctrl+B", "A+B"),
     ("HLA-A", "HLA-A"), ("HLA-A+C7orf26", "C7orf26+HLA-A"), ("RP11-34P13.7", "RP11-34P13.7"), ("Y_RNA", "Y_RNA"),
     ("Y_RNA+A", "A+Y_RNA"), ("A_guide1", "A_guide1"), ("drug_x", "drug_x"),
-    ("(+)-JQ1", "(plus)-JQ1"), ("A+(+)-JQ1", "(plus)-JQ1+A"), ("2,4-DNP", "2,4-DNP"), ("A;Ro[1;2]", "A+Ro[1;2]"),
+    ("(+)-JQ1", "(plus)-JQ1"), ("A+(+)-JQ1", "(plus)-JQ1+A"), ("2,4-DNP", "2,4-DNP"), ("A;Ro[1;2]", "A;Ro[1;2]"),
     ("(x;y)+A", "(x;y)+A"), ("A+B (x|y)", "A+B (x|y)"),
     ("A_NegCtrl0__A_NegCtrl0", "A"), ("A_B__A_B", "A+B"), ("C3orf72_NegCtrl0__C3orf72_NegCtrl0", "C3orf72"),
     ("A_C3orf72__A_C3orf72", "A+C3orf72"), ("NegCtrl10_NegCtrl0__NegCtrl10_NegCtrl0", "control"),
@@ -318,7 +318,7 @@ def test_uns_of_any_kind(tmp_path):
     ("", ""), ("NTRK1", "NTRK1"), ("PBSX", "PBSX")])
 def test_canonical_labels(label, expected):
     genes = {"A", "B", "C", "HLA-A", "C7orf26", "RP11-34P13.7", "Y_RNA"}
-    labels = np.array([label, "C3orf72_NegCtrl0__C3orf72_NegCtrl0"], dtype=object)[:, None]
+    labels = np.array([label, "C3orf72_NegCtrl0__C3orf72_NegCtrl0"], dtype=object)
     rules = data.LabelRules(labels, genes)
     assert rules.canonical(label) == expected == rules.canonical(expected)  # the canonical form stays as it is
     perturbed = {token for token in rules.tokens(label) if not rules.is_control(token)}
@@ -326,7 +326,7 @@ def test_canonical_labels(label, expected):
 
 
 def test_underscore_splits_known_perturbations_that_are_no_genes():
-    labels = np.array(["drugX", "drugY", "drugX_drugY", "drugX_drugZ"], dtype=object)[:, None]
+    labels = np.array(["drugX", "drugY", "drugX_drugY", "drugX_drugZ"], dtype=object)
     rules = data.LabelRules(labels, set())
     assert rules.canonical("drugY_drugX") == "drugX+drugY"
     assert rules.canonical("drugX_drugZ") == "drugX_drugZ"
@@ -335,7 +335,7 @@ def test_underscore_splits_known_perturbations_that_are_no_genes():
 def test_control_labels():
     assert all(data.is_control_label(name) for name in (*data.CONTROL_LABELS, "CTRL", "negctrl3"))
     assert not any(data.is_control_label(name) for name in ("", "KLF1", "NTRK1", "nan", "control cells"))
-    labels = np.array(["CTRL", "STIM", "ctrl"], dtype=object)[:, None]
+    labels = np.array(["CTRL", "STIM", "ctrl"], dtype=object)
     rules = data.LabelRules(labels, set(), "CTRL")              # the declared label and no other
     assert [rules.canonical(x) for x in ("CTRL", "STIM+CTRL", "ctrl")] == ["control", "STIM", "ctrl"]
     rules = data.LabelRules(labels, set(), "CTRL,mock 1")
@@ -449,9 +449,8 @@ def test_normalisation_is_log1p_cp10k(tmp_path):
     (log_cp10k, {}, "lognorm"), (log_cp10k, {"lognorm": True}, "lognorm"),
     (lambda X: X * 1.37, {"counts": True}, "counts"),                       # corrected counts, declared
     (lambda X: np.log1p(log_cp10k(X)), {"lognorm": True}, "lognorm"),       # odd, but the user insists
-    (lambda X: X, {"lognorm": True}, "--lognorm, but the values are integers up to .*; drop --lognorm"),
-    (lambda X: X * 1.37, {"lognorm": True}, "--lognorm, but the values are not logarithms up to .*; drop --lognorm"),
-    (log_cp10k, {"counts": True}, "--counts, but the values are not integers .* drop --counts or choose another"),
+    (lambda X: X, {"lognorm": True}, "lognorm"), (lambda X: X * 1.37, {"lognorm": True}, "lognorm"),
+    (log_cp10k, {"counts": True}, "counts"),                                # a declared unit settles the question
     (log_cp10k, {"counts": True, "lognorm": True}, "--counts and --lognorm contradict"),
     (lambda X: X / X.sum(1, keepdims=True) * 1e4, {}, "neither counts nor log-normalised.*--counts.*--layer"),
     (lambda X: np.log1p(log_cp10k(X)), {}, "log1p was applied twice.*--layer.*--lognorm"),
@@ -1136,16 +1135,25 @@ def test_populations_written_and_read_back(tmp_path):
     assert cells.uns["method"] == "scdfm"
 
 
+def panel_of(genes, mean=0.5):
+    return data.Panel(genes, [0], [], [], [], [mean] * len(genes), [9.0] * len(genes))
+
+
 def test_controls_of_the_user(tmp_path):
+    """By gene name, which an Ensembl index keeps in a column; genes that the file lacks are at their training mean."""
     X, wanted = make_counts(60), ["GENE3", "KLF1"]
     columns = [GENES.index(g) for g in wanted]
     path = write_file(tmp_path / "file.h5ad", X, ["a"] * 60, key="batch", obs={"type": ["B", "T"] * 30})
-    found = data.read_controls(path, data.DataConfig(covariates="type"), wanted)   # no labels: all are controls
-    assert np.allclose(found["T"], log_cp10k(X)[1::2, columns], rtol=2e-6)
-    write_file(path, X, LABELS)
-    assert np.allclose(data.read_controls(path, data.DataConfig(), wanted)[""], log_cp10k(X)[:20, columns], rtol=2e-6)
-    with pytest.raises(data.DataError, match="lacks 1 of the 2 genes of the model .ABC.; add them"):
-        data.read_controls(path, data.DataConfig(), ["ABC", "KLF1"])
+    found, missing = data.read_controls(path, data.DataConfig(covariates="type"), panel_of(wanted))
+    assert np.allclose(found["T"], log_cp10k(X)[1::2, columns], rtol=2e-6) and len(missing) == 0   # all are controls
+    ensembl = [f"ENSG{i}" for i in range(len(GENES))]
+    write_file(path, X, LABELS, index=ensembl, var={"gene_name": GENES})
+    found, missing = data.read_controls(path, data.DataConfig(), panel_of(["GENE3", "ABC", "KLF1"]))
+    assert np.allclose(found[""][:, [0, 2]], log_cp10k(X)[:20, columns], rtol=2e-6)
+    assert list(missing) == [1] and np.all(found[""][:, 1] == 0.5)
+    write_file(path, X, LABELS, index=ensembl, var={"symbols of ours": GENES})
+    with pytest.raises(data.DataError, match="lacks 2 of the model's 2 genes .GENE3, KLF1.; .* with --gene-key"):
+        data.read_controls(path, data.DataConfig(), panel_of(wanted))
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("Can't write data"),
@@ -1394,8 +1402,8 @@ FILES = {       # name: (writer, what the message must say: what, where, what to
     "10x-v2": (hdf5(GRCh38__barcodes=[b"A"], GRCh38__indptr=[0]), ["is a 10x Cell Ranger 2", "guide calls"]),
     "loom": (hdf5(matrix=np.zeros((2, 2)), row_attrs__Gene=[1], col_attrs__Cell=[1]), ["is a loom file; convert it"]),
     "mudata": (hdf5(mod__rna__X=1, obs__x=1, var__x=1), ["is a MuData file; save one modality"]),
-    "other-hdf5": (hdf5(weights=np.zeros(3)), ["is HDF5 but not AnnData: it holds weights", "obs, var and X"]),
-    "no-content": (hdf5(), ["not AnnData: it holds nothing"]),
+    "other-hdf5": (hdf5(weights=np.zeros(3)), ["is HDF5 but not AnnData (it holds weights)", "obs, var and X"]),
+    "no-content": (hdf5(), ["not AnnData (it holds none)"]),
     "anndata-0.6": (old_anndata, ["written by anndata before 0.7", "newer anndata"]),
     "csr-index-too-high": (broken(indices=lambda v: put(v, 5, 99)), damaged()),
     "csr-index-negative": (broken(indices=lambda v: put(v, 5, -1)), damaged()),
@@ -1439,7 +1447,6 @@ FLAGS = [("--pert-key nothing", ["obs has no column 'nothing' (--pert-key); it h
          ("--covariates condition,type", ["no column 'type' (--covariates); it has condition"]),
          ("--dose-key dose", ["no column 'dose' (--dose-key)"]),
          ("--gene-key symbol", ["var has no column 'symbol' (--gene-key); it has none"]),
-         ("--lognorm", ["--lognorm, but the values are integers", "drop --lognorm"]),
          ("--counts --lognorm", ["contradict each other; give one"]),
          ("--min-genes 99", ["no cell has 99 detected genes (--min-genes); lower it"]),
          ("--min-cells -1", ["--min-cells -1: must not be negative"]),
