@@ -35,6 +35,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import time
 import zlib
 from collections.abc import Mapping
@@ -86,8 +87,9 @@ KEYS = {
     "mmd_pca30_rank": Key("↓", 0, "rank of the own prediction by mmd_pca30"),
     "deg_recall_50_rank": Key("↓", 0, "rank of the own prediction by deg_recall_50"),
 }
-TABLE_KEYS = ("l2", "mse", "mae", "pearson_delta", "pearson_delta_top20", "pearson_delta_hat",
-              "pearson_delta_hat_top20", "de_spearman", "pds", "pds_all_genes", "e_distance")
+TABLE_KEYS = ("l2", "pearson_delta", "pds", "e_distance", "de_spearman", "pearson_delta_hat", "mse", "mae",
+              "pearson_delta_top20", "pearson_delta_hat_top20", "pds_all_genes")  # the last go where a table is too wide
+MMD_RANKS = ("mmd_rank", "mmd_pca30_rank")  # take longer than all others together: only computed when asked for
 SYSTEMA = ("pearson_delta_hat", "pearson_delta_hat_top20")  # need the mean of training-perturbation centroids
 CORRELATIONS = ("pearson_delta", "pearson_delta_top20", *SYSTEMA, "spearman_delta", "de_spearman", "discr_cos",
                 "cosine_logfc")
@@ -714,10 +716,18 @@ class _Population:
         return np.zeros_like(d) if no_effect(d) else d
 
     @cached_property
+    def p(self):
+        """(G,) p-values of the rank-sum test against the real control."""
+        return rank_sum_test(self.cells, self.control.counts)[1]
+
+    @cached_property
+    def adjusted_p(self):
+        return benjamini_hochberg(self.p)
+
+    @cached_property
     def significant(self):
-        """(G,) DE genes: rank-sum test against the real control, BH < 0.05."""
-        p = rank_sum_test(self.cells, self.control.counts)[1]
-        return (benjamini_hochberg(p) < 0.05) & self.effect.any()
+        """(G,) DE genes: BH < 0.05."""
+        return (self.adjusted_p < 0.05) & self.effect.any()
 
     @cached_property
     def lfc(self):
@@ -884,52 +894,53 @@ def _condition_metrics(p, r, world, keys):
     return {k: values[k]() for k in keys if k in values}
 
 
-def _rank_metrics(p, r, own, world, keys):
-    """{key: (P,) values} for the predictions p of one covariate; r: all its real populations, own (P,): theirs in r.
+COMPARED = {  # what of a population a key compares with that of other conditions
+    "pds": "mean", "pds_all_genes": "mean", "pds_l2": "mean", "pds_cosine": "effect", "rmse_rank": "mean",
+    "cosine_logfc_rank": "logfc", "mmd_rank": "ranked_cells", "mmd_pca30_rank": "ranked_pcs", "deg_recall_50_rank": "t"}
 
-    PDS looks for the truth among all real conditions; the ranks compare the predictions that there are.
+
+def _compared_metric(key, p, r, own, targets):
+    """(P,) values of a key of COMPARED for the predictions of one covariate.
+
+    p: what is compared of each of the P predictions, r: of all real conditions, own (P,): theirs in r. PDS looks for
+    the truth among all real conditions; the ranks compare the predictions that there are.
     """
-    def stack(attribute, populations):
-        return np.array([getattr(x, attribute) for x in populations])
-
-    def mmd_rank(attribute):
-        cells = [[getattr(x, attribute) for x in populations] for populations in (p, mine)]
-        return prediction_rank(mmd_matrix(*cells), MMD_TIE)
-
-    q, m, mine = stack("mean", p), stack("mean", r), [r[i] for i in own]
-    values = {
-        "pds": lambda: discrimination(q, m, own, targets=[world.targets(x.group) for x in p]),
-        "pds_all_genes": lambda: discrimination(q, m, own),
-        "pds_l2": lambda: discrimination(q, m, own, "euclidean"),
-        "pds_cosine": lambda: discrimination(stack("effect", p), stack("effect", r), own, "cosine"),
-        "rmse_rank": lambda: prediction_rank(cdist(q, m[own])),      # the order of rmse
-        "cosine_logfc_rank": lambda: prediction_rank(cdist(stack("logfc", p), stack("logfc", mine), "cosine")),
-        "mmd_rank": lambda: mmd_rank("ranked_cells"),
-        "mmd_pca30_rank": lambda: mmd_rank("ranked_pcs"),
-        "deg_recall_50_rank": lambda: prediction_rank(-deg_recall(stack("t", p), stack("t", mine))),
-    }
-    return {k: values[k]() for k in keys if k in values}
+    if key.startswith("pds"):
+        p, r = np.array(p), np.array(r)
+        if key == "pds":
+            return discrimination(p, r, own, targets=targets)
+        metric = {"pds_l2": "euclidean", "pds_cosine": "cosine"}.get(key, "cityblock")
+        return discrimination(p, r, own, metric)
+    r = [r[i] for i in own]
+    if key in MMD_RANKS:
+        return prediction_rank(mmd_matrix(p, r), MMD_TIE)
+    p, r = np.array(p), np.array(r)
+    if key == "deg_recall_50_rank":
+        return prediction_rank(-deg_recall(p, r))
+    return prediction_rank(cdist(p, r, "cosine" if key == "cosine_logfc_rank" else "euclidean"))
 
 
 def _score(populations, real, world, keys):
     """{group: {key: value}} of predicted populations; an iterable: each is freed once it has been looked at."""
-    needed_by = {"mmd_rank": "ranked_cells", "mmd_pca30_rank": "ranked_pcs", "deg_recall_50_rank": "t"}
-    out, seen = {}, {}
+    attributes = {COMPARED[k] for k in keys if k in COMPARED}
+    out, kept = {}, {}
     for p in populations:
         out[p.group] = _condition_metrics(p, real[p.group], world, keys)
-        for attribute in ["effect", "logfc"] + [needed_by[k] for k in keys if k in needed_by]:
-            getattr(p, attribute)                                    # computed now, for the ranks
+        kept[p.group] = {name: getattr(p, name) for name in attributes}
         p.source = None
-        seen[p.group] = p
     for covariate in world.used:
         block = [g for g in real if world.covariate(g) == covariate]
-        mine = [g for g in block if g in seen]
-        if mine:
-            own = [block.index(g) for g in mine]
-            ranks = _rank_metrics([seen[g] for g in mine], [real[g] for g in block], own, world, keys)
-            for key, column in ranks.items():
-                for g, value in zip(mine, column):
-                    out[g][key] = float(value)
+        mine = [g for g in block if g in kept]
+        if not mine:
+            continue
+        own = [block.index(g) for g in mine]
+        targets = [world.targets(g) for g in mine]
+        for key in (k for k in keys if k in COMPARED):
+            name = COMPARED[key]
+            p = [kept[g][name] for g in mine]
+            r = [getattr(real[g], name) for g in block]
+            for g, value in zip(mine, _compared_metric(key, p, r, own, targets)):
+                out[g][key] = float(value)
     return out
 
 
@@ -945,27 +956,33 @@ def _replicate(real, world, keys):
 
 # -------------------------------------------------------------------------------- evaluation
 
-def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=True, bootstrap=1000, train_mean=None):
+def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=True, bootstrap=1000, train_mean=None,
+             per_gene=False):
     """Every metric of a prediction, with floors, a replicate reference and intervals. All values log1p CP10k.
 
     pred, real: {group: (cells, G)}, arrays or CSR; a group is a condition 'A' or 'A+B', with covariates
     'A+B@cov1,cov2'. Real groups that are not predicted are ignored. control: real control cells (cells, G), or
     {covariates: (cells, G)}. genes: G names. train: {group: (cells, G)} of the training perturbations, read once, for
     the Systema reference and the floors; without it these are absent, save what train_mean allows, the mean (G,) of
-    the training perturbations' means. keys: default all. floors=False leaves out floors and replicate, five sixths of
-    the time. bootstrap: resamples of conditions for ci95.
+    the training perturbations' means. keys: what is computed, default all but the two MMD ranks, 'all' for these too.
+    floors=False leaves out floors and replicate, most of the time. bootstrap: resamples of conditions for ci95.
 
     Returns a dict that json can write, with None for NaN:
       aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number}, ci95 {key: [low,
       high]}; groups {'single', 'double', ..., 'single_unseen', 'double_one_unseen', ...: {key: mean}}; per_condition
       {group: {key: value}}; floors {'control', 'mean', 'mean_cells', 'additive': {key: mean} or None},
-      floors_n_valid, floors_per_condition; replicate {key: mean}, one half of the real cells scored against the
-      other; score_vs_floor {key: (score - best floor) / (replicate - best floor)}; info: cells, variance of the
-      components, Sinkhorn's epsilon, caps, notes.
+      floors_n_valid, floors_per_condition, None for the keys *_rank; replicate {key: mean}, one half of the real
+      cells scored against the other; score_vs_floor {key: (score - best floor) / (replicate - best floor)}; info:
+      cells, variance of the components, Sinkhorn's epsilon, caps, notes.
+    With per_gene also per_gene {group: {column of genes.tsv: (G,) array}}, genes by name: see report().
     Raises ValueError for inputs that do not fit together.
     """
     groups = list(pred)
-    missing, unknown = [g for g in groups if g not in real], sorted(set(keys or ()) - set(KEYS))
+    if keys is None:
+        keys = [k for k in KEYS if k not in MMD_RANKS]
+    elif keys == "all":
+        keys = KEYS
+    missing, unknown = [g for g in groups if g not in real], sorted(set(keys) - set(KEYS))
     if not groups or missing:
         raise ValueError(f"no real cells of predicted conditions {missing[:5]}" if groups else "nothing is predicted")
     if unknown:
@@ -988,12 +1005,13 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         world.reference = {g: centroids[world.covariate(g)] for g in groups}
     elif train_mean is not None:
         world.reference = dict.fromkeys(groups, world.in_order(np.asarray(train_mean, np.float64)))
-    keys = [k for k in KEYS if (keys is None or k in keys) and (world.reference or k not in SYSTEMA)]
+    keys = [k for k in KEYS if k in keys and (world.reference or k not in SYSTEMA)]
     if {"e_distance", "wasserstein", "mmd_pca30", "mmd_pca30_rank"} & set(keys):
         fitted_on = [*truth.values(), *(world.control[v] for v in world.used)]
         world.basis = fit_pca(lambda: (x.cells for x in fitted_on))
 
-    scores = _score((_Population(x, g, world) for g, x in pred.items()), truth, world, keys)
+    predicted = {g: _Population(x, g, world) for g, x in pred.items()}
+    scores = _score(predicted.values(), truth, world, keys)
     result = {"aggregate": _aggregate(scores, keys), "n_valid": _n_valid(scores, keys),
               "ci95": _intervals(scores, keys, _rng(seed, "bootstrap"), bootstrap),
               "groups": {name: _aggregate({g: scores[g] for g in members}, keys)
@@ -1003,9 +1021,9 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
               "info": _information(world, truth, sizes, keys)}
     if floors:
         possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
-        partial = set()
+        partial, cheap = set(), [k for k in keys if not k.endswith("_rank")]
         for name in FLOORS:
-            values = _score(_floor(name, world, training, sizes), truth, world, keys) if possible[name] else {}
+            values = _score(_floor(name, world, training, sizes), truth, world, cheap) if possible[name] else {}
             result["floors"][name] = _aggregate(values, keys) if values else None
             result["floors_n_valid"][name] = _n_valid(values, keys) if values else None
             result["floors_per_condition"][name] = _per_condition(values, keys)
@@ -1015,7 +1033,15 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
                                                "and averages over these; score_vs_floor leaves it out")
         result["replicate"] = _aggregate(_replicate(real, world, keys), keys)
         result["score_vs_floor"] = {k: _versus_floor(k, result, partial) for k in keys}
+    if per_gene:
+        result["per_gene"] = {g: _gene_table(predicted[g], truth[g], world) for g in groups}
     return result
+
+
+def _gene_table(p, r, world):
+    """{column of genes.tsv: (G,) array} of one condition."""
+    return {"gene": np.array(list(world.column)), "control_mean": r.control.mean, "pred_mean": p.mean,
+            "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc, "real_p_adjusted": r.adjusted_p}
 
 
 def _condition_groups(world, training):
@@ -1041,12 +1067,13 @@ def _plain(value):
 
 def _table(scores, keys):
     """(conditions, keys) values."""
-    return np.array([[values[k] for k in keys] for values in scores.values()], dtype=float).reshape(-1, len(keys))
+    rows = [[values.get(k, math.nan) for k in keys] for values in scores.values()]
+    return np.array(rows, dtype=float).reshape(-1, len(keys))
 
 
 def _per_condition(scores, keys):
     """{group: {key: value or None}}"""
-    return {g: {k: _plain(values[k]) for k in keys} for g, values in scores.items()}
+    return {g: {k: _plain(values.get(k, math.nan)) for k in keys} for g, values in scores.items()}
 
 
 def _aggregate(scores, keys):
@@ -1129,40 +1156,58 @@ def compare(a, b, key=None):
 
 # -------------------------------------------------------------------------------- tables, command line
 
+VERSUS = "vs floor"
+
+
 def result_rows(result, name):
     """[(row name, {key: value})] of an evaluate() result for format_table: floors, the method, the replicate, and
     'vs floor': 0 for a method as good as the best floor, 1 for one as good as the replicate."""
-    rows = [(floor, values) for floor, values in result["floors"].items() if values] + [(name, result["aggregate"])]
-    return rows + [(row.replace("score_vs_floor", "vs floor"), result[row])
-                   for row in ("replicate", "score_vs_floor") if result[row]]
+    rows = [(floor, values) for floor, values in result["floors"].items() if values]
+    rows += [(name, result["aggregate"]), ("replicate", result["replicate"]), (VERSUS, result["score_vs_floor"])]
+    return [(row, values) for row, values in rows if values]
 
 
-def format_table(rows, keys=None, ci=None, width=160):
+def format_table(rows, keys=None, ci=None, width=None, rest="metrics.json"):
     """Text table: a line per (name, {key: value}), a column per key (default TABLE_KEYS) with the better direction.
 
     ci: {key: [low, high]} (evaluate()'s ci95), printed below the first row that is not a floor. Missing values are '-'.
-    What is wider than `width` characters goes on below.
+    Columns beyond `width` characters (default: the terminal's, 120 without one) are left out; a last line says how
+    many more metrics `rest` holds.
     """
-    keys, rows = list(keys or TABLE_KEYS), list(rows)
+    rows = list(rows)
+    measured = {k for _, values in rows for k in values}
+    keys = list(keys or (k for k in TABLE_KEYS if k in measured))
+    width = width or shutil.get_terminal_size((120, 24)).columns
     if ci:
         at = next((i + 1 for i, (name, _) in enumerate(rows) if name not in FLOORS), len(rows))
-        rows[at:at] = [(f"  95% {end}", {k: v and v[i] for k, v in ci.items()}) for i, end in enumerate(("from", "to"))]
-
-    def text(value):
-        return "-" if value is None or not math.isfinite(value) else f"{value:.{4 if abs(value) < 0.1 else 3}f}"
-
-    start = max((len(name) for name, _ in rows), default=0)
-    blocks, used = [[]], start
+        limits = [(f"  95% {end}", {k: v and v[i] for k, v in ci.items()}) for i, end in enumerate(("from", "to"))]
+        rows[at:at] = limits
+    names = ["", *(name for name, _ in rows)]
+    start = max(map(len, names))
+    lines = [name.ljust(start) for name in names]
+    shown = []
     for k in keys:
-        column = [k + KEYS[k].arrow] + [text(values.get(k)) for _, values in rows]
+        column = [k + KEYS[k].arrow] + [_number(values.get(k), name == VERSUS) for name, values in rows]
         size = 1 + max(map(len, column))
-        if blocks[-1] and used + size > width:
-            blocks.append([])
-            used = start
-        blocks[-1].append([cell.rjust(size) for cell in column])
-        used += size
-    label = [name.ljust(start) for name in ["", *(name for name, _ in rows)]]
-    return "\n\n".join("\n".join("".join(line) for line in zip(label, *block)) for block in blocks)
+        if shown and len(lines[0]) + size > width:
+            break
+        shown.append(k)
+        lines = [line + cell.rjust(size) for line, cell in zip(lines, column)]
+    more = len(measured.union(keys).difference(shown))
+    if more:
+        lines.append(f"{more} more metric{'s' if more > 1 else ''} in {rest}")
+    return "\n".join(lines)
+
+
+def _number(value, versus=False):
+    """A number of a table. versus: one between floor and replicate, which has no meaning far from them."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    if versus and value < -9.99:
+        return "<-10"
+    if versus and value > 1.5:
+        return ">1.5"
+    return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}"
 
 
 # -------------------------------------------------------------------------------- the report of a run
@@ -1171,38 +1216,62 @@ def report(out, method, config, dataset, pred, seconds, memory, variants=(), not
     """Score a run's predicted test conditions {group: (n, E)}: writes metrics.json and genes.tsv, prints the table.
 
     variants: further rows of the table [(row name, pred)], without floors. seconds: of training. memory: peak, in MB.
+    genes.tsv: per condition and gene the means of real control, predicted and real cells (log1p CP10k), predicted and
+    real log2 fold change, adjusted p-value of the real change (rank-sum test, as in de_spearman); the genes of a
+    condition by that p-value. A file that cannot be written is a data.DataError.
     """
     import platform
     import h5py
     import scipy
     import torch
     import data
-    columns, began = dataset.eval_genes, time.perf_counter()
+    began = time.perf_counter()
+    columns = dataset.eval_genes
     names = [dataset.genes[i] for i in columns]
-    real, train = dataset.populations("test", columns), dataset.populations("train", columns)
+    real = dataset.populations("test", columns)
+    train = dataset.populations("train", columns)
     control = dataset.controls("test", columns)
-    result = evaluate(pred, real, control, names, train, seed=config.seed)
+    result = evaluate(pred, real, control, names, train, seed=config.seed, per_gene=True)
     result["info"]["notes"] += notes
     for name, cells in variants:
         other = evaluate(cells, real, control, names, train, seed=config.seed, floors=False)
         result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
-    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np, scipy, h5py)}
+    _write_genes(out / "genes.tsv", result.pop("per_gene"))
+    versions = {m.__name__: m.__version__ for m in (torch, np, scipy, h5py)}
     data.write_json(out / "metrics.json", {
         "method": method, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
         "seconds": round(seconds + time.perf_counter() - began, 1), "peak_memory_mb": memory,
-        "config": dataclasses.asdict(config), "versions": versions, **result})
+        "config": dataclasses.asdict(config), "versions": {"python": platform.python_version(), **versions}, **result})
     show(out)
 
 
+def _write_genes(path, per_gene):
+    """genes.tsv of evaluate()'s per_gene: conditions by name, their genes by the adjusted p-value of the real change."""
+    import data
+    with data.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for i, condition in enumerate(sorted(per_gene)):
+            table = per_gene[condition]
+            if i == 0:
+                file.write("\t".join(["condition", *table]) + "\n")
+            order = np.argsort(table["real_p_adjusted"], kind="stable")
+            genes, *numbers = (column[order].tolist() for column in table.values())
+            for gene, *values in zip(genes, *numbers):
+                file.write("\t".join([condition, gene, *(f"{v:.6g}" for v in values)]) + "\n")
+
+
 def show(out):
-    """Print the table of a finished run from its metrics.json."""
+    """Print the table of a finished run from its metrics.json, as wide as the terminal."""
     import data
     result = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    rows = result_rows(result, result["method"])
-    at = [row for row, _ in rows].index(result["method"]) + 1
-    rows[at:at] = [(result["method"] + name, other["aggregate"]) for name, other in result.get("variants", {}).items()]
+    method = result["method"]
+    rows = []
+    for name, values in result_rows(result, method):
+        rows.append((name, values))
+        if name == method:
+            rows += [(method + variant, other["aggregate"]) for variant, other in result.get("variants", {}).items()]
+    memory = result["peak_memory_mb"] or 0
     print(f"\n{result['info']['conditions']} test conditions, {result['info']['genes']:,} genes; trained and scored in "
-          f"{data.clock(result['seconds'])}, peak memory {result['peak_memory_mb'] or 0:,} MB; files in {out}\n")
+          f"{data.clock(result['seconds'])}, peak memory {memory:,} MB; files in {out}\n")
     print(format_table(rows))
     for note in result["info"]["notes"]:
         print(f"note: {note}")
@@ -1304,7 +1373,8 @@ def _parser():
     add("--layer", default="", help="matrix of the real file and the reference (default: X)")
     add("--counts", action="store_true", help="declare real file and reference raw counts")
     add("--lognorm", action="store_true", help="declare real file and reference log-normalised")
-    add("--keys", default="", help="metrics to print, comma-separated, or 'all'; the file holds all")
+    add("--keys", default="", help="metrics to compute and print, comma-separated, or 'all' (default: all "
+        "but the MMD ranks, of which the usual ones are printed)")
     add("--floors", action=argparse.BooleanOptionalAction, default=True, help="score floors and replicate too")
     add("--seed", type=int, default=0, help="of floors, replicate and bootstrap")
     add("--out", default="", help="JSON file for every number")
@@ -1318,7 +1388,7 @@ def main(argv=None):
     args = vars(parser.parse_args(argv))
     path, truth, reference, keys, out = (args.pop(k) for k in ("pred", "real", "reference", "keys", "out"))
     floors, seed = args.pop("floors"), args.pop("seed")
-    shown = list(KEYS) if keys == "all" else [k.strip() for k in keys.split(",")] if keys else list(TABLE_KEYS)
+    shown = list(KEYS) if keys == "all" else [k.strip() for k in keys.split(",") if k.strip()]
     if set(shown) - set(KEYS):
         parser.error(f"--keys: unknown metrics {_listed(set(shown) - set(KEYS))}; the metrics are {' '.join(KEYS)}")
     if seed < 0:
@@ -1347,7 +1417,7 @@ def main(argv=None):
                                      f"{len(cells.genes)} genes; it needs one per gene, or give --reference")
             train_mean = train_mean if real.columns is None else train_mean[real.columns]
         control = real.controls if config.covariates else real.controls[""]
-        result = evaluate(pred, real, control, genes, train, seed=seed, floors=floors, train_mean=train_mean)
+        result = evaluate(pred, real, control, genes, train, shown or None, seed, floors, train_mean=train_mean)
         cells_pred, cells_real = (sum(cells[g].shape[0] for g in pred) for cells in (pred, real))
         print(f"{len(pred)} conditions, {len(genes):,} genes, {cells_pred:,} predicted and {cells_real:,} real cells, "
               f"{sum(x.shape[0] for x in real.controls.values()):,} controls")
@@ -1360,7 +1430,8 @@ def main(argv=None):
         if train is None:
             print("note: without --reference there is " + ("no floor but the control, and no Systema reference"
                   if train_mean is None else "no floor but the control and the mean (uns['train_pert_mean'])"))
-        print(format_table(result_rows(result, "prediction"), shown, result["ci95"]))
+        rest = out or "the file that --out FILE writes"
+        print(format_table(result_rows(result, "prediction"), shown, result["ci95"], rest=rest))
         if out:
             with data.atomic(out) as temporary:
                 temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
