@@ -806,8 +806,9 @@ def write_results(out, config, rows, tests, failed, title, lines, keys):
         for name, row in rows.items():
             for group, scores in row["per_condition"].items():
                 writer.writerow({"row": name, "kind": row["kind"], "condition": group, **scores})
-    about = ("p: paired Wilcoxon signed-rank tests over the conditions against the best floor or baseline (bench.json has "
-             "all), two-sided, not corrected for their number; with fewer than six conditions p cannot fall below 0.05.")
+    about = ("p: paired Wilcoxon signed-rank tests over the conditions against the best floor or baseline (all of them "
+             "in bench.json), two-sided, not corrected for their number; with fewer than six conditions p cannot fall "
+             "below 0.05.")
     parts = [f"# {title}", markdown_table(rows, keys), "\n".join(f"- {line}" for line in lines), about]
     with data.atomic(out / "bench.md") as temporary:
         temporary.write_text("\n\n".join(parts) + "\n")
@@ -1050,7 +1051,7 @@ def measure(script, flags, preset, path, device, steps, folder):
     row["utilisation"] = round((flops[1] - flops[0]) / 2 / (row["ms_per_step"] / 1e3) / rate, 3)
 
     condition = next(iter(result["per_condition"]))
-    few, many = (25, 825) if where.type == "cpu" else (100, 10_100)
+    few, many = (25, 2_025) if where.type == "cpu" else (100, 10_100)
     seconds = [child(script, "--ckpt", run / "ckpt.pt", "--predict", condition, "--cells", n, *place,
                      "--out", folder / f"{n}.h5ad")[0] for n in (few, many)]
     took = seconds[1] - seconds[0]              # both start python, load the data and compile
@@ -1075,7 +1076,7 @@ def speed(config):
                 row = measure(script, flags, preset, path, config.device, 400 if cuda else 40, Path(folder))
             result["methods"].append({"method": text, **row})
             print(f"{text} {preset}: {row['ms_per_step']:g} ms/step (quartiles {row['ms_quartiles'][0]:g} to "
-                  f"{row['ms_quartiles'][1]:g}), first step {row['first_step_s']:g} s, {row['cells_per_s']:g} cells/s, "
+                  f"{row['ms_quartiles'][1]:g}), first step after {row['first_step_s']:g} s, {row['cells_per_s']:g} cells/s, "
                   f"{row['peak_memory_mb']} MB, {row['gflop_per_step']:g} GFLOP/step, "
                   f"{100 * row['utilisation']:.0f}% of {row['device_gflops']:g} GFLOP/s; sampling "
                   f"{row['sampled_cells_per_s'] or '-'} cells/s", flush=True)
