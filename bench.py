@@ -490,16 +490,15 @@ def read_pred(text, dataset, config):
     """Name and {group: (n, E)} of one --pred NAME=FILE: the test conditions and the evaluation genes, by name."""
     name, _, file = text.partition("=")
     genes, cells = metrics.read_prediction(file, config)
-    where = {gene: i for i, gene in enumerate(genes)}
     names = [dataset.genes[i] for i in dataset.eval_genes]
-    missing = [gene for gene in names if gene not in where]
+    columns = data.match_genes(genes, names)
+    missing = [gene for gene, column in zip(names, columns) if column < 0]
     absent = [group for group in dataset.part("test") if group not in cells]
     for what, of, lacking in (("evaluation genes", len(names), missing),
                               ("test conditions", len(dataset.part("test")), absent)):
         if lacking:
             raise DataError(f"--pred {text}: lacks {len(lacking)} of the {of} {what} ({', '.join(lacking[:4])}); "
                             "predict all, or score the file alone with metrics.py")
-    columns = [where[gene] for gene in names]
     return name, {group: cells[group][:, columns] for group in dataset.part("test")}
 
 

@@ -433,12 +433,16 @@ def test_a_failed_run_is_reported_and_does_not_stop_the_rest(demo, stub, capsys,
     rows = written(tmp_path / "b")
     assert str(stub) in rows and f"{stub} --fail" not in rows and "ridge" not in rows
     assert written(tmp_path / "b", "failed")[0]["name"].endswith("--fail")
+    for path in (tmp_path / "b").glob("*/split.json"):
+        data.write_json(path, {"train": [], "val": [], "test": ["TF1"]})
+    done = main(capsys, *flags_of(demo, tmp_path / "b", stub), "--no-baselines")
+    assert done.returncode == 2 and "has another split" in done.stderr               # the data changed since
 
 
 def test_other_tools_predictions_and_two_folds(demo, capsys, tmp_path):
     dataset = data.load(demo, data.DataConfig(), "additive")
     X, condition = dataset.X.toarray(), data.read_cells(demo).condition
-    files = {"oracle": (X, condition, dataset.genes), "few": (X[:60], condition[:60], dataset.genes),
+    files = {"oracle": (X[:, ::-1], condition, dataset.genes[::-1]), "few": (X[:60], condition[:60], dataset.genes),
              "narrow": (X[:, :9], condition, dataset.genes[:9])}
     for name, (cells, labels, genes) in files.items():
         data.write_h5ad(tmp_path / f"{name}.h5ad", cells, {"condition": labels}, genes)
