@@ -72,8 +72,8 @@ class Config(data.RunConfig):
     knn: int = 30                   # co-expression neighbours per gene; 0 removes the mask (ablation)
     mmd_weight: float = 0.5         # lambda of eq. 4 (official gamma); 0 removes the MMD (ablation)
     differential: bool = True       # differential attention (eq. 8-9); off is plain attention (ablation)
-    effect_readout: bool = False    # effects per gene, velocity += e_p W', W (G, d) from zero; ours, off in the paper
-    precondition: bool = False      # the network learns what a Gaussian per gene leaves; ours, off in the paper
+    effect_readout: bool = False    # a linear effect per perturbation and gene, from zero (ours; paper: none)
+    precondition: bool = False      # the network learns what a Gaussian per gene leaves (ours; paper: none)
     conditions_per_batch: int = 1   # the MMD is taken within each; paper 1
     lr_min: float = 1e-6            # end of the cosine (paper)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none, as in the paper
@@ -267,10 +267,13 @@ class ScDFM(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.inject = Injection(d)
         self.decoder = nn.Sequential(nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, 1))
-        self.effect = nn.Parameter(torch.zeros(G, d)) if config.effect_readout else None
-        self.precondition = config.precondition
+        P, self.precondition, self.effects = len(panel.trained), config.precondition, None
         self.register_buffer("moments", torch.zeros(2, G) if moments is None else moments)
-        self.register_buffer("trained", trained_tokens(panel, tokens))
+        if config.effect_readout:                                        # row P, of all that is not trained, stays 0
+            self.effects = nn.Embedding(P + 1, G, padding_idx=P)
+            nn.init.zeros_(self.effects.weight)
+            self.register_buffer("effect_row", torch.full((tokens,), P))
+            self.effect_row[slots(panel.trained, panel)[0][:, 0]] = torch.arange(P)
         nn.init.zeros_(self.modulate.weight)                             # the Zero of adaLN-Zero
         nn.init.zeros_(self.modulate.bias)
 
@@ -287,10 +290,9 @@ class ScDFM(nn.Module):
         def per_cell(e):                                                 # (C, d) -> (B, 1, d)
             return e.repeat_interleave(B // C, dim=0, output_size=B)[:, None]
         gene, effect = embedded[:S], torch.zeros((), device=control.device)
-        if self.effect is not None:                                      # of perturbations that training holds
-            weight = weight * self.trained[tokens]
-            e_trained = (embedded[S:].unflatten(0, (C, K)) * weight[..., None]).sum(1)
-            effect = (e_trained @ self.effect[genes].T).repeat_interleave(B // C, dim=0, output_size=B).float()
+        if self.effects is not None:
+            effect = self.effects(self.effect_row[tokens]).sum(1)[:, genes]      # (C, S)
+            effect = effect.repeat_interleave(B // C, dim=0, output_size=B)
         h_c = self.value_control(control.clamp(max=512)[..., None]) + gene       # eq. 6: (B, S, d)
         return Context(gene, [per_cell(layer.inject.e(e)) for layer in self.layers],
                        [layer.cross_block.attention.cache(h_c) for layer in self.layers], per_cell(self.inject.e(e)),
@@ -402,14 +404,6 @@ def slots(conditions, panel):
         tokens[i, :len(names)] = torch.tensor([number[name] for name in names])
         weight[i, :max(2, len(names))] = 1 / max(2, len(names))
     return tokens, weight
-
-
-def trained_tokens(panel, n):
-    """(n,) float: 1 for the tokens of perturbations that a training condition holds."""
-    trained = torch.zeros(n)
-    for name in panel.trained:
-        trained[slots([name], panel)[0][0, 0]] = 1
-    return trained
 
 
 def known(panel):
