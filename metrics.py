@@ -174,15 +174,12 @@ def spearman(x, y):
 def pearson_delta(q, m, reference, genes=None):
     """Pearson correlation of q - reference and m - reference; genes: optional subset (indices). [-1, 1], perfect 1.
 
-    pearson_delta: reference = mean of real controls, all genes. Control: NaN as a point mass, about 0 resampled; the
-    mean training perturbation scores high wherever perturbations share a response, so read it beside
-    pearson_delta_hat. scBIG's r_all, cell-eval's pearson_delta (own control per side).
-    pearson_delta_top20: the 20 genes with the largest |m - c| (scBIG's r_de). GEARS and Systema take the top 20 of
-    scanpy's t-test instead: pass genes = top_k(|t|, 20).
-    pearson_delta_hat (Systema): reference = unweighted mean of the training perturbations' means; the mean training
-    perturbation scores NaN or about 0, the control of either sign. scDFM, CellTARNet; scBIG's released code uses the
-    control instead, under the same name. pearson_delta_hat_top20: genes by |m - c| as above; scDFM's text takes the
-    variance. reference = 0 correlates raw profiles (CellTARNet's text).
+    pearson_delta: reference = mean of real controls. Control: NaN as a point mass, about 0 resampled; the mean training
+    perturbation scores high wherever perturbations share a response, so read it beside pearson_delta_hat. scBIG's
+    r_all, cell-eval's pearson_delta (own control per side).
+    pearson_delta_hat (Systema): reference = unweighted mean of the training perturbations' means; that mean scores NaN
+    or about 0, the control of either sign. scDFM, CellTARNet; scBIG's code takes the control, under the same name.
+    ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de). GEARS and Systema: top 20 of scanpy's t-test.
     """
     dp, dr = q - reference, m - reference
     if genes is not None:
@@ -1152,7 +1149,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         keys = [k for k in KEYS if k not in MMD_RANKS]
     elif keys == "all":
         keys = KEYS
-    groups = [g for g in pred if g in real]
+    measured = set(real)                                             # `in` would read the cells of a lazy mapping
+    groups = [g for g in pred if g in measured]
     unknown = sorted(set(keys) - set(KEYS))
     if not groups:
         raise ValueError(f"no real cells of predicted conditions {list(pred)[:5]}" if pred else "nothing is predicted")
@@ -1161,8 +1159,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     if len(set(genes)) != len(genes):
         raise ValueError("gene names are not unique")
     notes = [f"{len(names)} {what} and left out: {_listed(names)}"
-             for what, names in (("predicted conditions were not measured", set(pred) - set(real)),
-                                 ("measured conditions are not predicted", set(real) - set(pred))) if names]
+             for what, names in (("predicted conditions were not measured", set(pred) - measured),
+                                 ("measured conditions are not predicted", measured - set(pred))) if names]
     world = _World(groups, control, genes, seed)
     truth = {g: _Population(real[g], g, world, "real") for g in groups}
     pred = {g: pred[g] for g in groups}
@@ -1488,7 +1486,8 @@ def _logged(cells):
     import data
     counts = cells.scale == "counts"
     data.lognormalise(cells)
-    return [f"{cells.path}: counts, normalised over its {len(cells.genes):,} genes to log1p CP10k"] if counts else []
+    return [f"{cells.path}: counts, normalised to log1p CP10k over its {len(cells.genes):,} genes, which should be all "
+            "that were measured"] if counts else []
 
 
 def _load(path, config, genes, **options):
@@ -1557,7 +1556,7 @@ def _reference(path, config, genes, pred, real, cells):
     import data
     if path:
         train, _ = _load(path, config, genes, control_required=False)
-        train.rows = {g: rows for g, rows in train.rows.items() if g not in pred}
+        train.rows = {g: rows for g, rows in train.rows.items() if g not in pred.rows}
         if not train:
             raise data.DataError(f"{path}: holds only predicted conditions; give the training cells")
         return train, None

@@ -235,7 +235,7 @@ def test_challenge_files_are_scored_without_a_flag(oracle, capsys, tmp_path):
     write_vcc(tmp_path, oracle)
     done = score(capsys, tmp_path / "pred.h5ad", tmp_path / "real.h5ad", "--out", tmp_path / "m.json")
     assert done.code == 0, done.error
-    assert done.text.count("counts, normalised over its 120 genes to log1p CP10k") == 2
+    assert done.text.count("counts, normalised to log1p CP10k over its 120 genes") == 2
     written = json.loads((tmp_path / "m.json").read_text())["per_condition"]
     assert list(written) == ["TF1", "TF12", "mix18", "mix7"]
     for condition, values in zip(oracle["vcc_conditions"], oracle["vcc_values"]):
@@ -746,21 +746,22 @@ def test_without_training_there_is_only_the_control_floor(case, result):
     assert given["floors"]["mean_cells"] is None
 
 
-def test_training_cells_are_read_once(case, result):
+def test_cells_are_read_once(case, result):
     class Once(Mapping):
-        def __init__(self):
-            self.left = dict(case["train"])
+        def __init__(self, populations):
+            self.names, self.left = list(populations), dict(populations)
 
         def __getitem__(self, group):
             return self.left.pop(group)
 
         def __iter__(self):
-            return iter(case["train"])
+            return iter(self.names)
 
         def __len__(self):
-            return 6
+            return len(self.names)
 
-    assert metrics.evaluate(**changed(case, train=Once()))["floors"] == result["floors"]
+    once = {k: Once(case[k]) for k in ("pred", "real", "train")}
+    assert metrics.evaluate(**changed(case, **once))["floors"] == result["floors"]
 
 
 def test_groups_by_number_of_perturbations_and_by_what_was_trained(case, result):
