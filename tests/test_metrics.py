@@ -405,6 +405,8 @@ def test_equal_scores_go_to_the_first_gene():
 def test_targets_are_the_perturbed_genes_without_their_dose(case):
     world = metrics._World(["g03:0.5+g01", "g00"], case["control"], case["genes"], 0)
     assert world.targets("g03:0.5+g01") == [1, 3] and world.panel_targets == [0, 1, 3]
+    p = metrics._Population(case["pred"]["g02"], "g00", world)
+    assert np.array_equal(p.effect_off_panel, p.effect[[2, *range(4, 90)]])     # those of all conditions are left out
 
 
 def test_discrimination_leaves_targets_out():
