@@ -1233,8 +1233,8 @@ def test_genes_that_the_real_file_lacks(files, case, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("change, limits", [
-    (lambda x: x - 0.05, "from -0.05 to"), (lambda x: x / 8, ""), (lambda x: np.where(x == x.max(), 18.9, x), "to 18.9"),
-    (lambda x: np.where(x == x.max(), 34.6, x), "to 34.6"),
+    (lambda x: x - 0.05, "from -0.05 to"), (lambda x: x / 8, ""),
+    (lambda x: np.where(x == x.max(), 18.9, x), "to 18.9"), (lambda x: np.where(x == x.max(), 34.6, x), "to 34.6"),
 ])
 def test_predictions_that_no_cell_could_have_are_scored_with_a_note(files, case, capsys, tmp_path, change, limits):
     """A model that does not clamp, one that runs away, a mean over few cells that ends low."""
