@@ -93,7 +93,7 @@ KEYS = {
     "deg_recall_50_rank": Key("↓", 0, "rank of the own prediction by deg_recall_50"),
 }
 TABLE_KEYS = ("l2", "pearson_delta", "pds", "e_distance", "de_spearman", "pearson_delta_hat", "mse", "mae",
-              "pearson_delta_top20", "pearson_delta_hat_top20", "pds_all_genes")  # the last go where a table is too wide
+              "pearson_delta_top20", "pearson_delta_hat_top20", "pds_all_genes")  # a narrow table lacks the last ones
 MMD_RANKS = ("mmd_rank", "mmd_pca30_rank")  # take longer than all others together: only computed when asked for
 SYSTEMA = ("pearson_delta_hat", "pearson_delta_hat_top20")  # need the mean of training-perturbation centroids
 CORRELATIONS = ("pearson_delta", "pearson_delta_top20", *SYSTEMA, "spearman_delta", "de_spearman", "discr_cos",
@@ -174,15 +174,12 @@ def spearman(x, y):
 def pearson_delta(q, m, reference, genes=None):
     """Pearson correlation of q - reference and m - reference; genes: optional subset (indices). [-1, 1], perfect 1.
 
-    pearson_delta: reference = mean of real controls, all genes. Control: NaN as a point mass, about 0 resampled; the
-    mean training perturbation scores high wherever perturbations share a response, so read it beside
-    pearson_delta_hat. scBIG's r_all, cell-eval's pearson_delta (own control per side).
-    pearson_delta_top20: the 20 genes with the largest |m - c| (scBIG's r_de). GEARS and Systema take the top 20 of
-    scanpy's t-test instead: pass genes = top_k(|t|, 20).
-    pearson_delta_hat (Systema): reference = unweighted mean of the training perturbations' means; the mean training
-    perturbation scores NaN or about 0, the control of either sign. scDFM, CellTARNet; scBIG's released code uses the
-    control instead, under the same name. pearson_delta_hat_top20: genes by |m - c| as above; scDFM's text takes the
-    variance. reference = 0 correlates raw profiles (CellTARNet's text).
+    pearson_delta: reference = mean of real controls. Control: NaN as a point mass, about 0 resampled; the mean training
+    perturbation scores high wherever perturbations share a response, so read it beside pearson_delta_hat. scBIG's
+    r_all, cell-eval's pearson_delta (own control per side).
+    pearson_delta_hat (Systema): reference = unweighted mean of the training perturbations' means; that mean scores NaN
+    or about 0, the control of either sign. scDFM, CellTARNet; scBIG's code takes the control, under the same name.
+    ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de). GEARS and Systema: top 20 of scanpy's t-test.
     """
     dp, dr = q - reference, m - reference
     if genes is not None:
@@ -493,35 +490,27 @@ def lfc_nmae(pred, real):
     return float(np.abs(lfc - real.lfc[genes]).sum() / np.abs(real.lfc[genes]).sum())
 
 
+# -------------------------------------------------------------------------------- gene sets
+
 def enrichment(modules, sets, universe, alpha=0.05, least=3):
-    """Gene sets that are over-represented in gene modules: [(module, set, overlap, module size, set size, p, adjusted)].
+    """Gene sets that are over-represented in gene modules, by the hypergeometric test (upper tail).
 
-    modules, sets: {name: gene names}; universe: all genes that a module could hold; names are compared in capitals,
-    genes outside the universe and sets with fewer than `least` genes in it left out. Hypergeometric test (upper tail),
-    Benjamini-Hochberg over all pairs of module and set; those with an adjusted p below alpha, the smallest first.
+    modules, sets: {name: gene names}; universe: all genes that a module could hold. Names are compared in capitals;
+    genes outside the universe count nowhere, sets with fewer than `least` genes in it are not tested.
+    Returns [(module, set, overlap, module size, set size, p, adjusted p)], Benjamini-Hochberg over all pairs, with
+    adjusted p < alpha, the smallest first.
     """
-    universe = sorted({gene.upper() for gene in universe})
-    column = {gene: i for i, gene in enumerate(universe)}
-
-    def membership(named):
-        """(names, genes of the universe) 0 or 1."""
-        out = np.zeros((len(named), len(universe)))
-        for row, genes in zip(out, named.values()):
-            row[[column[gene.upper()] for gene in genes if gene.upper() in column]] = 1
-        return out
-
-    of_set = membership(sets)
-    large = of_set.sum(axis=1) >= least
-    names = [name for name, enough in zip(sets, large) if enough]
-    of_set, of_module = of_set[large], membership(modules)
-    overlap = of_module @ of_set.T                                   # (modules, sets)
-    module_size, set_size = of_module.sum(axis=1), of_set.sum(axis=1)
-    p = stats.hypergeom.sf(overlap - 1, len(universe), set_size, module_size[:, None])
-    adjusted = benjamini_hochberg(p.ravel()).reshape(p.shape)
-    rows = [(module, name, int(overlap[i, j]), int(module_size[i]), int(set_size[j]), float(p[i, j]),
-             float(adjusted[i, j]))
-            for i, module in enumerate(modules) for j, name in enumerate(names) if adjusted[i, j] < alpha]
-    return sorted(rows, key=lambda row: row[-2])
+    universe = {gene.upper() for gene in universe}
+    modules, sets = ({name: universe & {gene.upper() for gene in genes} for name, genes in named.items()}
+                     for named in (modules, sets))
+    pairs = [(module, name, len(mine & genes), len(mine), len(genes))
+             for module, mine in modules.items() for name, genes in sets.items() if len(genes) >= least]
+    if not pairs:
+        return []
+    overlap, module_size, set_size = np.array([pair[2:] for pair in pairs]).T
+    p = stats.hypergeom.sf(overlap - 1, len(universe), set_size, module_size)
+    rows = [(*pair, float(a), float(b)) for pair, a, b in zip(pairs, p, benjamini_hochberg(p)) if b < alpha]
+    return sorted(rows, key=lambda row: row[5:])
 
 
 # -------------------------------------------------------------------------------- ranks and discrimination
@@ -688,15 +677,15 @@ def mmd_rbf(x, y):
     """
     if min(len(x), len(y)) < 2:
         return math.nan
-    return _mmd_rbf(len(x), len(y), pair_distances(x), squared_distances(x, y), real_kernel(pair_distances(y)))
+    return _mmd_rbf(pair_distances(x), squared_distances(x, y), len(y), real_kernel(pair_distances(y)))
 
 
-def _mmd_rbf(n, k, within_x, between, of_real):
-    """mmd_rbf of n predicted and k real cells from pair_distances(x), squared_distances(x, y) and y's real_kernel."""
+def _mmd_rbf(within_x, between, k, of_real):
+    """mmd_rbf from pair_distances(x), none for a point mass, squared_distances(x, y) and the real_kernel of k cells."""
     median, sum_y = of_real
-    mean_x = 2 * kernel_sum(within_x, median) / (n * (n - 1))
+    mean_x = kernel_sum(within_x, median) / len(within_x) if len(within_x) else 1.0
     mean_y = 2 * sum_y / (k * (k - 1))
-    return float(mean_x + mean_y - 2 * kernel_sum(between, median) / (n * k))
+    return float(mean_x + mean_y - 2 * kernel_sum(between, median) / between.size)
 
 
 def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
@@ -706,13 +695,18 @@ def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
     improved by 20 cheap scalings of the current plan; at the start, or where these leave the range of floats, by one
     update in the log domain.
     """
+    def log_sum_exp(z, axis):                                        # a third of scipy's time
+        top = z.max(axis=axis, keepdims=True)
+        return np.log(np.exp(z - top).sum(axis=axis)) + top.squeeze(axis)
+
     n, m = cost.shape
     a, b = 1 / n, 1 / m
-    g, scaled = np.zeros(m), False
+    g = np.zeros(m)
+    scaled = False
     for _ in range(max(1, max_iter // 20)):
         if not scaled:
-            f = epsilon * (math.log(a) - special.logsumexp((g - cost) / epsilon, axis=1))
-            g = epsilon * (math.log(b) - special.logsumexp((f[:, None] - cost) / epsilon, axis=0))
+            f = epsilon * (math.log(a) - log_sum_exp((g - cost) / epsilon, 1))
+            g = epsilon * (math.log(b) - log_sum_exp((f[:, None] - cost) / epsilon, 0))
         plan = np.exp((f[:, None] + g - cost) / epsilon)
         error = np.abs(plan.sum(axis=1) - a).sum()
         if error < tol:
@@ -774,10 +768,6 @@ def mmd_matrix(pred, real, block=16_000_000):
 
 # -------------------------------------------------------------------------------- populations
 
-def _mean(x):
-    return np.asarray(x.mean(axis=0, dtype=np.float64)).ravel()
-
-
 def _rng(seed, *purpose):
     """A generator of its own for every purpose and group: removing one condition changes nothing for the others."""
     return np.random.default_rng([seed, zlib.crc32("/".join(purpose).encode())])
@@ -799,7 +789,9 @@ class _World:
             raise ValueError(f"no control cells for {sorted(missing)}; control holds {sorted(control)}")
         self.control = {v: _Population(x, v, self, "control") for v, x in control.items()}
         self.panel_targets = sorted({i for g in groups for i in self.targets(g)})
-        self.reference, self.sinkhorn, self.basis = {}, {}, None
+        self.reference = {}  # {group: (G,)} the mean training perturbation
+        self.sinkhorn = {}   # {group: (epsilon, error)}
+        self.basis = None
 
     def covariate(self, group):
         return group.partition("@")[2] if self.with_covariates else ""
@@ -829,8 +821,8 @@ class _Population:
     """
 
     def __init__(self, source, group, world, side=""):
-        self.group, self.world, self.source = group, world, source
-        self.n = source.shape[0]
+        self.group, self.world = group, world
+        self.source, self.n = source, source.shape[0]
         if not side:
             return
         if source.ndim != 2 or self.n == 0 or source.shape[1] != len(world.order):
@@ -852,7 +844,7 @@ class _Population:
 
     @cached_property
     def mean(self):
-        return _mean(self.cells)
+        return self.cells.mean(axis=0, dtype=np.float64)
 
     @cached_property
     def variance(self):
@@ -907,9 +899,20 @@ class _Population:
         return t if self.effect.any() else np.full_like(t, math.nan)
 
     @cached_property
+    def is_point(self):
+        """Whether all cells are the same. A point mass is one point in distances: quicker, and its ties are exact."""
+        cells = self.cells
+        return bool((cells == cells[0]).all())
+
+    @property
+    def points(self):
+        """(n, G) cells, or the one (1, G) of a point mass."""
+        return self.cells[:1] if self.is_point else self.cells
+
+    @cached_property
     def scores(self):
-        """(n, 50) principal components."""
-        return (self.cells - self.world.basis.mean) @ self.world.basis.loadings
+        """(n, 50) principal components of its points."""
+        return (self.points - self.world.basis.mean) @ self.world.basis.loadings
 
     @property
     def effect_off_panel(self):
@@ -923,15 +926,15 @@ class _Population:
 
     @cached_property
     def in_genes(self):
-        """Mean distance between its cells in gene space, and real_kernel()."""
+        """Of real cells: their mean distance in gene space, and real_kernel()."""
         pairs = pair_distances(self.cells)
         return 2 * np.sqrt(pairs).sum() / self.n**2, real_kernel(pairs) if self.n > 1 else None
 
     @cached_property
     def ranked_rows(self):
-        """Rows that enter the pairwise MMDs. A point mass is one point: quicker, and its ties are exact."""
-        cells, limit = self.cells, self.world.rank_cells(self.group)
-        if (cells == cells[0]).all():
+        """Rows that enter the pairwise MMDs."""
+        limit = self.world.rank_cells(self.group)
+        if self.is_point:
             return np.zeros(1, dtype=int)
         if self.n <= limit:
             return np.arange(self.n)
@@ -1017,13 +1020,14 @@ def _floor(name, world, training, sizes):
 
 def _condition_metrics(p, r, world, keys):
     """{key: value} of one condition, ranks apart; p and r are its predicted and real _Population."""
-    q, m, c, reference = p.mean, r.mean, r.control.mean, world.reference.get(p.group)
+    q, m = p.mean, r.mean
+    c, reference = r.control.mean, world.reference.get(p.group)
     top20 = top_k(np.abs(m - c), 20)
 
     @cache
     def squared():
         """Squared distances in gene space, of pairs within p and between p and r: shared by mmd and mmd_rbf."""
-        x = p.cells.astype(np.float64)
+        x = p.points.astype(np.float64)
         return pair_distances(x), squared_distances(x, r.cells)
 
     def energy_in_genes():
@@ -1034,10 +1038,11 @@ def _condition_metrics(p, r, world, keys):
         return _energy(p.within(k), r.within(k), mean_distance(p.scores[:, :k], r.scores[:, :k]))
 
     def rbf():
-        return _mmd_rbf(p.n, r.n, *squared(), r.in_genes[1]) if min(p.n, r.n) > 1 else math.nan
+        return _mmd_rbf(*squared(), r.n, r.in_genes[1]) if min(p.n, r.n) > 1 else math.nan
 
     def transport():
-        value, *world.sinkhorn[p.group] = wasserstein(p.scores, r.scores)
+        value, epsilon, error = wasserstein(p.scores, r.scores)
+        world.sinkhorn[p.group] = epsilon, error
         return value
 
     values = {
@@ -1170,7 +1175,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         keys = [k for k in KEYS if k not in MMD_RANKS]
     elif keys == "all":
         keys = KEYS
-    groups = [g for g in pred if g in real]
+    measured = set(real)                                             # `in` would read the cells of a lazy mapping
+    groups = [g for g in pred if g in measured]
     unknown = sorted(set(keys) - set(KEYS))
     if not groups:
         raise ValueError(f"no real cells of predicted conditions {list(pred)[:5]}" if pred else "nothing is predicted")
@@ -1179,8 +1185,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     if len(set(genes)) != len(genes):
         raise ValueError("gene names are not unique")
     notes = [f"{len(names)} {what} and left out: {_listed(names)}"
-             for what, names in (("predicted conditions were not measured", set(pred) - set(real)),
-                                 ("measured conditions are not predicted", set(real) - set(pred))) if names]
+             for what, names in (("predicted conditions were not measured", set(pred) - measured),
+                                 ("measured conditions are not predicted", measured - set(pred))) if names]
     world = _World(groups, control, genes, seed)
     truth = {g: _Population(real[g], g, world, "real") for g in groups}
     pred = {g: pred[g] for g in groups}
@@ -1320,7 +1326,7 @@ def _information(world, truth, sizes, keys, notes):
 
 
 def compare(a, b, key):
-    """Paired Wilcoxon signed-rank p-value of a key between two evaluate() results, over the conditions that both define.
+    """Paired Wilcoxon signed-rank p-value of a key between two evaluate() results, over conditions that both define.
 
     None without shared conditions, 1.0 when all differences are zero; with fewer than six conditions p cannot fall
     below 0.05. Two-sided, and not corrected for the number of keys.
@@ -1429,17 +1435,15 @@ def report(run, method, rows):
 
 
 def _write_genes(path, per_gene):
-    """genes.tsv of evaluate()'s per_gene: conditions by name, their genes by the adjusted p-value of the real change."""
+    """genes.tsv from evaluate()'s per_gene: conditions by name, their genes by the p-value of the real change."""
     import data
     with data.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for i, condition in enumerate(sorted(per_gene)):
-            table = per_gene[condition]
-            if i == 0:
-                file.write("\t".join(["condition", *table]) + "\n")
+        file.write("\t".join(["condition", *next(iter(per_gene.values()))]) + "\n")
+        for condition, table in sorted(per_gene.items()):
             order = np.argsort(table["real_p_adjusted"], kind="stable")
-            genes, *numbers = (column[order].tolist() for column in table.values())
-            for gene, *values in zip(genes, *numbers):
-                file.write("\t".join([condition, gene, *(f"{v:.6g}" for v in values)]) + "\n")
+            for row in zip(*(column[order].tolist() for column in table.values())):
+                numbers = (f"{value:.6g}" for value in row[1:])
+                file.write("\t".join([condition, row[0], *numbers]) + "\n")
 
 
 def show(out):
@@ -1476,8 +1480,9 @@ class _Groups(Mapping):
     """
 
     def __init__(self, cells, columns, use_covariates, notes):
-        self.X, self.columns, self.notes = cells.X, columns, notes
+        self.X, self.columns = cells.X, columns
         self.rows, self.controls = {}, {}
+        self.notes = notes
         pairs = sorted(set(zip(cells.condition, cells.covariate)))
         number = {pair: i for i, pair in enumerate(pairs)}
         which = np.array([number[pair] for pair in zip(cells.condition, cells.covariate)])
@@ -1511,7 +1516,8 @@ def _logged(cells):
     import data
     counts = cells.scale == "counts"
     data.lognormalise(cells)
-    return [f"{cells.path}: counts, normalised over its {len(cells.genes):,} genes to log1p CP10k"] if counts else []
+    return [f"{cells.path}: counts, normalised to log1p CP10k over its {len(cells.genes):,} genes, which should be all "
+            "that were measured"] if counts else []
 
 
 def _load(path, config, genes, **options):
@@ -1531,9 +1537,9 @@ def _load(path, config, genes, **options):
 def read_prediction(path, config):
     """Any tool's prediction file: gene names, and {group: (cells, G)} of its predicted cells, log1p CP10k.
 
-    config: data.DataConfig, of which the columns are used as far as the file has them; what they do not find is searched
-    for. Counts are normalised; values that log1p CP10k does not have (negative ones, or too large) are taken as they
-    are. Both are said in the mapping's `notes`. Raises data.DataError.
+    config: data.DataConfig, whose columns are used as far as the file has them, else searched for. Counts are
+    normalised; values that log1p CP10k does not have (negative, or too large) are taken as they are. Both are said in
+    the mapping's `notes`. Raises data.DataError.
     """
     import data
     named = dataclasses.replace(config, layer="", counts=False, lognorm=False)
@@ -1547,8 +1553,8 @@ def read_prediction(path, config):
     low = min(block.min(initial=0) for block in blocks)
     high = max(block.max(initial=0) for block in blocks)
     if low < 0 or high > math.log1p(1e4):
-        notes.append(f"{path}: values from {low:.3g} to {high:.3g}, while log1p CP10k lies between 0 and 9.21; scored as "
-                     "they are")
+        notes.append(f"{path}: values from {low:.3g} to {high:.3g}, while log1p CP10k lies between 0 and 9.21; they "
+                     "are scored as they are")
     return list(cells.genes), _Groups(cells, None, bool(config.covariates), notes)
 
 
@@ -1575,21 +1581,21 @@ def _parser():
     return parser
 
 
-def _training_reference(reference, truth, config, genes, pred, real, uns):
-    """(training cells or None, mean of their perturbations' means or None): --reference, or what the real file holds."""
+def _reference(path, config, genes, pred, real, cells):
+    """(training cells, mean of their perturbations' means), either may be None: --reference, or the real file's uns."""
     import data
-    if reference:
-        train, _ = _load(reference, config, genes, control_required=False)
-        train.rows = {g: rows for g, rows in train.rows.items() if g not in pred}
+    if path:
+        train, _ = _load(path, config, genes, control_required=False)
+        train.rows = {g: rows for g, rows in train.rows.items() if g not in pred.rows}
         if not train:
-            raise data.DataError(f"{reference}: holds only predicted conditions; give the training cells")
+            raise data.DataError(f"{path}: holds only predicted conditions; give the training cells")
         return train, None
-    if "train_pert_mean" not in uns:
+    if "train_pert_mean" not in cells.uns:
         return None, None
-    mean = np.ravel(uns["train_pert_mean"])
-    if len(mean) != real.X.shape[1]:
-        raise data.DataError(f"{truth}: uns['train_pert_mean'] has {len(mean)} values for {real.X.shape[1]} genes; it "
-                             "needs one per gene, or give --reference")
+    mean = np.ravel(cells.uns["train_pert_mean"])
+    if len(mean) != len(cells.genes):
+        raise data.DataError(f"{cells.path}: uns['train_pert_mean'] has {len(mean)} values for {len(cells.genes)} "
+                             "genes; it needs one per gene, or give --reference")
     return None, mean if real.columns is None else mean[real.columns]
 
 
@@ -1598,8 +1604,10 @@ def main(argv=None):
     import data
     parser = _parser()
     args = vars(parser.parse_args(argv))
-    path, truth, reference, keys, out = (args.pop(k) for k in ("pred", "real", "reference", "keys", "out"))
-    floors, seed = args.pop("floors"), args.pop("seed")
+    path, truth = args.pop("pred"), args.pop("real")
+    keys, floors = args.pop("keys"), args.pop("floors")
+    reference, seed = args.pop("reference"), args.pop("seed")
+    out = args.pop("out")
     keys = list(KEYS) if keys == "all" else [k.strip() for k in keys.split(",") if k.strip()]
     if set(keys) - set(KEYS):
         parser.error(f"--keys: unknown metrics {_listed(set(keys) - set(KEYS))}; the metrics are {' '.join(KEYS)}")
@@ -1616,7 +1624,7 @@ def main(argv=None):
         lonely = {g.partition("@")[2] for g in scored} - set(real.controls) if config.covariates else ()
         if lonely:
             raise data.DataError(f"{truth}: has no control cells of {_listed(lonely)}; check --covariates, --control")
-        train, train_mean = _training_reference(reference, truth, config, genes, pred, real, cells.uns)
+        train, train_mean = _reference(reference, config, genes, pred, real, cells)
         control = real.controls if config.covariates else real.controls[""]
         result = evaluate(pred, real, control, genes, train, keys or None, seed, floors, train_mean=train_mean)
         notes = [*pred.notes, *real.notes, *result["info"]["notes"]]
@@ -1628,8 +1636,9 @@ def main(argv=None):
             notes.append("without --reference there is no floor but the control and the mean (uns['train_pert_mean'])")
         result["info"]["notes"] = notes
         cells_pred, cells_real = (sum(len(side.rows[g]) for g in scored) for side in (pred, real))
-        print(f"{len(scored)} conditions, {len(genes):,} genes, {cells_pred:,} predicted and {cells_real:,} real cells, "
-              f"{sum(x.shape[0] for x in real.controls.values()):,} controls")
+        cells_control = sum(x.shape[0] for x in real.controls.values())
+        print(f"{len(scored)} conditions, {len(genes):,} genes; {cells_pred:,} predicted, {cells_real:,} real and "
+              f"{cells_control:,} control cells")
         for note in notes:
             print(f"note: {note}")
         rest = out or "the file that --out FILE writes"
