@@ -27,6 +27,7 @@ import gzip
 import inspect
 import io
 import json
+import mmap
 import os
 import re
 import sys
@@ -144,6 +145,7 @@ def _open(path):
             raise DataError(f"{path}: {message}")
     if not h5py.is_hdf5(path):
         raise DataError(f"{path}: is not an HDF5 file; AnnData (.h5ad) is needed")
+    _check_heaps(path)
     with _reading(path), h5py.File(path, "r") as file, _reading(path, file):
         for is_other, message in NOT_ANNDATA:
             if is_other(file):
@@ -152,6 +154,25 @@ def _open(path):
             raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(file), 8)}): obs, var and X are "
                             "expected; save it as .h5ad")
         yield file
+
+
+def _check_heaps(path):
+    """HDF5 never returns from a heap of strings with an object of size 0, as a hole in a file leaves: look first."""
+    if path.stat().st_size > 2**32:             # it would take a while, and so large a file is hardly all text
+        return
+    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        heap = content.find(b"GCOL\1\0\0\0")
+        while heap >= 0:
+            end = min(heap + int.from_bytes(content[heap + 8:heap + 16], "little"), len(content))
+            at = heap + 16
+            while at + 16 <= end:               # index (2 bytes), references (2), unused (4), size (8), content
+                index = int.from_bytes(content[at:at + 2], "little")
+                size = int.from_bytes(content[at + 8:at + 16], "little")
+                if index == 0 and size < 16:
+                    raise DataError(f"{path}: byte {at}: has a hole in its text; the file is truncated or damaged: "
+                                    "download it again")
+                at += size if index == 0 else 16 + -(-size // 8) * 8
+            heap = content.find(b"GCOL\1\0\0\0", heap + 8)
 
 
 @contextlib.contextmanager
@@ -780,14 +801,15 @@ class LabelRules:
         todo = list(texts)
         while todo:
             text = todo.pop()
+            if self.is_control(text):
+                continue
+            cuts = list(_cuts(text))
             found = {side for cut in _cuts(text, _PLUS) for side in cut}
-            for left, right in _cuts(text):
-                found |= {right} if self.is_control(left) else set()
-                found |= {left} if self.is_control(right) else set()
-            if not self.is_control(text):
-                found = {side for side in found if side and not _MARKS.fullmatch(side)} - texts
-                texts |= found
-                todo += found
+            found.update([right for left, right in cuts if self.is_control(left)][-1:])     # the longest control
+            found.update([left for left, right in cuts if self.is_control(right)][:1])
+            found = {side for side in found if side and not _MARKS.fullmatch(side)} - texts
+            texts |= found
+            todo += found
         for text in sorted(texts, key=len):     # what a label may be made of is shorter and known by then
             if self.tokens(text) == [text]:
                 self.known.add(text)
@@ -815,7 +837,7 @@ class LabelRules:
         """The known perturbations and controls that make up a text, or None."""
         if self._knows(text):
             return [text]
-        for left, right in _cuts(text):
+        for left, right in reversed(list(_cuts(text))):         # the longest name first
             if self._knows(left):
                 rest = self._known_parts(right) if right else []
                 if rest is not None:
@@ -1990,27 +2012,37 @@ def demo_file(cell_types=1, folder="runs"):
 
 # ------------------------------------------------------------------------------------------------ prior knowledge
 
-def _text_lines(path, flag):
-    """(number, line) of a text file: plain, .gz, or the first member of a .zip; empty lines are left out."""
+def _records(path, flag, parse, wanted, header=False):
+    """parse(line) of every line of a text file: plain, .gz, or the first member of a .zip; empty lines are left out.
+
+    A line for which parse raises ValueError is an error that says what is `wanted`; the first line may be a header.
+    """
     try:
         if path.endswith(".zip"):
             archive = zipfile.ZipFile(path)
-            handle = io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8")
+            handle = io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8-sig")
         else:
-            handle = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8")
+            handle = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig")
         with handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
+            lines = [line.rstrip("\r\n") for line in handle]
     except (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, IndexError) as error:
         raise DataError(f"{flag} {path}: cannot be read as text ({error}); check the path, or download it "
                         "again") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = parse(line)
+            except ValueError:
+                if header and number == 1:
+                    continue
+                raise DataError(f"{flag} {path}: line {number}: expected {wanted}, found '{line[:40]}'; mend or remove "
+                                "it") from None
+            yield record
 
 
 def read_vectors(path, flag):
     """{NAME: (p,) float32} of an .npz (names, emb), a .pt ({name: tensor}) or a .tsv/.csv (name, numbers). Vectors of
     zeros, which some files hold for what they do not know, are left out. Pickled objects are not loaded."""
-    names, rows = [], []
     if path.endswith((".npz", ".pt")):
         try:
             if path.endswith(".npz"):
@@ -2025,20 +2057,18 @@ def read_vectors(path, flag):
             raise DataError(f"{flag} {path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' "
                             "and 'emb' (.npz) or a dict {name: 1-d tensor} (.pt), no pickled objects") from None
     else:
-        for number, line in _text_lines(path, flag):
-            name, *values = line.split("," if path.endswith((".csv", ".csv.gz")) else "\t")
-            try:
-                row = np.array(values, dtype=np.float32)
-                if len(row) == 0 or (rows and len(row) != len(rows[0])):
-                    raise ValueError
-            except ValueError:
-                if number == 1:                 # a header
-                    continue
-                raise DataError(f"{flag} {path}: line {number}: expected a name and {len(rows[0]) if rows else 'some'} "
-                                f"numbers, found {len(values)} fields after '{name[:20]}'; mend or remove it") from None
-            names.append(name)
-            rows.append(row)
-        rows = np.array(rows)
+        separator = "," if path.endswith((".csv", ".csv.gz")) else "\t"
+        lengths = set()
+
+        def vector(line):
+            name, *values = line.split(separator)
+            row = np.array(values, dtype=np.float32)
+            if len(row) == 0 or len(lengths | {len(row)}) > 1:
+                raise ValueError
+            lengths.add(len(row))
+            return name, row
+        pairs = list(_records(path, flag, vector, "a name and numbers, as many as in the other lines", header=True))
+        names, rows = [name for name, _ in pairs], np.array([row for _, row in pairs])
     if len(rows) == 0 or not np.isfinite(rows).all():
         raise DataError(f"{flag} {path}: holds {'NaN or infinite values' if len(rows) else 'no vectors'}; remove them")
     return {str(name).upper(): row for name, row in zip(names, rows) if row.any()}
@@ -2047,40 +2077,34 @@ def read_vectors(path, flag):
 def read_edges(path, info=""):
     """{(GENE, GENE)} of STRING's protein.links (with its protein.info) or of lines gene, gene[, score], separated by
     blanks, tabs or commas. Kept: no score, or at least 700 of 1,000 (0.7 where scores end at 1; paper 2.1)."""
-    symbol, edges = {}, set()
-    for number, line in _text_lines(info, "--ppi-info") if info else ():
-        identifier, *name = line.split("\t")
-        if not name:
-            raise DataError(f"--ppi-info {info}: line {number}: expected a protein and its name, separated by a tab; "
-                            "mend or remove it")
-        symbol[identifier] = name[0]
-    for number, line in _text_lines(path, "--ppi"):
-        pair = line.replace(",", " ").split()
-        try:
-            score = float(pair[2]) if len(pair) == 3 else 1.0
-            if len(pair) not in (2, 3):
-                raise ValueError
-        except ValueError:
-            if number == 1:                     # a header
-                continue
-            raise DataError(f"--ppi {path}: line {number}: expected gene, gene and perhaps a score, found "
-                            f"'{line[:40]}'; mend or remove it") from None
+    def protein(line):
+        identifier, name, *_ = line.split("\t")
+        return identifier, name
+
+    def edge(line):
+        first, second, *score = line.replace(",", " ").split()
+        if len(score) > 1:
+            raise ValueError
+        return first, second, float(score[0]) if score else 1.0
+    symbol = {}
+    if info:
+        symbol = dict(_records(info, "--ppi-info", protein, "a protein and its name, separated by a tab"))
+    edges = set()
+    for first, second, score in _records(path, "--ppi", edge, "gene, gene and perhaps a score", header=True):
         if score >= (700 if score > 1 else 0.7):
-            edges.add(tuple(symbol.get(name, name).upper() for name in pair[:2]))
+            edges.add((symbol.get(first, first).upper(), symbol.get(second, second).upper()))
     return edges
 
 
 def read_gmt(path):
     """{pathway: {GENE}} of a GMT file: name, description, genes, separated by tabs."""
-    sets = {}
-    for number, line in _text_lines(path, "--pathways"):
-        name, *rest = line.split("\t")
-        genes = {gene.strip().upper() for gene in rest[1:]} - {""}
+    def pathway(line):
+        name, _, *genes = line.split("\t")
+        genes = {gene.strip().upper() for gene in genes} - {""}
         if not genes:
-            raise DataError(f"--pathways {path}: line {number}: expected a name, a description and genes, separated by "
-                            f"tabs, found {1 + len(rest)} fields; mend or remove it")
-        sets[name] = genes
-    return sets
+            raise ValueError
+        return name, genes
+    return dict(_records(path, "--pathways", pathway, "a name, a description and genes, separated by tabs"))
 
 
 # ------------------------------------------------------------------------------------------------ runs of a method
@@ -2266,7 +2290,8 @@ def open_prediction(config, state, panel, names, device, say):
 def asked_conditions(texts, names):
     """[(condition, covariate)] of --predict, canonical, in any spelling that files may have: A_B, B|A, (+)-JQ1.
     names: the perturbations that the model knows. Raises DataError for others, and for controls."""
-    known = {piece for text in texts for piece in _pieces(text) if perturbation_name(piece) in names}
+    pieces = {piece for text in texts for piece in {text} | _pieces(text.partition("@")[0])}
+    known = {piece for piece in pieces if perturbation_name(piece) in names}
     rules = LabelRules((), known)
     asked = []
     for text in texts:
@@ -2424,22 +2449,39 @@ def clean_errors():
 def describe(data, split=""):
     """What `python data.py FILE` prints, as one JSON-serialisable object. cells and genes are those of the file, before
     quality control; conditions, controls and parts are counted after it."""
-    cells, per = data.source, {}
+    cells = data.source
+    size = {}
     for group, condition in zip(data.groups, data.condition):
-        per[condition] = per.get(condition, 0) + len(data.rows[group])
-    controls, orders = per.pop(CONTROL), [order(c) for c in per]
-    sizes = {"min": min(per.values()), "median": float(np.median(list(per.values()))), "max": max(per.values())}
-    facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "conditions": len(per),
-             "singles": orders.count(1), "doubles": orders.count(2), "more": sum(o > 2 for o in orders),
-             "controls": controls, "pert_key": cells.pert_key, "control_labels": cells.controls,
+        size[condition] = size.get(condition, 0) + len(data.rows[group])
+    controls = size.pop(CONTROL)
+    orders = [order(condition) for condition in size]
+    sizes = list(size.values())
+    facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "scale": data.file_scale,
+             "conditions": len(size), "singles": orders.count(1), "doubles": orders.count(2),
+             "more": sum(n > 2 for n in orders), "pert_key": cells.pert_key, "controls": controls,
+             "control_labels": cells.controls,
+             "cells_per_condition": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
              "covariates": {key: len(set(cells.obs(key))) for key in data.config.covariate_keys},
-             "cells_per_condition": sizes, "scale": data.file_scale, "perturbations": len(data.perturbations),
-             "perturbed_genes_in_panel": int((data.pert_gene >= 0).sum()), "panel_genes": len(data.genes),
-             "notes": cells.notes}
+             "panel_genes": len(data.genes), "perturbations": len(data.perturbations),
+             "perturbed_genes_in_panel": int((data.pert_gene >= 0).sum())}
     if split:
         facts["split"] = {part: {"conditions": len(data.split[part]),
                                  "cells": sum(len(data.rows[g]) for g in data.part(part))} for part in PARTS}
-    return facts
+    return facts | {"notes": cells.notes}
+
+
+def _print_facts(facts):
+    """The console form of describe(): a fact a line."""
+    rows = {key.replace("_", " "): value for key, value in facts.items() if key not in ("split", "notes")}
+    rows |= facts.get("split", {})
+    for key, value in rows.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {number:,g}" for name, number in value.items()) or "none"
+        elif isinstance(value, list):
+            value = _listed(value)
+        print(f"{key:<25} {value:,}" if isinstance(value, int) else f"{key:<25} {value}")
+    for note in facts["notes"]:
+        print(f"note: {note}")
 
 
 def main(argv=None):
@@ -2452,54 +2494,34 @@ def main(argv=None):
                         help="additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN")
     parser.add_argument("--fold", type=int, default=0, help="which fold of the split")
     parser.add_argument("--folds", type=int, default=10, help="number of folds of --split cv")
-    demo = parser.add_argument_group("demo")
-    for flag, meaning in (("--cells", "number of cells"), ("--genes", "number of genes"),
-                          ("--cell-types", "number of cell types"), ("--seed", "random seed")):
-        demo.add_argument(flag, type=int, default=None, help=meaning)
-    add_flags(parser.add_argument_group("data"), DataConfig)
-    args = vars(parser.parse_args(argv))
-    simulation = {k: args[k] for k in ("cells", "genes", "cell_types", "seed") if args[k] is not None}
+    for name in ("cells", "genes", "cell-types", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help="of the demo")
+    add_flags(parser, DataConfig)
+    args = parser.parse(argv)
+    file, out, split = args["file"], args["out"], args["split"]
+    simulation = {name: args[name] for name in ("cells", "genes", "cell_types", "seed") if name in args}
     with clean_errors():
-        if args["file"] == "demo":
-            out = args["out"] or "demo.h5ad"
-            simulate(out, **simulation)
-            print(f"wrote {out}")
+        if file == "demo":
+            simulate(out or "demo.h5ad", **simulation)
+            print(f"wrote {out or 'demo.h5ad'}")
             return
         if simulation:
             flag = next(iter(simulation)).replace("_", "-")
             raise DataError(f"--{flag}: belongs to 'python data.py demo'; remove it")
-        if args["out"] and Path(args["out"]).resolve() == Path(args["file"]).resolve():
-            raise DataError(f"--out {args['out']}: is the input itself and would be lost; choose another name")
+        if out and Path(out).resolve() == Path(file).resolve():
+            raise DataError(f"--out {out}: is the input itself and would be lost; choose another name")
         config = DataConfig(**{f.name: args[f.name] for f in fields(DataConfig) if f.name in args})
-        data = load(args["file"], config, args["split"], args["fold"], args["folds"])
-        facts = describe(data, args["split"])
+        data = load(file, config, split, args["fold"], args["folds"])
+        facts = describe(data, split)
         if args["json"]:
             print(json.dumps(facts))
         else:
-            print_facts(facts)
-        if args["out"]:
-            write_prepared(args["out"], data)
+            _print_facts(facts)
+        if out:
+            write_prepared(out, data)
             n, G = data.X.shape
-            print(f"wrote {args['out']}: log1p CP10k, {n:,} cells x {G:,} genes, grouped by condition",
+            print(f"wrote {out}: log1p CP10k, {n:,} cells x {G:,} genes, grouped by condition",
                   file=sys.stderr if args["json"] else sys.stdout)
-
-
-def print_facts(facts):
-    """The console form of describe()."""
-    per = facts["cells_per_condition"]
-    print(f"{facts['file']}: {facts['cells']:,} cells x {facts['genes']:,} genes, {facts['scale']}")
-    print(f"conditions  {facts['conditions']} ({facts['singles']} singles, {facts['doubles']} doubles, {facts['more']} "
-          f"of more) in obs column {facts['pert_key']}")
-    print(f"controls    {facts['controls']:,} cells labelled {', '.join(facts['control_labels'])}")
-    print(f"cells       {per['min']} to {per['max']} per condition, median {per['median']:g}")
-    if facts["covariates"]:
-        print("covariates  " + ", ".join(f"{k} ({n} values)" for k, n in facts["covariates"].items()))
-    print(f"panel       {facts['panel_genes']:,} genes; {facts['perturbed_genes_in_panel']} of "
-          f"{facts['perturbations']} perturbations are genes of it")
-    for part, n in facts.get("split", {}).items():
-        print(f"{part:<11} {n['conditions']} conditions, {n['cells']:,} cells")
-    for note in facts["notes"]:
-        print(f"note        {note}")
 
 
 if __name__ == "__main__":

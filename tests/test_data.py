@@ -1487,13 +1487,13 @@ def test_command_line_in_text(tmp_path, capsys):
     path = write_file(tmp_path / "file.h5ad", make_counts(64), LABELS + [""] * 4)
     data.main([str(path), "--split", "unseen", "--min-cells", "0"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{path}: 60 cells x 30 genes, counts"
-    for start in ("conditions  3 (2 singles, 1 doubles, 0 of more) in obs column condition",
-                  "controls    20 cells labelled control", "cells       10 to 15 per condition, median 15",
-                  "panel       30 genes; 2 of 2 perturbations are genes of it", "train       1 conditions, 15 cells",
-                  "val         0 conditions", "test        2 conditions, 25 cells",
-                  "note        dropped 4 cells without a label"):
-        assert any(line.startswith(start) for line in lines), start
+    for key, value in (("file", path), ("cells", 60), ("genes", 30), ("scale", "counts"), ("conditions", 3),
+                       ("singles", 2), ("doubles", 1), ("controls", 20), ("control labels", "control"),
+                       ("cells per condition", "min 10, median 15, max 15"), ("covariates", "none"),
+                       ("perturbed genes in panel", 2), ("train", "conditions 1, cells 15"),
+                       ("val", "conditions 0, cells 0"), ("test", "conditions 2, cells 25")):
+        assert f"{key:<25} {value}" in lines
+    assert "note: dropped 4 cells without a label" in lines
 
 
 def run(*argv, **options):
