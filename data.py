@@ -145,20 +145,19 @@ def _open(path):
             raise DataError(f"{path}: {message}")
     if not h5py.is_hdf5(path):
         raise DataError(f"{path}: is not an HDF5 file; AnnData (.h5ad) is needed")
-    _check_heaps(path)
     with _reading(path), h5py.File(path, "r") as file, _reading(path, file):
         for is_other, message in NOT_ANNDATA:
             if is_other(file):
                 raise DataError(f"{path}: {message}")
         if not {"obs", "var"} <= set(file):
-            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(file), 8)}): obs, var and X are "
-                            "expected; save it as .h5ad")
+            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(file), 8)}): obs, var and X "
+                            "are expected; save it as .h5ad")
         yield file
 
 
 def _check_heaps(path):
     """HDF5 never returns from a heap of strings with an object of size 0, as a hole in a file leaves: look first."""
-    if path.stat().st_size > 2**32:             # it would take a while, and so large a file is hardly all text
+    if os.path.getsize(path) > 2**32:             # it would take a while, and so large a file is hardly all text
         return
     with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
         heap = content.find(b"GCOL\1\0\0\0")
@@ -186,7 +185,8 @@ def _reading(path, file=None):
             raise
         reason = " ".join(str(error.args[-1] if error.args else error).split())
         if "lock file" in reason:
-            raise DataError(f"{path}: another program has it open for writing; close it there, or read a copy") from None
+            raise DataError(f"{path}: another program has it open for writing; close it there, or read a "
+                            "copy") from None
         if file and (plugin := _missing_plugin(file)):
             raise DataError(f"{path}: is compressed with {plugin}, an HDF5 plugin that is not installed; pip install "
                             "hdf5plugin and set HDF5_PLUGIN_PATH to its plugins, or write the file again with "
@@ -387,8 +387,9 @@ def _matrix(node, shape, where, limit):
         indptr = node["indptr"].astype(np.int64)[...]
         agree = indptr[0] == 0 and np.all(np.diff(indptr) >= 0) and indptr[-1] == size
     if not agree:
-        raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(node['indptr'])} pointers, "
-                        f"{size} indices, {len(node['data'])} values for {shape}); the file is damaged: write it again")
+        raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(node['indptr'])} "
+                        f"pointers, {size} indices, {len(node['data'])} values for {shape}); the file is damaged: "
+                        "write it again")
     if 8 * size > limit:
         X = StoredRows([_HDF5Array(a) for a in arrays], indptr, n_minor, where)
         if layout == "csc":
@@ -506,6 +507,7 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     config = config or DataConfig()
     notes = []
     with _open(path) as file:
+        _check_heaps(path)
         obs = file["obs"]
         matrix, var, where = _choose_layer(file, config.layer, path)
         n, G = _length(obs), _length(var)
@@ -622,7 +624,8 @@ class StoredRows:
     """
 
     def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
-        self.arrays, self.stored_width, self.where, self.note = arrays, width, where, note
+        self.arrays, self.stored_width = arrays, width
+        self.where, self.note = where, note
         self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
         self.keep = np.ones(width, dtype=bool)                  # columns
         self.factor = None                                      # per cell; counts times this are CP10k
@@ -638,9 +641,10 @@ class StoredRows:
 
     def __getitem__(self, rows):
         start, size = self.start[rows], self.size[rows]
-        stop, first, last = start + size, *np.ones((2, len(start)), dtype=bool)
-        first[1:] = last[:-1] = start[1:] != stop[:-1]          # rows that follow one another are one read
-        runs = list(zip(start[first].tolist(), stop[last].tolist()))
+        stop = start + size
+        apart = np.ones(len(start) + 1, dtype=bool)             # rows that follow one another are one read
+        apart[1:-1] = start[1:] != stop[:-1]
+        runs = list(zip(start[apart[:-1]].tolist(), stop[apart[1:]].tolist()))
         values, indices = (array.read(runs) for array in self.arrays)
         _check_indices(indices, self.stored_width, self.where)
         X = _canonical(sp.csr_matrix((values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False),
@@ -667,7 +671,8 @@ class _FlatArray:
     """The same past HDF5, for what lies uncompressed in a file: pieces of `chunk` values, each at its byte offset."""
 
     def __init__(self, file, dtype, offsets, chunk=2**40):
-        self.file, self.dtype, self.offsets, self.chunk = file, np.dtype(dtype), offsets, chunk
+        self.file, self.dtype = file, np.dtype(dtype)
+        self.offsets, self.chunk = offsets, chunk
 
     @classmethod
     def of(cls, dataset):
@@ -729,8 +734,8 @@ def _spool(blocks, shape, where):
 def _transposed(X):
     """The rows of a matrix that is stored by column, in blocks, by way of a temporary file for each block of rows.
     X: StoredRows whose rows are the columns."""
-    columns, n, total = len(X.size), X.stored_width, int(X.size.sum())
-    step = -(-n // min(256, 1 + total // BLOCK_NNZ))
+    columns, n = len(X.size), X.stored_width
+    step = -(-n // min(256, 1 + int(X.size.sum()) // BLOCK_NNZ))
     entry = np.dtype([("row", np.int32), ("column", np.int32), ("value", np.float32)])
     files = [tempfile.TemporaryFile() for _ in range(0, n, step)]
     for block in row_blocks(X, np.arange(columns)):
@@ -796,7 +801,9 @@ class LabelRules:
         self.genes, self.separator = set(genes), separator
         patterns = [p.strip() for p in control_label.split(",") if p.strip()] + [control_label.strip()]
         self.declared = [re.compile(re.escape(p).replace(r"\*", ".*")) for p in patterns if p]
-        self.known, self.seen_controls, self.split = set(), set(), {}
+        self.known = set()                      # perturbations by evidence, genes apart
+        self.seen_controls = set()
+        self.split = {}                         # label -> condition, where one label names several perturbations
         texts = {self._bare(label) for label in labels} - {""}
         todo = list(texts)
         while todo:
@@ -899,8 +906,8 @@ class LabelRules:
         notes, usual = [], {word.lower() for word in CONTROL_LABELS}
         marked = sorted(token for token in self.seen_controls if token.lower() not in usual)
         if marked and not self.declared:
-            notes.append(f"took {len(marked)} numbered labels for controls: {_listed(marked)} (--control-label names the "
-                         "labels that are, 'NT_*' many)")
+            notes.append(f"took {len(marked)} numbered labels for controls: {_listed(marked)} (--control-label NT "
+                         "takes this label alone, 'NT_*' all that begin so)")
         if self.split and not self.separator:
             label, name = min(self.split.items(), key=lambda item: (item[0] == item[1], item))
             notes.append(f"read {len(self.split):,} labels as several perturbations, such as {label} as "
@@ -945,8 +952,8 @@ def _find_labels(obs, config, path, symbols, control_required, perturbed_require
         key, labels, condition = usable[0]
         for other, columns, its_condition in usable[1:]:
             if any(a != b for a, b in _combine([its_condition, condition])[0]):
-                raise DataError(f"{path}: obs columns {key} ({_some(labels)}) and {other} ({_some(columns)}) disagree on "
-                                "the conditions; choose one with --pert-key")
+                raise DataError(f"{path}: obs columns {key} ({_some(labels)}) and {other} ({_some(columns)}) disagree "
+                                "on the conditions; choose one with --pert-key")
         if way == "gene":
             notes.append("took a label for the control that is a gene's name too, since no other label is one "
                          "(--control-label names another)")
@@ -961,7 +968,8 @@ def _find_labels(obs, config, path, symbols, control_required, perturbed_require
     listing = "; ".join(f"{k} ({_some([_column(obs, k)])})" for k in columns[:12]) or "no columns"
     advice = "Name the column with --pert-key and its control value with --control-label"
     if not candidates:
-        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has {listing}. {advice}")
+        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has {listing}. "
+                        f"{advice}")
     name, labels = candidates[0]
     if set(make_rules(symbols, labels).apply(labels)[0].values) - {""} == {CONTROL}:
         raise DataError(f"{path}: column {name} has only control cells; nothing is perturbed. {advice}")
@@ -1015,8 +1023,8 @@ def _some(columns):
 
 
 def _gene_names(names, gene_key, wanted, notes):
-    """Of {column of var: names of the genes}, index first: those of --gene-key, else of the index, unless a column holds
-    more of the wanted names (Ensembl index). A gene without a symbol goes by its identifier."""
+    """Of {column of var: names of the genes}, index first: those of --gene-key, else of the index, unless a column
+    holds more of the wanted names (Ensembl index). A gene without a symbol goes by its identifier."""
     index = next(iter(names))
     best = gene_key or max(names, key=lambda key: len(wanted & set(names[key])))    # the first of equals: the index
     if best not in (index, gene_key):
@@ -1028,7 +1036,8 @@ def _gene_names(names, gene_key, wanted, notes):
 def _unique(names):
     """Duplicates get -1, -2, ... in order of appearance, skipping names that exist, as anndata does.
     Returns the unique names and the set of names that were duplicated."""
-    taken, counter, out = set(names), {}, []
+    taken = set(names)
+    counter, out = {}, []
     for name in names:
         unique = name
         if name in counter:
@@ -1048,7 +1057,8 @@ def _scale(X, config, where, notes, check=True):
     """'counts' or 'lognorm', from the declaration or from the values; anything else is a DataError."""
     if config.counts and config.lognorm:
         raise DataError("--counts and --lognorm contradict each other; give one")
-    low, high, integer = np.inf, -np.inf, True
+    low, high = np.inf, -np.inf
+    integer = True
     stored = outside = 0
     for block in row_blocks(X, np.arange(X.shape[0])):
         values = X[block].data
@@ -1420,7 +1430,8 @@ class Dataset:
     """
 
     def __init__(self, cells, split, config, device="cpu"):
-        self.source, self.split, self.config, self.device = cells, split, config, torch.device(device)
+        self.source, self.split = cells, split
+        self.config, self.device = config, torch.device(device)
         self.file_scale = cells.scale
         pairs = cells.pairs
         rank = sorted(range(len(pairs)), key=lambda i: (pairs[i][0] != CONTROL, pairs[i]))
@@ -1565,7 +1576,8 @@ class Rows:
 
 class _Populations(Mapping):
     def __init__(self, dataset, groups, genes):
-        self.dataset, self.names, self.genes = dataset, groups, genes
+        self.dataset, self.names = dataset, groups
+        self.genes = genes
 
     def __getitem__(self, group):
         return self.dataset.cells(group, self.genes)
@@ -2169,14 +2181,17 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
                 raise DataError(f"--{name.replace('_', '-')} {typed[name]}: this run was started with "
                                 f"{state['config'][name]}; drop the flag, or start another run with --out")
         config = cls(**state["config"] | kept)
+    least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2}
     for f in fields(cls):
         value = getattr(config, f.name)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-        least = 1 if f.name in ("steps", "batch_size", "cells") else 2 if f.name == "eval_cells" else 0
-        if any(v < least for v in numbers) or (f.name == "lr" and value == 0):
-            raise DataError(f"--{f.name.replace('_', '-')} {value}: must "
-                            + (f"be at least {least}" if least else "be positive" if f.name == "lr" else
-                               "not be negative"))
+        flag = f"--{f.name.replace('_', '-')} {value}"
+        if f.name in least and value < least[f.name]:
+            raise DataError(f"{flag}: must be at least {least[f.name]}")
+        if f.name == "lr" and value <= 0:
+            raise DataError(f"{flag}: must be positive")
+        if any(v < 0 for v in numbers):
+            raise DataError(f"{flag}: must not be negative")
     return config, state
 
 
@@ -2263,8 +2278,8 @@ def open_prediction(config, state, panel, names, device, say):
     if config.controls:
         controls, missing = read_controls(config.controls, config, panel)
         if len(missing):
-            say(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are at "
-                "their training mean, and not in the prediction")
+            say(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are "
+                "at their training mean, and not in the prediction")
             columns = np.setdiff1d(columns, missing)
     else:
         dataset = load_run(config, device)
@@ -2399,8 +2414,9 @@ def _shown(value):
     """A default as it would be typed."""
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
-    return {True: "on", False: "off", None: "auto", "": "''"}.get(value, value) if not isinstance(value, (int, float)) \
-        or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return f"{value:g}"
+    return {"True": "on", "False": "off", "None": "auto", "": "''"}.get(str(value), value)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2498,7 +2514,8 @@ def main(argv=None):
         parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help="of the demo")
     add_flags(parser, DataConfig)
     args = parser.parse(argv)
-    file, out, split = args["file"], args["out"], args["split"]
+    file, out = args["file"], args["out"]
+    split = args["split"]
     simulation = {name: args[name] for name in ("cells", "genes", "cell_types", "seed") if name in args}
     with clean_errors():
         if file == "demo":

@@ -4,8 +4,8 @@
 
 Four files (dense, CSR with old categories, compressed CSC, nullable columns) are damaged in two ways: bytes (a few
 overwritten, a range zeroed, the end cut off) and structure (a node deleted, emptied, replaced by another type, length,
-dtype or shape; an attribute changed; a link that leads nowhere). Each mutant is read in a process of its own, forked, so
-that a crash or a hang (a minute) counts too. Prints the numbers and every failure; exit code 1 if there is one.
+dtype or shape; an attribute changed; a link that leads nowhere). Each mutant is read in a process of its own, forked,
+so that a crash or a hang (a minute) counts too. Prints the numbers and every failure; exit code 1 if there is one.
 """
 import contextlib
 import io
