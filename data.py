@@ -906,8 +906,8 @@ class LabelRules:
         notes, usual = [], {word.lower() for word in CONTROL_LABELS}
         marked = sorted(token for token in self.seen_controls if token.lower() not in usual)
         if marked and not self.declared:
-            notes.append(f"took {len(marked)} numbered labels for controls: {_listed(marked)} (--control-label NT "
-                         "takes this label alone, 'NT_*' all that begin so)")
+            notes.append(f"took {len(marked)} numbered labels for controls: {_listed(marked)} (--control-label NAME "
+                         "takes that label alone, 'NAME*' all that begin so)")
         if self.split and not self.separator:
             label, name = min(self.split.items(), key=lambda item: (item[0] == item[1], item))
             notes.append(f"read {len(self.split):,} labels as several perturbations, such as {label} as "
@@ -1536,6 +1536,10 @@ class Dataset:
             return self._values(self.control_rows[part][covariate], genes)
         return {v: self._values(rows, genes) for v, rows in self.control_rows[part].items()}
 
+    def sizes(self, part, most):
+        """{group: cells to generate}: as many as the real condition has, at most `most`."""
+        return {g: min(len(self.rows[g]), most) for g in self.part(part)}
+
     def control_cells(self, part):
         """{covariate: Rows} of a part's control cells, to be read when indexed."""
         return {v: Rows(self.X, rows) for v, rows in self.control_rows[part].items()}
@@ -1660,6 +1664,8 @@ def read_controls(path, config, panel):
     """({covariate: (n, G)} control cells of a user's file, log1p CP10k, on a model's genes, and the columns (M,) of the
     genes that it lacks, which are at their training mean. A file without labels is all control cells."""
     cells = read_cells(path, config, perturbed_required=False, genes=panel.genes)
+    for note in cells.notes:
+        print(f"note: {path}: {note}")
     lognormalise(cells)
     column = match_genes(cells.genes, panel.genes)
     missing = np.flatnonzero(column < 0)
@@ -1898,16 +1904,17 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
         _write_dict(file, "uns", uns or {})
 
 
-def write_populations(path, pred, control, genes, covariates, method):
-    """Predicted cells {group: (n, G)} and real control cells {covariate: (m, G)} as one AnnData file, log1p CP10k."""
-    everything = pred | {group_name(CONTROL, v): x for v, x in control.items()}
-    labels = [g.partition("@") for g, x in everything.items() for _ in range(len(x))]
+def write_populations(path, pred, controls, panel, columns, covariates, method):
+    """Predicted cells {group: (n, E)} of columns (E,) of the panel, and real control cells {covariate: (m, G)}, as one
+    AnnData file, log1p CP10k."""
+    cells = pred | {group_name(CONTROL, v): x[np.arange(len(x))][:, columns] for v, x in controls.items()}
+    labels = [group.partition("@") for group, x in cells.items() for _ in range(len(x))]
     obs = {"condition": np.array([condition for condition, _, _ in labels], dtype=object)}
     keys = DataConfig(covariates=covariates).covariate_keys
     for i, key in enumerate(keys):
         obs[key] = np.array([covariate_values(name, len(keys))[i] for _, _, name in labels], dtype=object)
-    X = np.concatenate(list(everything.values())).astype(np.float32)
-    write_h5ad(path, X, obs, genes, {"method": method, "scale": "log1p CP10k"})
+    X = np.concatenate(list(cells.values())).astype(np.float32)
+    write_h5ad(path, X, obs, [panel.genes[i] for i in columns], {"method": method, "scale": "log1p CP10k"})
 
 
 def write_prepared(path, data):
@@ -2122,6 +2129,8 @@ def read_gmt(path):
 # ------------------------------------------------------------------------------------------------ runs of a method
 
 CHECKPOINT_VERSION = 2
+CHECKPOINT_SECONDS = 300                                # between two checkpoints
+FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "compile", "resume", "cache_gb", "backed"}
 PREDICTING = {"ckpt", "out", "predict", "controls", "cells", "all_genes", "dtype", "seed"} | FREE_ON_RESUME
 UNITS = ("layer", "pert_key", "control_label", "separator", "gene_key", "counts", "lognorm")  # of the user's --controls
@@ -2164,6 +2173,7 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
     if preset not in presets:
         raise DataError(f"--preset {preset}: unknown; choose from {', '.join(presets)}")
     config = cls(**presets[preset] | typed | {"preset": preset})
+    uses = [f"--{name}" for name in ("predict", "score", "analyse") if name in cls.__dataclass_fields__]
     if config.data == "demo" and config.split == "transfer":
         config.covariates = config.covariates or "cell_type"             # the demo has it then
     if not config.out:
@@ -2181,6 +2191,8 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
                 raise DataError(f"--{name.replace('_', '-')} {typed[name]}: this run was started with "
                                 f"{state['config'][name]}; drop the flag, or start another run with --out")
         config = cls(**state["config"] | kept)
+    if bool(config.ckpt) != any(getattr(config, use[2:]) for use in uses):
+        raise DataError(f"--ckpt FILE and {' or '.join(uses)} belong together; to go on with a run use --resume")
     least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2}
     for f in fields(cls):
         value = getattr(config, f.name)
@@ -2193,6 +2205,18 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
         if any(v < 0 for v in numbers):
             raise DataError(f"{flag}: must not be negative")
     return config, state
+
+
+def finished(config, state):
+    """Whether --resume finds nothing left to do: trained to the end, and scored as it would be now."""
+    if not config.resume or (state["stage"], state["step"]) != ("training", config.steps):
+        return False
+    try:
+        content = json.loads(Path(config.out, "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    print(f"{config.out}: this run is finished; its table:")
+    return content["config"]["eval_cells"] == config.eval_cells
 
 
 def load_checkpoint(path, method):
@@ -2233,6 +2257,13 @@ def claim(folder):
     _claims.append(handle)                      # file systems without locks: nothing is claimed
 
 
+def mend(log):
+    """Cut off the end of a log's last line that was not written whole."""
+    whole = log.read_bytes() if log.exists() else b""
+    if whole and not whole.endswith(b"\n"):
+        log.write_bytes(whole[:whole.rfind(b"\n") + 1])
+
+
 def open_run(config, state, device, say, main=True):
     """Dataset and panel of a run. The folder is checked and claimed, what is known before training written to it (by
     the main process of several); a resumed run must find the genes, conditions and parts that it had."""
@@ -2247,6 +2278,7 @@ def open_run(config, state, device, say, main=True):
                             "or remove it")
         with writing(out):
             claim(out)
+            mend(out / "log.jsonl")
     dataset = load_run(config, device)
     panel = dataset.panel()
     for note in dataset.source.notes:
@@ -2264,11 +2296,13 @@ def open_run(config, state, device, say, main=True):
     return dataset, panel
 
 
-def open_prediction(config, state, panel, names, device, say):
+def open_prediction(config, state, panel, names, device):
     """What --predict asks for: {group: cells}, the control cells {covariate: (n, G)}, and the columns to write (E,).
 
     names: perturbations that the model knows. Raises DataError for conditions, covariates or genes that are not there.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DataError("--predict runs in one process; start it with python")
     if Path(config.out).exists():
         raise DataError(f"--out {config.out}: exists; choose another name, or remove it")
     texts = list(config.predict)
@@ -2278,8 +2312,8 @@ def open_prediction(config, state, panel, names, device, say):
     if config.controls:
         controls, missing = read_controls(config.controls, config, panel)
         if len(missing):
-            say(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are "
-                "at their training mean, and not in the prediction")
+            print(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are "
+                  "at their training mean, and not in the prediction")
             columns = np.setdiff1d(columns, missing)
     else:
         dataset = load_run(config, device)
@@ -2298,7 +2332,7 @@ def open_prediction(config, state, panel, names, device, say):
             sizes[group_name(condition, value)] = config.cells
     untrained = sorted({p for g in sizes for p in g.partition("@")[0].split("+")} - set(panel.trained))
     if untrained:
-        say(f"note: {_listed(untrained)}: in no training condition")
+        print(f"note: {_listed(untrained)}: in no training condition")
     return sizes, controls, columns
 
 
@@ -2348,7 +2382,8 @@ def as_measured(cells, panel, columns):
 
 
 def pick_device(name):
-    """The torch.device of --device, '' being the GPU if there is one; under torchrun each process has its own."""
+    """The torch.device of --device, '' being the GPU if there is one; under torchrun each process has its own. On a
+    GPU, matrix products of float32 may then use TF32."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
@@ -2358,7 +2393,38 @@ def pick_device(name):
         raise DataError(f"--device {name}: not supported; use cpu, cuda or cuda:N")
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
     return device
+
+
+def save_checkpoint(run, method, step, parts):
+    """One dict of tensors and plain types, written beside the old checkpoint and renamed over it."""
+    state = {"method": method, "version": CHECKPOINT_VERSION, "config": asdict(run.config), "stage": run.stage,
+             "step": step, "seconds": run.trained, "panel": asdict(run.panel), "split": run.dataset.split,
+             "parts": {name: part.state_dict() for name, part in parts.items()}}
+    with atomic(run.out / "ckpt.pt") as temporary:
+        torch.save(state, temporary)
+
+
+def status(run, step, values, seconds):
+    """The console's line on a run: losses, speed, time so far and left; seconds: per step. The first one warns of a
+    paper's configuration on a CPU."""
+    left, warning = clock((run.steps - step) * seconds), ""
+    if run.config.preset == "paper" and run.device.type == "cpu" and not run.shown and step < run.steps:
+        warning = (f"warning: the paper's configuration on a CPU: {seconds:.2g} s per step, {left} in all; --preset "
+                   "demo is a recipe for laptops\n")
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "cells_per_s")
+    stage = "step" if run.stage == "training" else f"{run.stage} step"
+    start, end = ("\r", "\033[K") if sys.stdout.isatty() else ("", "")  # one line that is written over
+    return (f"{start}{warning}{stage} {step}/{run.steps}  {shown}  {values['cells_per_s']:,.0f} cells/s  "
+            f"{clock(run.trained)} elapsed  {left} left{end}")
+
+
+def room(device):
+    """Bytes that the activations of one chunk of generated cells may take."""
+    return 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1.2e9
 
 
 def peak_memory(device):
@@ -2460,6 +2526,9 @@ def clean_errors():
     except BrokenPipeError:                     # the reader of our output (head, less) has gone
         sys.stderr.close()
         sys.exit(1)
+    finally:
+        while _claims:
+            _claims.pop().close()
 
 
 def describe(data, split=""):

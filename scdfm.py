@@ -7,9 +7,8 @@ attention is masked by the co-expression graph; a CRISPR perturbation is embedde
 never perturbed in training can be predicted. Training adds the MMD between the generated and the real cells of one
 condition to the flow matching loss.
 
-Paper: Yu, Wang, Liao, Wu, "scDFM: Distributional flow matching for robust single-cell perturbation prediction"; numbers
-of equations, tables and algorithms below are the paper's. Official code: github.com/AI4Science-WestlakeU/scDFM @2cf6bca
-(MIT), called "official" below. Nothing here is copied from it.
+Paper: Yu, Wang, Liao, Wu, "scDFM: Distributional flow matching for robust single-cell perturbation prediction" (P).
+Official code: github.com/AI4Science-WestlakeU/scDFM @2cf6bca (MIT) (C). Nothing here is copied from it.
 
     python scdfm.py                                             demo data, laptop size, about 2 minutes on 2 cores
     python scdfm.py --data norman.h5 --split holdout              the paper's configuration; GPU if there is one
@@ -18,48 +17,34 @@ of equations, tables and algorithms below are the paper's. Official code: github
     torchrun --nproc-per-node 4 scdfm.py --data norman.h5 --split additive
 Ablations of figure 5: --mmd-weight 0 (no MMD), --knn 0 (no gene mask), --no-differential (plain attention).
 
-Deviations from paper (P) or official code (C). "demo l2" is the l2 of the demo's test conditions, one run each, with
---ema 0 --ode euler --ode-steps 10: 4.67 as the code stands. Seeds and thread counts move it by 0.15.
- 1. The adapter adds to h, h + MLP([h ; e_p]); P and C replace h. It learns much faster: demo l2 5.37 when replaced.
- 2. The sinusoid encodes 1000 t; C encodes t in [0, 1], where most frequencies are nearly constant: demo l2 4.92.
- 3. Cross-attention is the paper's, Q from h, K and V from the control cells (eq. 12). C takes map 1 on h, map 2 on the
-    control cells and V from h (--cross-attention maps): demo l2 4.64. Keys come from the modulated h; C's do not.
- 4. h and h_c start as value + gene embedding (eq. 6). C starts from an MLP of both and re-injects the gene embedding in
-    every layer: demo l2 5.85 and 4.71 with them, not kept.
+Deviations (numbers that back them: README, experiments):
+ 1. The adapter adds to h, h + MLP([h ; e_p]); P and C replace h.
+ 2. The sinusoid encodes 1000 t; C encodes t in [0, 1], where most frequencies are nearly constant.
+ 3. Cross-attention is the paper's, Q from h, K and V from the control cells (eq. 12); C: map 1 on h, map 2 on control.
+ 4. h and h_c start as value + gene embedding (eq. 6). C: an MLP of both, re-injected in every layer.
  5. adaLN-Zero starts at zero; a later initialisation pass of C overwrites that.
- 6. The co-expression graph is computed on training and control cells; C takes log1p of log data and its mask is shifted
-    by the special tokens. The encoder attends to all G genes as in C (P writes the subgraph of the subset).
+ 6. The co-expression graph is of training and control cells, log1p CP10k; the encoder attends to all G genes as in C.
  7. One gene subset per step, shared by the batch, as in C (P draws one per cell): the encoder runs once per step.
  8. Evaluation genes have the highest means in training control cells; C picks variable genes on the test cells.
- 9. The model that predicts is the last one; C selects on its test set, by a row of counts.
-10. --conditions-per-batch takes the MMD within each condition and averages; 1, as in P and C, gives demo l2 5.60.
-11. Ours: --ema (off in the paper preset; on in the demo: l2 4.44 at the same seed), no dropout on attention weights
-    (the fused kernels have none), no bias where softmax cancels it, the mean over more than two slots for triples,
-    PyTorch's initialisation. As in C: two value encoders, an MLP in each DiT block, values clamped at 512, output at 0.
-12. A perturbation that is no gene of the panel has its own token with a self loop. If no training condition holds it,
-    its embedding is untrained; the run says so.
-The demo does not tell the paper's ablations apart: demo l2 4.62 without MMD, 4.49 with plain attention, 4.74 without
-the gene mask.
+ 9. The model that predicts is the last one; C selects on its test set.
+10. --conditions-per-batch takes the MMD within each condition and averages; 1 in P and C.
+11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots for
+    triples, values clamped at 512, output at 0.
+12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop.
 """
 import copy
 import datetime
-import difflib
 import json
 import math
 import os
-import platform
-import resource
 import signal
 import sys
 import time
 import typing
-import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
-import scipy
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -69,40 +54,17 @@ import data
 import metrics
 from data import DataError
 
-METHOD = "scdfm"
+METHOD = Path(__file__).stem
 
 
 @dataclass
-class Config(data.DataConfig):
-    """Every default is written here: the paper's configuration. PRESETS lists what --preset demo changes."""
-    # run: the same flags in all four methods
-    data: str = "demo"              # AnnData file (.h5ad, .h5), or demo
-    split: str = "additive"         # additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN
-    fold: int = 0                   # which of the seeded splits
-    folds: int = 10                 # number of folds of --split cv
-    seed: int = 0                   # weights, batches and samples; the split depends on --fold alone
-    preset: typing.Literal["", "demo", "paper"] = ""  # size; '' is demo for --data demo and paper otherwise
-    out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --predict: the file to write
-    steps: int = 100_000            # length of the schedule (paper A.3)
-    stop_at: int = 0                # end at this step as Ctrl-C does; --resume goes on
-    time_limit: float = 0           # end after so many minutes as Ctrl-C does; 0 is no limit
+class Config(data.RunConfig):
+    """The paper's configuration; PRESETS lists what --preset demo changes."""
+    steps: int = 100_000            # length of the schedule (paper A.4.3)
     batch_size: int = 96            # target cells per step and process (paper; official run.sh 48)
     lr: float = 5e-5                # Adam (paper)
-    eval_every: int = 0             # score the validation conditions every so many steps; 0 never
-    eval_cells: int = 1000          # cells generated per condition: as many as it really has, at most this
-    device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
-    dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it
-    compile: bool | None = None     # torch.compile; default on for CUDA, off for CPU
-    resume: bool = False            # go on with the run in its folder
-    ckpt: str = ""                  # with --predict: the checkpoint to use
-    predict: tuple[str, ...] = ()   # conditions to predict: A A+B A+B+C, with covariates A@cov1,cov2
-    controls: str = ""              # with --predict: AnnData file with your own control cells
-    cells: int = 500                # with --predict: cells per condition
-    all_genes: bool = False         # with --predict: every gene of the panel, not only the evaluation genes
-    # data
     hvg: int = 5000                 # paper A.4.1
-    # method
-    width: int = 512                # d (paper A.3, official run.py)
+    width: int = 512                # d (paper A.4.3, official run.py)
     layers: int = 4                 # PAD-Transformer layers (official)
     heads: int = 8                  # attention heads (official)
     dropout: float = 0.1            # official
@@ -110,8 +72,8 @@ class Config(data.DataConfig):
     knn: int = 30                   # co-expression neighbours per gene; 0 removes the mask (ablation)
     mmd_weight: float = 0.5         # lambda of eq. 4 (official gamma); 0 removes the MMD (ablation)
     differential: bool = True       # differential attention (eq. 8-9); off is plain attention (ablation)
-    cross_attention: typing.Literal["paper", "maps"] = "paper"  # eq. 12, or the official code's variant
-    pert_embedding: typing.Literal["gene", "table"] = "gene"    # table: for drugs
+    effect_readout: bool = False    # effects per gene, velocity += e_p W', W (G, d) from zero; ours, off in the paper
+    precondition: bool = False      # the network learns what a Gaussian per gene leaves; ours, off in the paper
     conditions_per_batch: int = 1   # the MMD is taken within each; paper 1
     lr_min: float = 1e-6            # end of the cosine (paper)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none, as in the paper
@@ -122,25 +84,23 @@ class Config(data.DataConfig):
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
     cells, conditions = config.batch_size, config.conditions_per_batch
-    if conditions < 1 or cells % conditions or cells // conditions < (2 if config.mmd_weight else 1):
+    least = 2 if config.mmd_weight else 1
+    if conditions < 1 or cells % conditions or cells // conditions < least:
         raise DataError(f"--batch-size {cells} --conditions-per-batch {conditions}: the batch must hold as many cells "
                         "of one condition as of another, at least two with the MMD")
-    if config.cross_attention == "maps" and not config.differential:
-        raise DataError("--cross-attention maps is a differential attention; remove --no-differential")
     if config.heads < 1 or config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
-    if min(config.layers, config.gene_subset, config.ode_steps) < 1 or config.knn < 0:
-        raise DataError("--layers, --gene-subset and --ode-steps must be positive, --knn not negative")
-    if not 0 <= config.dropout < 1 or not 0 <= config.ema < 1:
-        raise DataError("--dropout and --ema must be at least 0 and below 1")
+    if min(config.layers, config.gene_subset, config.ode_steps) < 1:
+        raise DataError("--layers, --gene-subset and --ode-steps must be positive")
+    if max(config.dropout, config.ema) >= 1:
+        raise DataError("--dropout and --ema must be below 1")
 
 
 PRESETS = {"paper": {}, "demo": dict(
-    steps=800, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2, dropout=0.0,
-    ema=0.99, gene_subset=60, ode="heun", ode_steps=6, eval_cells=100)}
+    steps=800, hvg=1000, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2,
+    dropout=0.0, ema=0.99, gene_subset=60, ode="heun", ode_steps=6, eval_cells=100)}
 SAMPLING = {"ode", "ode_steps"}         # flags that --ckpt may change
-# times the number of processes is what a step sees
-PER_PROCESS = ("batch_size", "conditions_per_batch")
+other_use = None                        # what --ckpt is for besides --predict
 
 
 def variants(config):
@@ -150,13 +110,17 @@ def variants(config):
 
 # -------------------------------------------------------------------------------- model
 
-def coexpression_graph(dataset, k):
-    """Boolean (G, G): per gene the k genes of highest |Pearson| over training and control cells, symmetrised by union,
-    and self loops (eq. 7). A gene without variance keeps only its self loop."""
-    corr = data.gene_statistics(dataset)[2].abs().fill_diagonal_(-1)
+def statistics(dataset, k):
+    """Of training and control cells: the co-expression graph, boolean (G, G), which holds for each gene the k genes of
+    highest |Pearson|, symmetrised by union, and self loops (eq. 7; a gene without variance keeps only its self loop;
+    None for k = 0), and the mean and variance of each gene (2, G)."""
+    mean, variance, corr = data.gene_statistics(dataset)
+    if k == 0:
+        return None, torch.stack([mean, variance])
+    corr = corr.abs().fill_diagonal_(-1)
     strength, neighbour = corr.topk(min(k, len(corr) - 1), dim=1)        # (G, k)
     graph = torch.zeros_like(corr, dtype=torch.bool).scatter_(1, neighbour, strength > 0)
-    return (graph | graph.T).fill_diagonal_(True)
+    return (graph | graph.T).fill_diagonal_(True), torch.stack([mean, variance])
 
 
 class GeneEncoder(nn.Module):
@@ -200,12 +164,11 @@ def differential_attention(q, k, v, lam, norm_weight, lam_init):
 
 
 class Attention(nn.Module):
-    """Differential (or plain) multi-head attention. source: 'self'; 'paper', K and V from the control cells (eq. 12);
-    or 'maps', the official cross-attention: map 1 on h itself, map 2 on the control cells, V from h."""
+    """Differential (or plain) multi-head attention, to x itself or to control cells (eq. 12)."""
 
-    def __init__(self, width, heads, layer, differential, source):
+    def __init__(self, width, heads, layer, differential):
         super().__init__()
-        self.width, self.heads, self.source, self.differential = width, heads, source, differential
+        self.width, self.heads, self.differential = width, heads, differential
         maps = 2 if differential else 1
         self.q, self.k = nn.Linear(width, maps * width, bias=False), nn.Linear(width, maps * width, bias=False)
         self.v, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
@@ -219,18 +182,11 @@ class Attention(nn.Module):
 
     def cache(self, control):
         """What depends on the control cells (B, S, d) alone; constant over the ODE."""
-        if self.source == "maps":
-            return tuple(self.split(F.linear(control, p.weight[self.width:])) for p in (self.q, self.k))
         return self.split(self.k(control)), self.split(self.v(control))
 
     def forward(self, x, cached=None):
         """x (B, S, d) -> (B, S, d)."""
-        if self.source == "maps":
-            q, k = (torch.cat([self.split(F.linear(x, p.weight[:self.width])), c], dim=1)
-                    for p, c in zip((self.q, self.k), cached))
-            v = self.split(self.v(x))
-        else:
-            q, (k, v) = self.split(self.q(x)), cached or self.cache(x)
+        q, (k, v) = self.split(self.q(x)), cached or self.cache(x)
         if self.differential:
             lq1, lk1, lq2, lk2 = self.lam.unbind()
             lam = (lq1 * lk1).sum().exp() - (lq2 * lk2).sum().exp() + self.lam_init  # no matmul: fp32 under autocast
@@ -243,9 +199,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """DiT block: adaLN-Zero attention, then an adaLN-Zero MLP (Peebles and Xie)."""
 
-    def __init__(self, config, layer, source):
+    def __init__(self, config, layer):
         super().__init__()
-        self.attention = Attention(config.width, config.heads, layer, config.differential, source)
+        self.attention = Attention(config.width, config.heads, layer, config.differential)
         self.mlp = nn.Sequential(nn.Linear(config.width, 4 * config.width), nn.GELU(approximate="tanh"),
                                  nn.Linear(4 * config.width, config.width), nn.Dropout(config.dropout))
 
@@ -275,8 +231,8 @@ class Layer(nn.Module):
         super().__init__()
         self.inject = Injection(config.width)
         self.adapter = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(config.width, config.width), nn.LeakyReLU())
-        self.self_block = Block(config, number, "self")
-        self.cross_block = Block(config, number, config.cross_attention)
+        self.self_block = Block(config, number)
+        self.cross_block = Block(config, number)
 
     def forward(self, h, modulation, e, cached):
         h = h + self.adapter(self.inject(h, e))
@@ -284,17 +240,26 @@ class Layer(nn.Module):
         return self.cross_block(h, modulation[:, 6:], cached)
 
 
+class Context(typing.NamedTuple):
+    """All that depends on neither x_t nor t: computed once per batch in training, once per ODE in sampling."""
+    gene: torch.Tensor      # (S, d) gene embeddings
+    inject: list            # per layer (B, 1, d), the perturbation's half of its injection
+    control: list           # per layer, keys and values of the control cells
+    decoder: torch.Tensor   # (B, 1, d), the perturbation's half of the last injection
+    effect: torch.Tensor    # (B, S), the perturbation's effect on each gene by the readout, or 0
+    moments: torch.Tensor   # (2, S), mean and variance of each gene
+
+
 class ScDFM(nn.Module):
     """Velocity field v(x_t | t, control, perturbation) over S gene tokens (eq. 6-13)."""
 
-    def __init__(self, config, panel, graph=None):
-        """graph (G, G) bool, or None to load one with the weights."""
+    def __init__(self, config, panel, graph=None, moments=None):
+        """graph (G, G) bool, moments (2, G) mean and variance of each gene, or None to load them with the weights."""
         super().__init__()
         d, G, self.n_layers = config.width, len(panel.genes), config.layers
         graph = torch.zeros(G, G, dtype=torch.bool) if graph is None and config.knn else graph
         tokens = G + 1 + len(panel.outside())                            # genes, the empty slot, other perturbations
         self.encoder = GeneEncoder(tokens, d, config.heads, config.dropout, graph)
-        self.pert_table = nn.Embedding(len(panel.perturbations) + 1, d) if config.pert_embedding == "table" else None
         self.value, self.value_control = (nn.Sequential(nn.Linear(1, d), nn.ReLU(), nn.Linear(d, d), nn.LayerNorm(d),
                                                         nn.Dropout(config.dropout)) for _ in range(2))
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
@@ -302,6 +267,10 @@ class ScDFM(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.inject = Injection(d)
         self.decoder = nn.Sequential(nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, 1))
+        self.effect = nn.Parameter(torch.zeros(G, d)) if config.effect_readout else None
+        self.precondition = config.precondition
+        self.register_buffer("moments", torch.zeros(2, G) if moments is None else moments)
+        self.register_buffer("trained", trained_tokens(panel, tokens))
         nn.init.zeros_(self.modulate.weight)                             # the Zero of adaLN-Zero
         nn.init.zeros_(self.modulate.bias)
 
@@ -310,29 +279,42 @@ class ScDFM(nn.Module):
         return self.modulate(self.time(timestep_embedding(1000 * t))).unflatten(-1, (self.n_layers, 12, -1))
 
     def context(self, control, genes, tokens, weight):
-        """All that depends on neither x_t nor t. control (B, S), genes (S,), tokens, weight (C, K slots), B = C * b."""
+        """control (B, S), genes (S,), tokens and weight (C, K slots), B = C * b cells -> Context."""
         (B, S), (C, K) = control.shape, tokens.shape
-        asked = genes if self.pert_table is not None else torch.cat([genes, tokens.flatten()])
-        embedded = self.encoder(asked)                                   # once for the batch: (S [+ C K], d)
-        slots = self.pert_table(tokens) if self.pert_table is not None else embedded[S:].unflatten(0, (C, K))
-        e = (slots * weight[..., None]).sum(1)                           # mean over slots: (C, d)
+        embedded = self.encoder(torch.cat([genes, tokens.flatten()]))    # once for the batch: (S + C K, d)
+        e = (embedded[S:].unflatten(0, (C, K)) * weight[..., None]).sum(1)       # mean over slots: (C, d)
 
         def per_cell(e):                                                 # (C, d) -> (B, 1, d)
             return e.repeat_interleave(B // C, dim=0, output_size=B)[:, None]
-        gene = embedded[:S]
+        gene, effect = embedded[:S], torch.zeros((), device=control.device)
+        if self.effect is not None:                                      # of perturbations that training holds
+            weight = weight * self.trained[tokens]
+            e_trained = (embedded[S:].unflatten(0, (C, K)) * weight[..., None]).sum(1)
+            effect = (e_trained @ self.effect[genes].T).repeat_interleave(B // C, dim=0, output_size=B).float()
         h_c = self.value_control(control.clamp(max=512)[..., None]) + gene       # eq. 6: (B, S, d)
-        layers = [(per_cell(layer.inject.e(e)), layer.cross_block.attention.cache(h_c)) for layer in self.layers]
-        return {"gene": gene, "layers": layers, "decoder": per_cell(self.inject.e(e))}
+        return Context(gene, [per_cell(layer.inject.e(e)) for layer in self.layers],
+                       [layer.cross_block.attention.cache(h_c) for layer in self.layers], per_cell(self.inject.e(e)),
+                       effect, self.moments[:, genes])
 
-    def velocity(self, x, modulation, context):
-        """x (B, S), modulation (B or 1, L, 12, d) -> velocity (B, S) float32."""
-        h = self.value(x.clamp(max=512)[..., None]) + context["gene"]            # eq. 6
+    def velocity(self, x, t, modulation, context):
+        """x (B, S), t (B or 1,), modulation (B or 1, L, 12, d) of these times -> velocity (B, S) float32."""
+        h = self.value(x.clamp(max=512)[..., None]) + context.gene               # eq. 6
         for i, layer in enumerate(self.layers):
-            h = layer(h, modulation[:, i], *context["layers"][i])
-        return self.decoder(self.inject(h, context["decoder"])).squeeze(-1).float()  # eq. 13
+            h = layer(h, modulation[:, i], context.inject[i], context.control[i])
+        v = self.decoder(self.inject(h, context.decoder)).squeeze(-1).float()    # eq. 13
+        if self.precondition:
+            mean, variance = context.moments
+            return v + gaussian_velocity(x, t[:, None], mean + context.effect, variance)
+        return v + context.effect
 
     def forward(self, x, t, control, genes, tokens, weight):
-        return self.velocity(x, self.modulation(t), self.context(control, genes, tokens, weight))
+        return self.velocity(x, t, self.modulation(t), self.context(control, genes, tokens, weight))
+
+
+def gaussian_velocity(x, t, mean, variance):
+    """E[x1 - x0 | x_t = x] on the linear path from N(0, 1) to N(mean, variance): x (B, S), t (B or 1, 1) -> (B, S)."""
+    slope = (t * variance - (1 - t)) / (t ** 2 * variance + (1 - t) ** 2).clamp(min=1e-6)
+    return mean + slope * (x - t * mean)
 
 
 def timestep_embedding(t):
@@ -380,20 +362,19 @@ def scdfm_loss(net, x1, control, t, x0, genes, tokens, weight, mmd_weight):
 # -------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
-def sample(model, x, control, genes, tokens, weight, config, velocity=None):
+def sample(velocity, model, x, control, genes, tokens, weight, config):
     """Generate one cell per control cell by integrating the flow from noise at t=0 to t=1 (algorithm 3).
 
     x (B, S) noise, control (B, S) log1p CP10k, genes (S,) columns of the panel, tokens and weight (1, K). Everything
-    constant over the ODE is computed once: the context, and the modulation of all time points. Returns (B, S) float32,
-    clamped at 0.
+    constant over the ODE is computed once: the context, and the modulation of all time points. velocity:
+    model.velocity, compiled or not. Returns (B, S) float32.
     """
-    velocity = velocity or model.velocity
-    context = model.context(control, genes, tokens, weight)
-    K = config.ode_steps
-    modulation = model.modulation(torch.linspace(0, 1, 2 * K + 1, device=control.device))  # step borders and middles
+    context, K = model.context(control, genes, tokens, weight), config.ode_steps
+    t = torch.linspace(0, 1, 2 * K + 1, device=control.device)           # borders and middles of the steps
+    modulation = model.modulation(t)
 
     def v(x, i):
-        return velocity(x, modulation[i:i + 1], context)
+        return velocity(x, t[i:i + 1], modulation[i:i + 1], context)
     for i in range(0, 2 * K, 2):
         k1 = v(x, i)
         if config.ode == "euler":
@@ -404,18 +385,16 @@ def sample(model, x, control, genes, tokens, weight, config, velocity=None):
             k2 = v(x + k1 / (2 * K), i + 1)
             k3 = v(x + k2 / (2 * K), i + 1)
             x = x + (k1 + 2 * k2 + 2 * k3 + v(x + k3 / K, i + 2)) / (6 * K)
-    return x.clamp(min=0)
+    return x
 
 
-def slots(conditions, panel, config):
-    """Tokens and weights (C, K) of conditions: e_p is the mean over two or more slots; unused ones hold the empty
-    token."""
-    if config.pert_embedding == "table":
-        number, empty = {p: i for i, p in enumerate(panel.perturbations)}, len(panel.perturbations)
-    else:
-        number, empty = {g: i for i, g in enumerate(panel.genes)}, len(panel.genes)
-        number |= {p: g for p, g in zip(panel.perturbations, panel.pert_gene) if g >= 0}
-        number |= {p: empty + 1 + i for i, p in enumerate(panel.outside())}
+def slots(conditions, panel):
+    """Tokens and weights (C, K) of conditions. e_p is the mean over at least two slots, as in the official code: a
+    single perturbation is half its own embedding and half that of the empty token. Other perturbations than genes of
+    the panel (drugs) have tokens of their own: learned vectors, which the encoder's mask joins to themselves alone."""
+    number, empty = {g: i for i, g in enumerate(panel.genes)}, len(panel.genes)
+    number |= {p: g for p, g in zip(panel.perturbations, panel.pert_gene) if g >= 0}
+    number |= {p: empty + 1 + i for i, p in enumerate(panel.outside())}
     parts = [c.split("+") for c in conditions]
     K = max(2, max(map(len, parts)))
     tokens, weight = torch.full((len(parts), K), empty), torch.zeros(len(parts), K)
@@ -425,17 +404,23 @@ def slots(conditions, panel, config):
     return tokens, weight
 
 
-def known(panel, config):
-    """Names that can be predicted, and those among them whose embedding no training condition has reached."""
-    if config.pert_embedding == "table":
-        return set(panel.perturbations), set(panel.perturbations) - set(panel.trained)
-    return set(panel.perturbations) | set(panel.genes), set(panel.outside()) - set(panel.trained)
+def trained_tokens(panel, n):
+    """(n,) float: 1 for the tokens of perturbations that a training condition holds."""
+    trained = torch.zeros(n)
+    for name in panel.trained:
+        trained[slots([name], panel)[0][0, 0]] = 1
+    return trained
+
+
+def known(panel):
+    """Names that can be predicted."""
+    return set(panel.perturbations) | set(panel.genes)
 
 
 def load_model(config, panel, saved):
     """The model that predicts, from what a checkpoint has saved."""
     model = ScDFM(config, panel)
-    model.load_state_dict(saved.get("ema", saved["model"]))
+    model.load_state_dict(saved["ema"])
     return model
 
 
@@ -452,179 +437,92 @@ def generate(model, run, group, control, columns, seed):
         return np.concatenate(out, axis=1)[:, np.argsort(np.concatenate(passes))]
     generator = torch.Generator(run.device).manual_seed(seed)
     noise = torch.randn(len(control), len(columns), generator=generator, device=run.device)  # the same for any chunks
-    tokens, weight = (a.to(run.device) for a in slots([group.partition("@")[0]], run.panel, config))
+    tokens, weight = (a.to(run.device) for a in slots([group.partition("@")[0]], run.panel))
     per_cell = len(columns) * config.width * 4 * (4 * config.layers + 24)        # bytes: cached K and V, activations
-    room = 16e9 if run.device.type == "cuda" else 1.2e9
-    chunks = math.ceil(len(control) / min(256, max(1, room // per_cell)))
+    chunks = math.ceil(len(control) / min(256, max(1, data.room(run.device) // per_cell)))
     columns, out = torch.as_tensor(columns, device=run.device), []
     for x, cells in zip(noise.tensor_split(chunks), np.array_split(control, chunks)):
         cells = torch.from_numpy(cells).to(run.device).index_select(1, columns)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-            out.append(sample(model, x, cells, columns, tokens, weight, config, run.compiled(model.velocity)).cpu())
+        with run.autocast():
+            z = sample(run.compiled(model.velocity), model, x, cells, columns, tokens, weight, config)
+        out.append(z.cpu())
     return torch.cat(out).numpy()
 
 
 # -------------------------------------------------------------------------------- training
 
 def train(run, state):
-    """Train to --steps and return the model that predicts; Ctrl-C and --stop-at save and end the program before."""
-    config, dataset, panel = run.config, run.dataset, run.panel
+    """Train to --steps and return the model that predicts."""
+    config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
     G, S = len(panel.genes), min(config.gene_subset, len(panel.genes))
     C, b = config.conditions_per_batch, config.batch_size // config.conditions_per_batch
 
     # model, optimiser, schedule; a resumed run takes them over, the graph included
     torch.manual_seed(config.seed)
-    graph = coexpression_graph(dataset, config.knn) if config.knn and not state else None
-    model = ScDFM(config, panel, graph).to(run.device)
-    ema = copy.deepcopy(model) if config.ema else None
+    graph, moments = (None, None) if state else statistics(dataset, config.knn)
+    model = ScDFM(config, panel, graph, moments).to(device)
+    ema = copy.deepcopy(model) if config.ema else model
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, config.lr_min)
-    sampler = torch.Generator(run.device).manual_seed(config.seed)
-    torch.manual_seed(config.seed + run.rank)                            # dropout differs between processes
-    saved = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
-    start, seconds = restore(run, state, saved, sampler)
-    net, predictor = run.wrap(model), ema or model
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    begin, net = run.resume(state, parts), run.wrap(model)
 
     # training conditions: index of their group, and their slots, once
     names = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in names], device=run.device)
-    tokens, weight = (a.to(run.device) for a in slots([g.partition("@")[0] for g in names], panel, config))
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=device)
+    tokens, weight = (a.to(device) for a in slots([g.partition("@")[0] for g in names], panel))
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} training conditions, {G:,} genes "
             f"({S:,} per step)")
 
-    cells = C * b * run.world                                            # per step, over all processes
-    mine, my_C = slice(run.rank * C * b, (run.rank + 1) * C * b), slice(run.rank * C, (run.rank + 1) * C)
-    progress = Progress(run, start, seconds, cells)
-    for step in range(start + 1, config.steps + 1):
-        # batch: every process draws all of it and keeps its share, so that N processes equal one with N times the batch
-        pick = torch.randint(len(group), (C * run.world,), generator=sampler, device=run.device)
-        target = dataset.draw(group[pick], b, sampler)[mine]
-        source = dataset.draw(dataset.controls_for(group[pick]), b, sampler)[mine]
-        genes = torch.randperm(G, generator=sampler, device=run.device)[:S]
-        t = torch.rand(cells, generator=sampler, device=run.device)[mine]
-        x0 = torch.randn(cells, S, generator=sampler, device=run.device)[mine]
-        x1, control = dataset.gather(target, genes), dataset.gather(source, genes)
-        pick = pick[my_C]
+    for step in range(begin + 1, config.steps + 1):
+        # batch: b cells of each of C conditions, their controls, a gene subset, times and noise
+        run.start(step)
+        pick = torch.randint(len(group), (C,), device=device)
+        genes = torch.randperm(G, device=device)[:S]
+        x1 = dataset.gather(dataset.draw(group[pick], b), genes)                             # (B, S)
+        control = dataset.gather(dataset.draw(dataset.controls_for(group[pick]), b), genes)
+        t, x0 = torch.rand(C * b, device=device), torch.randn(C * b, S, device=device)
 
         # forward in bf16 where chosen, loss in fp32
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+        with run.autocast():
             flow, mmd = scdfm_loss(net, x1, control, t, x0, genes, tokens[pick], weight[pick], config.mmd_weight)
         loss = flow + config.mmd_weight * mmd
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        if ema:
-            follow(ema, model, config.ema)
+        if config.ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config.ema)
 
-        # console, log, validation, checkpoint; none of it touches the random state
-        progress.update(step, loss=loss, flow=flow, mmd=mmd)
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            progress.note(step, validate(run, predictor))
-        if (stop := progress.should_stop(step)) or step == config.steps or progress.checkpoint_due():
-            progress.check_finite(step)
-            save_checkpoint(run, step, progress.seconds(), saved, sampler)
-        if stop and step < config.steps:
-            progress.stopped(step)
-    run.deafen()
-    return predictor.eval()
+        if config.eval_every and step % config.eval_every == 0:
+            run.validate(step, ema)
+        run.finish(step, parts, loss=loss, flow=flow, mmd=mmd)           # log line, checkpoint, Ctrl-C
+    return ema.eval()
 
 
-# ------------------------------------------------------------------ plumbing, the same in all four methods
-
-FREE_ON_RESUME = {"device", "out", "stop_at", "time_limit", "eval_every", "eval_cells", "compile", "resume", "cache_gb",
-                  "backed"}
-PREDICTING = {"predict", "controls", "cells", "all_genes"}
-FREE_ON_PREDICT = {"ckpt", "out", "data", "device", "dtype", "compile", "seed", "eval_cells", *PREDICTING, *SAMPLING,
-                   *(f.name for f in fields(data.DataConfig))}
-CHECKPOINT_MINUTES = 5
-CHECKPOINT_VERSION = 1
-
-
-def parse_config(argv=None):
-    """Command line -> Config, stored checkpoint (or None) and which of ACTIONS to do with it (or None). A new run
-    starts from the preset, --resume and --ckpt from what was stored. Unknown flags, and flags that contradict what was
-    stored, are errors."""
-    parser = data.Parser(prog=f"{METHOD}.py", description=__doc__)
-    data.add_flags(parser, Config)
-    typed = parser.parse(argv)
-    preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
-    config, state = Config(**PRESETS[preset] | typed), None
-    if config.data == "demo" and config.split == "transfer":
-        config.covariates = config.covariates or "cell_type"             # the demo has it then
-    name = [METHOD, Path(config.data).stem, Path(config.split).stem.replace(":", "_"), f"f{config.fold}-s{config.seed}"]
-    config.out = config.out or "runs/" + "-".join(name)
-    action = None
-    if config.ckpt or PREDICTING & set(typed):
-        action = next((name for name in ACTIONS if name in typed), None)
-        if not config.ckpt or not action:
-            raise DataError(f"--ckpt FILE and --{' or --'.join(ACTIONS)} belong together; to continue a run use "
-                            "--resume")
-        state, free = load_checkpoint(config.ckpt), FREE_ON_PREDICT
-        # the user's own file of controls has columns and units of its own
-        units = ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm")
-        own = {name: getattr(data.DataConfig, name) for name in units} if config.controls else {}
-        stored = own | {"out": "pred.h5ad"} | typed
-    elif config.resume:
-        ckpt = Path(config.out, "ckpt.pt")
-        if not ckpt.exists():
-            raise DataError(f"--resume: {ckpt} does not exist; start without --resume, or name the run's folder, --out")
-        state, free = load_checkpoint(ckpt), FREE_ON_RESUME
-        stored = {"stop_at": 0, "time_limit": 0.0} | typed | {"out": config.out}
-    if state:
-        for name in set(typed) - free:
-            if state["config"][name] != typed[name]:
-                raise DataError(f"--{name.replace('_', '-')} {typed[name]}: this run was started with "
-                                f"{state['config'][name]}; drop the flag, or start another run with --out")
-        config = Config(**state["config"] | stored)
-        if config.resume and 0 < config.stop_at <= state["step"]:
-            raise DataError(f"--stop-at {config.stop_at}: the run is at step {state['step']} already; stop later")
-    if min(config.steps, config.batch_size, config.cells) < 1 or config.lr <= 0 or config.eval_cells < 2:
-        raise DataError("--steps, --batch-size, --lr and --cells must be positive, --eval-cells at least 2")
-    if min(config.seed, config.stop_at, config.time_limit, config.eval_every) < 0:
-        raise DataError("--seed, --stop-at, --time-limit and --eval-every must not be negative")
-    check(config)
-    return config, state, action
-
+# ---------------------------------------------------------------- run section, the same text in all four methods
 
 class Run:
-    """Configuration, device, precision, processes and folder of this run; later its dataset and panel."""
+    """What is not the method: device, precision, processes, random numbers, the log line, the checkpoint."""
 
     def __init__(self, config):
-        self.config, self.out, self._compiled, self.dataset, self.panel = config, Path(config.out), {}, None, None
+        self.config, self.out = config, Path(config.out)
+        self.device = data.pick_device(config.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.began, self.signal, self.handlers = self.rank == 0, time.perf_counter(), 0, {}
-        name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        except RuntimeError:
-            raise DataError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
+        self.signal, self.capped, self.trained, self.functions = 0, 0, 0.0, {}
         cuda = self.device.type == "cuda"
-        if self.device.type not in ("cpu", "cuda"):
-            raise DataError(f"--device {name}: not supported; use cpu, cuda or cuda:N")
-        if cuda and self.device.index >= torch.cuda.device_count():
-            raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and cuda and torch.cuda.is_bf16_supported(False))
         self.compile = cuda if config.compile is None else config.compile
-        if cuda:
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        if self.world > 1:
-            # the others wait while the first process validates
+        if self.world > 1:                      # the others wait while the first process validates
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
 
-    def listen(self):
-        """Until deafen(), Ctrl-C and the SIGTERM of a cluster that wants its machine back end training after a step."""
-        if not self.handlers and not self.signal:
-            self.handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    def say(self, text, end="\n"):
+        if self.rank == 0:
+            print(text, end=end, flush=True)
 
-    def interrupt(self, number, _):
-        self.signal = number
-        self.deafen()                           # a second one ends at once
-
-    def deafen(self):
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def wrap(self, model):
         """The model to call in training: distributed over processes, compiled if asked."""
@@ -634,355 +532,137 @@ class Run:
         return torch.compile(model) if self.compile else model
 
     def compiled(self, function):
-        """A function compiled once, for sampling, which runs it many times."""
-        return self._compiled.setdefault(function.__qualname__, torch.compile(function)) if self.compile else function
+        """A function of sampling, compiled once if asked."""
+        if self.compile:
+            return self.functions.setdefault(function.__qualname__, torch.compile(function))
+        return function
 
-    def say(self, text):
-        if self.main:
-            print(text, flush=True)
+    def resume(self, state, parts, stage="training", steps=0, cells=0):
+        """Begin a stage of training, from a checkpoint of it if there is one; returns the last step that was done.
+        steps: of the stage (0: --steps); cells: per step and process (0: --batch-size)."""
+        self.stage, self.steps = stage, steps or self.config.steps
+        self.cells = (cells or self.config.batch_size) * self.world
+        for name, part in parts.items() if state else ():
+            part.load_state_dict(state["parts"][name])
+        self.before = state["seconds"] if state else self.trained
+        self.began = self.logged = self.saved = time.perf_counter()
+        self.sums, self.counted, self.due, self.shown = 0.0, 0, self.began + data.FIRST_LINE, False
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        return state["step"] if state else 0
 
-    def write_json(self, name, content):
-        if self.main:
-            with data.atomic(self.out / name) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n")
+    def interrupt(self, number, _):
+        self.signal = number
+        self.say("\nsaving after this step")
+        signal.signal(number, self.handlers[number])                     # a second one ends at once
 
+    def start(self, step):
+        """Before a step: its random numbers follow from (seed, stage, step, process); a checkpoint needs none."""
+        torch.manual_seed(data.seed_of(self.config.seed, self.stage, step, self.rank))
 
-class Progress:
-    """Status line, log.jsonl and the clock. Losses stay on the device between log lines: no sync in a step.
-
-    The steps of a stage go from first + 1 to last; the main stage's from 1 to --steps, those of a stage before it
-    (name 'pretraining step') end at 0."""
-
-    def __init__(self, run, start, seconds, cells_per_step, first=0, last=None, name="step"):
-        self.run, self.cells, self.before, self.name = run, cells_per_step, seconds, name
-        self.first, self.steps = first, run.config.steps if last is None else last
-        self.every = max(1, min(100, (self.steps - first) // 100))
-        self.began = self.last = self.saved = time.perf_counter()
-        self.last_step, self.sums, self.log = start, torch.zeros(()), run.out / "log.jsonl"
-        if run.main and self.log.exists():      # lines written after the checkpoint will be written again
-            lines = [x for x in self.log.read_text().splitlines() if x.endswith("}") and json.loads(x)["step"] <= start]
-            with data.atomic(self.log) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
-        run.listen()
-
-    def seconds(self):
-        """Seconds of training so far, over all resumed parts."""
-        return self.before + time.perf_counter() - self.began
-
-    def note(self, step, values):
-        if not self.run.main:
-            return
-        try:
-            with open(self.log, "a") as handle:
-                handle.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise DataError(f"{self.log}: cannot be written ({error.strerror}); free some space and go on with "
-                            "--resume") from None
-
-    def update(self, step, **losses):
-        self.sums = self.sums + torch.stack([v.detach() for v in losses.values()])
-        if step % self.every and step != self.steps:
-            return
-        n, now = step - self.last_step, time.perf_counter()
-        self.check_finite(step)
-        means = dict(zip(losses, (self.sums / n).tolist()))              # the only sync
-        speed = n * self.cells / (now - self.last)
-        self.sums, self.last, self.last_step = torch.zeros_like(self.sums), now, step
-        self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 4)})
-        left = data.clock((self.steps - step) * self.cells / speed)
-        losses = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-        line = f"{self.name} {step - self.first}/{self.steps - self.first}  {losses}  {speed:,.0f} cells/s  " \
-            f"{data.clock(self.seconds())} elapsed  {left} left"
-        if self.run.main and sys.stdout.isatty():
-            print(f"\r{line}\033[K", end="\n" if step == self.steps else "", flush=True)
-        elif (step - self.first) % (10 * self.every) == 0 or step == self.steps:
-            self.run.say(line)
-
-    def check_finite(self, step):
-        """Before a log line and before a checkpoint: a diverged model is never saved over a good one."""
-        if not torch.isfinite(self.sums).all():
-            good = self.run.out / "ckpt.pt"
-            raise DataError(f"training diverged before step {step}: the loss is not finite. " + (
-                f"{good} holds the last good checkpoint; " if good.exists() else "")
-                + "start again with a lower --lr and another --out")
-
-    def should_stop(self, step):
-        """A signal, --time-limit or --stop-at reached. Several processes agree on the first two every few steps."""
-        limit = 60 * self.run.config.time_limit
-        stop = self.run.signal or (1 if limit and time.perf_counter() - self.run.began > limit else 0)
-        if self.run.world > 1:
-            if step % min(10, self.every):      # torchrun kills what has not ended after 30 seconds
-                return 0 < step == self.run.config.stop_at
-            flag = torch.tensor([self.run.signal, stop], device=self.run.device)
+    def finish(self, step, parts, **losses):
+        """After a step: now and then a log line, a line on the console and a checkpoint; all three at the end of the
+        stage and on a signal. Until then the losses stay on the device."""
+        self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
+        self.counted += 1
+        agree = self.world == 1 or step % 10 == 0                        # all processes end at the same step
+        if self.world > 1 and agree:
+            flag = torch.tensor(self.signal, device=self.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.run.signal, stop = flag.tolist()
-        return stop > 0 or 0 < step == self.run.config.stop_at
-
-    def checkpoint_due(self):
-        if due := time.perf_counter() - self.saved >= 60 * CHECKPOINT_MINUTES:
+            self.signal = flag.item()
+        stop, now = self.signal and agree, time.perf_counter()
+        last = stop or step == self.steps
+        show, save = last or now > self.due, last or now > self.saved + data.CHECKPOINT_SECONDS
+        if not show and not save and step % max(1, min(100, self.steps // 100)):
+            return
+        values = dict(zip(losses, (self.sums / self.counted).tolist()))  # the only wait for the device
+        if not all(map(math.isfinite, values.values())):
+            raise DataError(f"training diverged before step {step}: the loss is not finite. Start again with a lower "
+                            f"--lr and another --out; if there is a checkpoint in {self.out}, it is from before")
+        seconds = (now - self.logged) / self.counted                     # per step
+        values["cells_per_s"] = round(self.cells / seconds, 1)
+        self.trained = self.before + now - self.began
+        self.log(step, values)
+        if show:
+            self.say(data.status(self, step, values, seconds), "\n" if last or not sys.stdout.isatty() else "")
+            self.shown, self.due = True, now + data.NEXT_LINE
+        if save and self.rank == 0:
+            data.save_checkpoint(self, METHOD, step, parts)
             self.saved = time.perf_counter()
-        return due
+        self.sums, self.counted, self.logged = 0.0, 0, time.perf_counter()
+        if last:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        if stop:
+            self.say(f"stopped at step {step} of {self.steps} ({self.stage}); go on with: python {METHOD}.py --out "
+                     f"{self.out} --resume")
+            sys.exit(128 + self.signal)
 
-    def stopped(self, step):
-        """After the checkpoint of an unfinished run: say how to go on, and end."""
-        self.run.deafen()
-        start = f"torchrun --nproc-per-node {self.run.world}" if self.run.world > 1 else "python"
-        self.run.say(f"\nstopped at {self.name} {step - self.first} of {self.steps - self.first}; go on with: {start} "
-                     f"{METHOD}.py --out {self.run.out} --resume")
-        sys.exit(128 + self.run.signal if self.run.signal else 0)
+    def log(self, step, values):
+        if self.rank == 0:
+            stage = {} if self.stage == "training" else {"stage": self.stage}
+            with data.writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **stage, "seconds": round(self.trained, 4), **values}) + "\n")
 
-
-@torch.no_grad()
-def follow(ema, model, decay):
-    """One step of the average of a model's weights."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def save_checkpoint(run, step, seconds, saved, sampler):
-    """One dict of tensors and plain types, written beside the old checkpoint and renamed over it."""
-    if not run.main:
-        return
-    rng = {"torch": torch.get_rng_state(), "sampler": sampler.get_state()}
-    if run.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(run.device)
-    state = {"method": METHOD, "version": CHECKPOINT_VERSION, "config": asdict(run.config), "step": step, "rng": rng,
-             "seconds": seconds, "panel": asdict(run.panel), "split": run.dataset.split, "world": run.world,
-             "saved": {name: part.state_dict() for name, part in saved.items()}}
-    with data.atomic(run.out / "ckpt.pt") as temporary:
-        torch.save(state, temporary)
+    def validate(self, step, model):
+        """Scores of the validation conditions, for console and log; training's random numbers are not touched."""
+        if self.rank == 0 and self.dataset.part("val"):
+            model.eval()
+            cells = predict(self, model, self.dataset.sizes("val", min(self.config.eval_cells, 100)),
+                            self.dataset.control_cells("val"), self.panel.eval_genes)
+            model.train()
+            scores = metrics.quick_score(self.dataset, cells, "val", self.config.seed)
+            self.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            self.log(step, {"val": scores})
 
 
-def load_checkpoint(path):
-    """A checkpoint of this method, or a DataError that says what else it is."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        method, version = state["method"], state.get("version")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such checkpoint; it is called ckpt.pt in a run's folder") from None
-    except Exception as error:                  # torch.load raises many types on damaged files
-        raise DataError(f"{path}: no checkpoint, or damaged ({type(error).__name__}); give a run's ckpt.pt") from None
-    if method != METHOD:
-        raise DataError(f"{path}: is a checkpoint of {method}, not of {METHOD}; run {method}.py")
-    if version != CHECKPOINT_VERSION:
-        raise DataError(f"{path}: is a checkpoint of version {version}, this program reads {CHECKPOINT_VERSION}; "
-                        "train again")
-    return state
-
-
-def restore(run, state, saved, sampler):
-    """Load a checkpoint into its parts and the random states; returns the step and the seconds to go on from."""
-    if not state:
-        return 0, 0.0
-    for name, part in saved.items():
-        part.load_state_dict(state["saved"][name])
-    rng, step = state["rng"], state["step"]
-    if rng["sampler"].numel() == sampler.get_state().numel():
-        sampler.set_state(rng["sampler"])
-    else:                                       # saved on another kind of device: the batches differ from here on
-        sampler.manual_seed(run.config.seed + step)
-    torch.manual_seed(run.config.seed + run.rank + run.world * step)     # dropout of the other processes
-    if run.main:
-        torch.set_rng_state(rng["torch"])
-        if run.device.type == "cuda" and "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], run.device)
-    return step, state["seconds"]
-
-
-def seed_of(group, seed):
-    """A seed per group, so that a prediction does not depend on what else is predicted."""
-    return zlib.crc32(f"{group} {seed}".encode())
-
-
-def predict_part(run, model, part, most, **options):
-    """{group: (n, E)}: every condition of a part, as many cells as it really has (at most `most`), from controls.
-
-    Each process predicts its share of the conditions; the first gets all, the others none."""
-    out, names, began = {}, run.dataset.part(part), time.perf_counter()
-    groups = names[run.rank::run.world]
-    for i, group in enumerate(groups):
-        seed, n = seed_of(group, run.config.seed), min(len(run.dataset.rows[group]), most)
-        control = run.dataset.control_rows[part][group.partition("@")[2]]
-        control = run.dataset.X[data.pick_rows(control, n, seed)].toarray()
-        out[group] = generate(model, run, group, control, run.panel.eval_genes, seed, **options)
-        if sys.stdout.isatty() and run.main:
-            left = data.clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
-            print(f"\rpredicted {i + 1}/{len(groups)} {part} conditions  {left} left\033[K", end="", flush=True)
-    if run.world > 1:
-        shares = [None] * run.world if run.main else None
-        dist.gather_object(out, shares)
-        out = {group: cells for share in shares or () for group, cells in share.items()}
-    return {group: out[group] for group in names if group in out}
-
-
-def score(run, pred, part, control, **options):
-    """metrics.evaluate on the evaluation genes, against the real cells of the part."""
-    real = run.dataset.populations(part, run.panel.eval_genes)
-    return metrics.evaluate(pred, real, control, run.panel.eval_names(), seed=run.config.seed, **options)
-
-
-def validate(run, model):
-    """Scores of the validation conditions, for the console and the log."""
-    if not run.dataset.part("val"):
-        return {}
-    model.eval()
-    pred = predict_part(run, model, "val", min(run.config.eval_cells, 100))
-    model.train()
-    if not run.main:
-        return {}
-    control = run.dataset.controls("val", run.panel.eval_genes)
-    result = score(run, pred, "val", control, keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
-    run.say("\nvalidation  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
-    return {"val": result}
-
-
-def evaluate(run, model, seconds):
-    """Predict and score every test condition; write pred.h5ad and metrics.json; print the table."""
-    config, began = run.config, time.perf_counter()
-    preds = {name: predict_part(run, model, "test", config.eval_cells, **options)
-             for name, options in variants(config).items()}
-    if not run.main:
-        return
-    pred = preds.pop("")
-    control = run.dataset.controls("test", run.panel.eval_genes)
-    data.write_populations(run.out / "pred.h5ad", pred, control, run.panel.eval_names(), config.covariates, METHOD)
-    train = run.dataset.populations("train", run.panel.eval_genes)
-    result = score(run, pred, "test", control, train=train)
-    rows = metrics.result_rows(result, METHOD)
-    for name, cells in preds.items():
-        other = score(run, cells, "test", control, train=train, floors=False)
-        result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
-        at = 1 + max(i for i, (row, _) in enumerate(rows) if row.startswith(METHOD))
-        rows.insert(at, (METHOD + name, other["aggregate"]))
-    took = time.perf_counter() - began
-    memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np, scipy, h5py)}
-    run.write_json("metrics.json", {
-        "method": METHOD, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
-        "seconds": round(seconds + took, 1), "peak_memory_mb": round(memory), "config": asdict(config),
-        "versions": versions, **result})
-    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {data.clock(seconds)}, "
-          f"evaluated in {data.clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
-    print(metrics.format_table(rows))
-    for note in result["info"]["notes"]:
-        print(f"note: {note}")
-
-
-def predict(run, state):
-    """--predict: cells of any conditions, from the control cells of --data or of --controls, written to --out."""
-    config, panel = run.config, run.panel
-    if run.out.exists():
-        raise DataError(f"--out {run.out}: exists; choose another name, or remove it")
-    if run.world > 1:
-        raise DataError("--predict runs in one process; start it with python")
-    names, untrained = known(panel, config)
-    asked = []
-    for text in config.predict:
-        condition, _, covariate = text.partition("@")
-        parts = sorted({p for p in condition.split("+") if p in names or not data.is_control_label(p)})
-        for name in parts:
-            if name not in names:
-                close = difflib.get_close_matches(name, names, 3)
-                advice = f"did you mean {', '.join(close)}" if close else "check its spelling"
-                raise DataError(f"--predict {text}: the model does not know '{name}', which was not in its training "
-                                f"file; {advice}")
-            if name in untrained:
-                run.say(f"note: '{name}' was in no training condition: its embedding is untrained")
-        if not parts:
-            raise DataError(f"--predict {text}: names no perturbation; control cells are real, not predicted")
-        asked.append(("+".join(parts), covariate))
-    control = own_controls(run)
-    for condition, covariate in asked:
-        if covariate and covariate not in control:
-            raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; there are "
-                            f"{', '.join(sorted(control))}")
-    model = load_model(config, panel, state["saved"]).to(run.device).eval()
-    columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
-    pred = {}
-    for condition, covariate in asked:
-        for value in [covariate] if covariate else sorted(control):
-            group = data.group_name(condition, value)
-            seed = seed_of(group, config.seed)
-            start = data.pick_rows(control[value], config.cells, seed)
-            pred[group] = generate(model, run, group, start, columns, seed)
-            run.say(f"predicted {group}: {config.cells:,} cells, {len(columns):,} genes")
-    control = {v: x[:, columns] for v, x in control.items()}
-    data.write_populations(run.out, pred, control, [panel.genes[i] for i in columns], config.covariates, METHOD)
-    run.say(f"wrote {run.out}: predicted cells and the control cells, log1p CP10k")
-
-
-def own_controls(run):
-    """{covariate: (n, G)} control cells on the panel's genes, of --controls or of the training file."""
-    if run.config.controls:
-        return data.read_controls(run.config.controls, run.config, run.panel.genes)
-    dataset = data.load_run(run.config, run.device)
-    if list(dataset.genes) != run.panel.genes:
-        raise DataError(f"{run.config.data}: gives other genes than the model was trained on; it has changed. Name the "
-                        "training file with --data, or your own control cells with --controls")
-    return dataset.controls("test")
-
-
-def start_or_resume(run, state):
-    """Load the data, check that a resumed run still has the same, write what is known before training."""
-    config, out = run.config, run.out
-    unfinished = ("config.json", "split.json", "log.jsonl")  # what a run leaves that ended before its first checkpoint
-    others = [p.name for p in out.iterdir() if p.name not in unfinished] if out.is_dir() else []
-    if run.main and not state and (others or out.is_file()):
-        raise DataError(f"{out}: already holds {', '.join(others[:3]) or 'a file'}; go on with --resume, choose "
-                        "another --out, or remove it")
-    run.say(f"{METHOD} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; {run.device}, "
-            f"{'bf16' if run.bf16 else 'tf32' if run.device.type == 'cuda' else 'fp32'}"
-            f"{', compiled' if run.compile else ''}; folder {out}")
-    run.dataset = dataset = data.load_run(config, run.device)
-    run.panel = dataset.panel()
-    for note in dataset.source.notes:
-        run.say(f"note: {note}")
-    if state and (asdict(run.panel), dataset.split) != (state["panel"], state["split"]):
-        raise DataError(f"--resume: {config.data} and --split {config.split} no longer give the genes, conditions and "
-                        f"parts of the run in {out}: a file has changed; restore it, or start another run with --out")
-    if state and run.world != state["world"]:   # the batch of all processes together stays what it was
-        for name in PER_PROCESS:
-            total = state["config"][name] * state["world"]
-            if total % run.world:
-                raise DataError(f"--resume: the run in {out} had --{name.replace('_', '-')} {state['config'][name]} in "
-                                f"each of {state['world']} processes; {run.world} processes cannot share {total}")
-            setattr(config, name, total // run.world)
-        check(config)
-    test = {p for g in dataset.part("test") for p in g.partition("@")[0].split("+")}
-    if untrained := sorted(known(run.panel, config)[1] & test):
-        run.say(f"note: {len(untrained)} test perturbations were in no training condition "
-                f"({', '.join(untrained[:5])}): their embeddings are untrained")
-    dataset.prepare_sampling()
-    run.write_json("config.json", asdict(config))
-    run.write_json("split.json", dataset.split)
+def predict(run, model, sizes, controls, columns, **options):
+    """Cells {group: (n, E)} of the groups {group: n}, from control cells {covariate: (m, G)}, for columns (E,) of the
+    panel: for validation, test and --predict. No group's cells depend on the others."""
+    out = {}
+    for group, n in sizes.items():
+        seed = data.seed_of(group, run.config.seed)
+        start = data.pick_rows(controls[group.partition("@")[2]], n, seed)
+        cells = generate(model, run, group, start, columns, seed, **options)
+        out[group], capped = data.as_measured(cells, run.panel, columns)
+        run.capped += capped
+        if sys.stdout.isatty():
+            run.say(f"\rpredicted {len(out)} of {len(sizes)} conditions\033[K", "\n" if len(out) == len(sizes) else "")
+    return out
 
 
 def main(argv=None):
-    """Command line: train and evaluate a run, go on with one, or predict from one."""
+    """Command line: train and score a run, go on with one, or use its checkpoint."""
     with data.clean_errors():
-        config, state, action = parse_config(argv)
+        config, state = data.parse_run(METHOD, __doc__, Config, PRESETS, SAMPLING, argv)
+        check(config)
         run = Run(config)
-        if action:
+        if config.ckpt and not config.predict:
+            return other_use(run, state)
+        if config.ckpt:
             run.panel = data.Panel(**state["panel"])
-            return ACTIONS[action](run, state)
-        try:
-            start_or_resume(run, state)
-            began = time.perf_counter()
-            model = train(run, state)
-            evaluate(run, model, (state["seconds"] if state else 0) + time.perf_counter() - began)
-        except RuntimeError as error:
-            if run.world == 1 or not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise
-            raise DataError(f"process {run.rank}: another process of this run has ended; go on from the last "
-                            f"checkpoint in {run.out} with --resume") from None
-        finally:
-            run.deafen()
-            if run.world > 1:
-                dist.destroy_process_group()
+            sizes, controls, columns = data.open_prediction(config, state, run.panel, known(run.panel), run.device)
+            model = load_model(config, run.panel, state["parts"]).to(run.device).eval()
+            cells = predict(run, model, sizes, controls, columns)
+            data.write_populations(run.out, cells, controls, run.panel, columns, config.covariates, METHOD)
+            return run.say(f"wrote {run.out}: {len(cells)} predicted conditions and the control cells, log1p CP10k")
+        if data.finished(config, state):
+            return metrics.show(run.out)
+        run.say(f"{METHOD} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
+                f"{config.preset}, {config.steps:,} steps; {run.device}, {'bf16' if run.bf16 else 'fp32'}"
+                f"{', compiled' if run.compile else ''}; folder {run.out}")
+        run.dataset, run.panel = data.open_run(config, state, run.device, run.say, run.rank == 0)
+        model = train(run, state)
+        if run.world > 1:
+            dist.destroy_process_group()
+        if run.rank == 0:
+            sizes, controls = run.dataset.sizes("test", config.eval_cells), run.dataset.control_cells("test")
+            rows = {name: predict(run, model, sizes, controls, run.panel.eval_genes, **options)
+                    for name, options in variants(config).items()}
+            data.write_populations(run.out / "pred.h5ad", rows[""], controls, run.panel, run.panel.eval_genes,
+                                   config.covariates, METHOD)
+            metrics.report(run, METHOD, rows)
 
-# ------------------------------------------------------------------ end of plumbing
-
-ACTIONS = {"predict": predict}          # what --ckpt can be used for, by the flag that asks for it
+# ---------------------------------------------------------------- end of the run section
 
 if __name__ == "__main__":
     main()

@@ -850,7 +850,7 @@ def test_populations_written_and_read_back(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "pred.h5ad"
     pred = {"KLF1@CD4+ T, naive": rng.random((4, 3)) * 3, "KLF1+MAP2K6@B": rng.random((2, 3)) * 3}
     control = {"CD4+ T, naive": rng.random((3, 3)) * 3, "B": rng.random((5, 3)) * 3}
-    data.write_populations(path, pred, control, GENES[:3], "cell_type ", "scdfm")
+    data.write_populations(path, pred, control, panel_of(GENES), [0, 1, 2], "cell_type ", "scdfm")
     cells = data.read_cells(path, data.DataConfig(covariates="cell_type", lognorm=True))
     names = [data.group_name(c, v) for c, v in zip(cells.condition, cells.covariate)]
     for name, values in [*pred.items(), *((f"control@{v}", x) for v, x in control.items())]:

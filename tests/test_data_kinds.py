@@ -85,7 +85,7 @@ def test_a_control_label_that_is_a_gene_too(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ one or several
 
-ONE = ["1S,3R-RSL-3", "N,N-Dimethyltryptamine", "(+)-JQ1", "JQ1_1e+05", "Trifluridine; Tipiracil", "STAT1_1", "CD4+ T",
+ONE = ["1S,3R-RSL-3", "N,N-Dimethyltryptamine", "(+)-JQ1", "JQ1_1e+05 nM", "Trifluridine; Tipiracil", "STAT1_1", "CD4+ T",
        "Vitamin B12, hydroxo", "Na+/K+-ATPase inhibitor", "KLF1_P1P2", "KLF1_+_53715438.23-P1P2", "A|B-13", "KLF1_2"]
 
 
@@ -377,7 +377,7 @@ def test_covariates_with_commas_are_different_groups(tmp_path):
     assert panel.one_hot(loaded.groups).sum(1).tolist() == [2] * 4
     back = tmp_path / "pred.h5ad"
     pred = {g: loaded.cells(g) for g in loaded.groups if not g.startswith("control")}
-    data.write_populations(back, pred, loaded.controls(), loaded.genes, "a,b", "x")
+    data.write_populations(back, pred, loaded.controls(), panel, np.arange(len(loaded.genes)), "a,b", "x")
     assert sorted(set(read(back, covariates="a,b").pairs)) == sorted(loaded.source.pairs)
 
 

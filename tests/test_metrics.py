@@ -69,7 +69,8 @@ def small_case(n_genes=90, sizes=(40, 25, 33, 30, 28), seed=3):
             for i, (c, n) in enumerate(zip(names, sizes))}
     trained = ["g00", "g01", "g03", "g04", "absent", "g21"]           # 'absent' is no gene of the panel
     train = {p: cells(rng, 30 + i, base, effect[p]) for i, p in enumerate(trained)}
-    return dict(pred=pred, real=real, control=cells(rng, 70, base), genes=genes, train=train)
+    return dict(pred=pred, real=real, control=cells(rng, 70, base), genes=genes, train=train,
+                keys="all")
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def slow_sinkhorn(cost, epsilon, iterations=3000):
     return float((u[:, None] * kernel * v * cost).sum())
 
 
-def slow_scores(pred, real, control, genes, train):
+def slow_scores(pred, real, control, genes, train, keys):
     """{condition: {key: value}} by scipy and loops."""
     names, c = list(pred), control.astype(float).mean(0)
     q, m = ({k: x.astype(float).mean(0) for k, x in side.items()} for side in (pred, real))
@@ -263,7 +264,8 @@ def oracle():
     real, pred = data.read_cells(ORACLE / "real.h5ad"), data.read_cells(ORACLE / "pred.h5ad")
     populations = [{c: x.X[x.condition == c] for c in set(x.condition) - {"control"}} for x in (pred, real)]
     control = real.X[real.condition == "control"]
-    result = metrics.evaluate(*populations, control, real.genes, train_mean=real.uns["train_pert_mean"], floors=False)
+    result = metrics.evaluate(*populations, control, real.genes, train_mean=real.uns["train_pert_mean"], floors=False,
+                              keys="all")
     return result, json.loads((ORACLE / "expected.json").read_text())["metrics"]
 
 
@@ -587,7 +589,7 @@ def test_order_of_cells_genes_and_conditions_does_not_matter(case, result):
 
     control, names = case["control"][rng.permutation(70)][:, genes], [case["genes"][i] for i in genes]
     other = metrics.evaluate(shuffled(case["pred"]), shuffled(case["real"]), control, names, shuffled(case["train"]),
-                             floors=False)
+                             "all", floors=False)
     for c, values in result["per_condition"].items():
         for key, value in values.items():
             assert close(value, other["per_condition"][c][key], 1e-5), (c, key)
@@ -668,7 +670,7 @@ def test_mean_floor_is_a_point_mass_at_the_centroid_mean(case, result):
     centroid = np.mean([x.mean(0, dtype=float) for x in case["train"].values()], axis=0).astype(np.float32)
     pred = {c: np.tile(centroid, (len(x), 1)) for c, x in case["pred"].items()}
     expected = floor_as_prediction(case, pred)
-    assert all(close(result["floors"]["mean"][k], expected[k], 1e-6) for k in metrics.KEYS)
+    assert all(close(result["floors"]["mean"][k], expected[k], 1e-6) for k in metrics.KEYS if not k.endswith("_rank"))
     assert expected["pearson_delta_hat"] is None                      # it is the reference itself
 
 
@@ -798,7 +800,8 @@ def covariate_case():
     a, b = small_case(seed=3), small_case(seed=4)
     joined = {k: {f"{c}@{v}": x for v, half in (("one", a), ("two", b)) for c, x in half[k].items()}
               for k in ("pred", "real", "train")}
-    return dict(**joined, control={"one": a["control"], "two": b["control"]}, genes=a["genes"]), a, b
+    return dict(**joined, control={"one": a["control"], "two": b["control"]}, genes=a["genes"],
+                keys="all"), a, b
 
 
 def test_covariates_are_scored_each_against_its_own_control_and_ranked_apart():
@@ -862,14 +865,14 @@ def test_undefined_conditions_are_left_out_and_counted(case):
 
 
 def test_intervals_are_those_of_a_bootstrap_over_conditions(case):
-    result = metrics.evaluate(**case, keys=["l2"], floors=False, bootstrap=20000)
+    result = metrics.evaluate(**changed(case, keys=["l2"]), floors=False, bootstrap=20000)
     values = [v["l2"] for v in result["per_condition"].values()]
     means = np.random.default_rng(0).choice(values, (20000, 5)).mean(axis=1)
     assert result["ci95"]["l2"] == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=0.005)
 
 
 def test_keys_select_what_is_computed(case, result):
-    some = metrics.evaluate(**case, keys=["mmd_rank", "l2", "overlap_at_n"], bootstrap=0)
+    some = metrics.evaluate(**changed(case, keys=["mmd_rank", "l2", "overlap_at_n"]), bootstrap=0)
     assert list(some["aggregate"]) == ["l2", "overlap_at_n", "mmd_rank"] == list(some["floors"]["mean"])
     assert some["aggregate"]["l2"] == result["aggregate"]["l2"] and some["ci95"]["l2"] is None
     assert some["aggregate"]["mmd_rank"] == result["aggregate"]["mmd_rank"]
@@ -898,17 +901,50 @@ def test_compare_is_the_signed_rank_test():
     assert metrics.compare(a, {"aggregate": {}, "per_condition": {}}, "l2") is None
 
 
+def test_default_keys_are_all_but_the_mmd_ranks(case, result):
+    default = metrics.evaluate(**changed(case, keys=None))
+    assert list(default["aggregate"]) == [k for k in metrics.KEYS if k not in ("mmd_rank", "mmd_pca30_rank")]
+    assert default["aggregate"] == {k: result["aggregate"][k] for k in default["aggregate"]}
+    assert default["replicate"]["rmse_rank"] is not None
+    for floor, n_valid in zip(default["floors"].values(), default["floors_n_valid"].values()):  # ranks cost, tell little
+        assert floor["rmse_rank"] is None and n_valid["rmse_rank"] == 0 and floor["pds"] is not None
+    assert default["score_vs_floor"]["rmse_rank"] is None
+
+
 def test_table(result):
-    text = metrics.format_table(metrics.result_rows(result, "ours"), ci=result["ci95"])
+    text = metrics.format_table(metrics.result_rows(result, "ours"), ci=result["ci95"], width=160)
     lines = text.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [*metrics.FLOORS, "ours", "95%", "95%", "replicate", "vs"]
+    assert [line.split()[0] for line in lines[1:-1]] == [*metrics.FLOORS, "ours", "95%", "95%", "replicate", "vs"]
     assert "l2↓" in lines[0] and "pearson_delta_hat_top20↑" in lines[0] and "-" in lines[2].split()
-    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 160
+    assert len({len(line) for line in lines[:-1]}) == 1 and len(lines[0]) <= 160
     assert f"{result['aggregate']['l2']:.3f}" in lines[5] and f"{result['ci95']['l2'][0]:.3f}" in lines[6]
-    everything = metrics.format_table(metrics.result_rows(result, "ours"), list(metrics.KEYS))
-    assert max(map(len, everything.splitlines())) <= 160
-    assert all(f"{k}{v.arrow}" in everything for k, v in metrics.KEYS.items())
     assert metrics.format_table([("x", {})], ["l2"]).split() == ["l2↓", "x", "-"]
+    assert metrics.format_table([("x", {"l2": 1.0})]).split() == ["l2↓", "x", "1.000"]    # what nobody measured
+
+
+@pytest.mark.parametrize("width", [20, 60, 100, 1000])
+def test_table_fits_the_width_and_says_what_it_leaves_out(result, width):
+    rows = metrics.result_rows(result, "ours")
+    *lines, last = metrics.format_table(rows, list(metrics.KEYS), width=width, rest="there").splitlines()
+    if width == 1000:
+        assert last.startswith("vs floor") and len(lines[0].split()) == len(metrics.KEYS)
+    else:
+        assert max(map(len, lines)) <= width and lines[0].split()[0] == "l2↓"
+        assert last == f"{len(metrics.KEYS) - len(lines[0].split())} more metrics in there"
+
+
+def test_table_is_as_wide_as_the_terminal(result, monkeypatch):
+    rows = metrics.result_rows(result, "ours")
+    for columns in (70, 150):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert metrics.format_table(rows) == metrics.format_table(rows, width=columns)
+
+
+def test_scores_between_floor_and_replicate_are_cut_where_they_mean_nothing():
+    versus = {"l2": -9.99, "mse": -9.991, "mae": 1.5, "rmse": 1.51, "pds": 0.05}
+    lines = metrics.format_table([("ours", versus), ("vs floor", versus)], list(versus)).splitlines()
+    assert lines[1].split() == ["ours", "-9.990", "-9.991", "1.500", "1.510", "0.0500"]
+    assert lines[2].split() == ["vs", "floor", "-9.990", "<-10", "1.500", ">1.5", "0.0500"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -925,6 +961,95 @@ def test_table(result):
 def test_inputs_that_do_not_fit(case, change, message):
     with pytest.raises(ValueError, match=message):
         metrics.evaluate(**{**case, **change(case)})
+
+
+# -------------------------------------------------------------------------------- the report of a run
+
+class Run:
+    """What report() asks of a data.Dataset, on the small case with its genes from the last to the first."""
+    def __init__(self, case):
+        self.genes, self.eval_genes, self.case = case["genes"], np.arange(90)[::-1], case
+
+    def populations(self, part, genes):
+        return {c: x[:, genes] for c, x in self.case["real" if part == "test" else "train"].items()}
+
+    def controls(self, part, genes):
+        return self.case["control"][:, genes]
+
+
+@pytest.fixture
+def reported(case, tmp_path, capsys):
+    """The folder of a reported run, its predicted cells, and what was printed."""
+    config = data.RunConfig(data="file.h5ad", split="additive", seed=5)
+    pred = {c: x[:, ::-1] for c, x in case["pred"].items()}
+    other = [(" (raw)", {c: x[:, ::-1] for c, x in case["real"].items()})]
+    metrics.report(tmp_path, "ours", config, Run(case), pred, 3661.2, 2048, other, ["said on the way"])
+    return tmp_path, pred, capsys.readouterr().out
+
+
+def test_report_writes_scores_and_prints_the_table(case, result, reported):
+    folder, _, text = reported
+    written = json.loads((folder / "metrics.json").read_text())
+    assert sorted(p.name for p in folder.iterdir()) == ["genes.tsv", "metrics.json"]
+    assert all(close(value, result["aggregate"][k]) for k, value in written["aggregate"].items())
+    given = {"method": "ours", "data": "file.h5ad", "split": "additive", "fold": 0, "seed": 5, "peak_memory_mb": 2048}
+    assert {k: written[k] for k in given} == given and written["seconds"] >= 3661.2
+    assert written["config"]["seed"] == 5 and {"python", "torch", "numpy"} <= set(written["versions"])
+    assert written["info"]["notes"][-1] == "said on the way" and "note: said on the way" in text
+    assert written["variants"][" (raw)"]["aggregate"]["l2"] == 0 and "per_gene" not in written
+    assert "5 test conditions, 90 genes; trained and scored in 1:01:0" in text and "2,048 MB" in text
+    rows = [line[:10].strip() for line in text.splitlines()]
+    assert rows[rows.index("additive"):][:5] == ["additive", "ours", "ours (raw)", "replicate", "vs floor"]
+    assert max(map(len, text.splitlines()[3:12])) <= 120 and "more metrics in metrics.json" in text
+
+
+def test_show_prints_the_stored_table_again(reported, capsys):
+    metrics.show(reported[0])
+    assert capsys.readouterr().out == reported[2]
+
+
+def test_genes_tsv_holds_what_happens_to_every_gene(case, reported):
+    header, *lines = (reported[0] / "genes.tsv").read_text().splitlines()
+    assert header.split("\t") == ["condition", "gene", "control_mean", "pred_mean", "real_mean", "pred_lfc", "real_lfc",
+                                  "real_p_adjusted"]
+    rows = [line.split("\t") for line in lines]
+    assert [r[0] for r in rows] == sorted(c for c in case["real"] for _ in range(90))
+    c = case["control"].mean(0, dtype=float)
+    for condition, x in case["real"].items():
+        mine = {r[1]: [float(v) for v in r[2:]] for r in rows if r[0] == condition}
+        table = np.array([mine[g] for g in case["genes"]]).T
+        q, m = case["pred"][condition].mean(0, dtype=float), x.mean(0, dtype=float)
+        p = [stats.mannwhitneyu(x[:, g], case["control"][:, g], method="asymptotic").pvalue for g in range(90)]
+        expected = [c, q, m, np.log2((np.expm1(q) + 1e-9) / (np.expm1(c) + 1e-9)),
+                    np.log2((np.expm1(m) + 1e-9) / (np.expm1(c) + 1e-9)),
+                    stats.false_discovery_control(np.nan_to_num(p, nan=1.0))]
+        assert table == pytest.approx(np.array(expected), rel=1e-4, abs=1e-5)
+        listed = [float(r[-1]) for r in rows if r[0] == condition]
+        assert listed == sorted(listed)
+
+
+def test_report_runs_no_test_twice(case, tmp_path, monkeypatch):
+    tested = []
+    once = metrics.rank_sum_test
+    monkeypatch.setattr(metrics, "rank_sum_test", lambda x, control: tested.append(len(x)) or once(x, control))
+    metrics.evaluate(**changed(case, keys=None), floors=False)
+    alone = len(tested)
+    table = metrics.evaluate(**changed(case, keys=None), floors=False, per_gene=True)["per_gene"]
+    assert len(tested) == 2 * alone and set(table) == set(case["real"])
+
+
+@pytest.mark.parametrize("name", ["genes.tsv", "metrics.json"])
+def test_report_that_cannot_be_written(case, tmp_path, name):
+    (tmp_path / name).mkdir()                                          # a folder is in the way
+    with pytest.raises(data.DataError, match=name):
+        metrics.report(tmp_path, "ours", data.RunConfig(), Run(case), case["pred"], 1.0, None)
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_quick_score_is_a_part_of_the_evaluation(case, result):
+    pred = {c: x[:, ::-1] for c, x in case["pred"].items()}
+    score = metrics.quick_score(Run(case), pred, "test", 0)
+    assert score == {k: pytest.approx(result["aggregate"][k]) for k in ("l2", "pearson_delta", "e_distance")}
 
 
 # -------------------------------------------------------------------------------- command line
@@ -972,11 +1097,13 @@ def test_command_line_scores_two_files(files, case, result, capsys, tmp_path):
                               "--out", out)
     assert code == 0 and not error
     assert "l2↓" in text and "replicate" in text and "95% from" in text and "vs floor" in text
+    assert f"more metrics in {out}" in text
     assert "1 conditions are not predicted" in text and "2 genes are not in the prediction" in text
     written = json.loads(out.read_text())
     assert [p.name for p in out.parent.iterdir()] == ["metrics.json"]
-    for key in metrics.KEYS:
-        assert close(written["aggregate"][key], result["aggregate"][key], 1e-6), key
+    assert set(written["aggregate"]) == set(metrics.KEYS) - set(metrics.MMD_RANKS)
+    for key, value in written["aggregate"].items():
+        assert close(value, result["aggregate"][key], 1e-6), key
         assert close(written["floors"]["additive"][key], result["floors"]["additive"][key], 1e-6), key
 
 
@@ -1059,7 +1186,7 @@ def test_covariates_on_the_command_line(case, capsys, tmp_path):
     assert code == 0, error
     written, expected = json.loads((tmp_path / "m.json").read_text()), metrics.evaluate(**both)
     assert set(written["per_condition"]) == set(both["pred"])
-    assert all(close(written["aggregate"][k], expected["aggregate"][k], 1e-6) for k in metrics.KEYS)
+    assert all(close(value, expected["aggregate"][k], 1e-6) for k, value in written["aggregate"].items())
     write_both(tmp_path / "half.h5ad", both["real"] | {"control@one": both["control"]["one"]})
     code, _, error = score(capsys, tmp_path / "pred.h5ad", tmp_path / "half.h5ad", "--covariates", "cell_type")
     assert code == 2 and "no control cells of two" in error
