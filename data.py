@@ -1074,6 +1074,8 @@ def _scale(X, config, where, notes, check=True):
     if low < 0 and check:
         raise DataError(f"{where}: holds negative values (lowest {low:.3g}): scaled or centred data cannot be used; "
                         "choose the layer with raw counts or log-normalised values with --layer")
+    if low < 0:
+        notes.append(f"holds values below 0, the lowest {low:.3g}, which measured cells cannot have")
     above = f"{outside:,} of {stored:,} values are above {LOG_MAX:g}, the highest {high:.6g}"
     if config.lognorm:
         if outside or integer:

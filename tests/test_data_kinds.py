@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import data
-from test_data import (GENES, LABELS, ROOT, TEXT, categorical, column_file, conditions, make_counts, refused, sparse,
-                       text, write_file, write_frame)
+from test_data import (GENES, LABELS, TEXT, categorical, column_file, conditions, log_cp10k, make_counts, panel_of,
+                       refused, sparse, text, write_file, write_frame)
 
 
 def read(path, **flags):
@@ -85,8 +85,9 @@ def test_a_control_label_that_is_a_gene_too(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ one or several
 
-ONE = ["1S,3R-RSL-3", "N,N-Dimethyltryptamine", "(+)-JQ1", "JQ1_1e+05 nM", "Trifluridine; Tipiracil", "STAT1_1", "CD4+ T",
-       "Vitamin B12, hydroxo", "Na+/K+-ATPase inhibitor", "KLF1_P1P2", "KLF1_+_53715438.23-P1P2", "A|B-13", "KLF1_2"]
+ONE = ["1S,3R-RSL-3", "N,N-Dimethyltryptamine", "(+)-JQ1", "JQ1_1e+05 nM", "Trifluridine; Tipiracil", "STAT1_1",
+       "CD4+ T", "Vitamin B12, hydroxo", "Na+/K+-ATPase inhibitor", "KLF1_P1P2", "KLF1_+_53715438.23-P1P2", "A|B-13",
+       "KLF1_2"]
 
 
 @pytest.mark.parametrize("label", ONE)
@@ -246,6 +247,23 @@ def test_features_that_are_no_genes(tmp_path, key, other, backed):
     assert cells.genes == GENES[:26] and np.array_equal(cells.X[np.arange(60)].toarray(), X[:, :26])
     assert cells.file_shape == (60, 26)
     noted(cells, "left out 4 features", other, key)
+
+
+def test_controls_of_the_user(tmp_path):
+    """By gene name, which an Ensembl index keeps in a column; genes that the file lacks are at their training mean."""
+    X, wanted = make_counts(60), ["GENE3", "KLF1"]
+    columns = [GENES.index(g) for g in wanted]
+    path = write_file(tmp_path / "file.h5ad", X, ["a"] * 60, key="batch", obs={"type": ["B", "T"] * 30})
+    found, missing = data.read_controls(path, data.DataConfig(covariates="type"), panel_of(wanted))
+    assert np.allclose(found["T"], log_cp10k(X)[1::2, columns], rtol=2e-6) and len(missing) == 0   # all are controls
+    ensembl = [f"ENSG{i}" for i in range(len(GENES))]
+    write_file(path, X, LABELS, index=ensembl, var={"gene_name": GENES})
+    found, missing = data.read_controls(path, data.DataConfig(), panel_of(["GENE3", "ABC", "KLF1"]))
+    assert np.allclose(found[""][:, [0, 2]], log_cp10k(X)[:20, columns], rtol=2e-6)
+    assert list(missing) == [1] and np.all(found[""][:, 1] == 0.5)
+    write_file(path, X, LABELS, index=ensembl, var={"symbols of ours": GENES})
+    with pytest.raises(data.DataError, match="lacks 2 of the model's 2 genes .GENE3, KLF1.; .* with --gene-key"):
+        data.read_controls(path, data.DataConfig(), panel_of(wanted))
 
 
 def test_gene_names_are_a_guess_with_a_note(tmp_path):
@@ -418,6 +436,8 @@ def test_predictions_may_leave_the_range(tmp_path, high, scale):
 def test_predictions_in_other_units(tmp_path):
     path = write_file(tmp_path / "file.h5ad", make_counts(60), LABELS)
     assert data.read_cells(path, check=False).scale == "counts"
+    write_file(path, np.log1p(make_counts(60)) - 0.1, LABELS)
+    noted(data.read_cells(path, check=False), "below 0, the lowest -0.1")
     write_file(path, make_counts(60) * 97.3, LABELS)                        # normalised, not logged
     with pytest.raises(data.DataError, match="--counts .* --lognorm"):
         data.read_cells(path, check=False)
