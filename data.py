@@ -758,12 +758,12 @@ def _transposed(X):
 _JOINT = re.compile(r"[\s+;|,_]*[+;|,_][\s+;|,_]*")
 # the plus of A+B and A + B, but not of CD4+ T, Na+/K+, 1e+05 or GENE_+_12345.1
 _PLUS = re.compile(r"(?<=[^\s+_/])(?: \+ |(?:(?<!\d[eE])|(?=\+\D))\+)(?=[^\s+_/\-])")
-# what may follow the word for a control, perhaps several times: _1, -00001, _rep2, _24hr, sg3, _0.1%
-_MARK = r"[-_. #:]*(?:replicate|rep|sgrna|grna|guide|sg|batch|lane|day|[rgdt])?[-_. #:]*\d+(?:\.\d+)?" \
+# what may follow the word for a control, a few times: _1, -00001, _rep2, _24hr, sg3, _0.1%
+_MARK = r"[-_. #:]*(?:replicate|rep|sgrna|grna|guide|sg|batch|lane|day|[rgdt])?[-_. #:]*\d+(?!\d)" \
         r"(?: ?(?:hours|hour|hrs|hr|h|days|day|d|mins|min|[nuµm]M|%))?"
-_MARKS = re.compile(f"(?:{_MARK})+", re.I)
+_MARKS = re.compile(f"(?:{_MARK}){{1,4}}", re.I)
 _CONTROL_WORDS = "|".join(re.sub("[-_]", "[-_ ]?", word) for word in CONTROL_LABELS)
-_CONTROL = re.compile(f"(?:sg[-_ ]?)?(?:{_CONTROL_WORDS})(?:{_MARK})*", re.I)
+_CONTROL = re.compile(f"(?:sg[-_ ]?)?(?:{_CONTROL_WORDS})(?:{_MARK}){{0,4}}", re.I)
 
 
 def is_control_label(token):
@@ -859,11 +859,14 @@ class LabelRules:
             return [part.strip() for part in parts if part.strip()]
         parts = self._known_parts(label)
         if parts is None:
-            for left, right in _cuts(label, _PLUS):
-                sides = [self._known_parts(left) or [left], self.tokens(right)]
-                if all(self._knows(part) or re.search(r"[^\W\d_]", part) for side in sides for part in side):
-                    return [part for side in sides for part in side]
-        return parts or ([label] if label else [])
+            parts, start = [], 0
+            for left, right in [*_cuts(label, _PLUS), (label, "")]:
+                part = self._bare(label[start:len(left)])
+                parts += self._known_parts(part) or [part]
+                start = len(label) - len(right)
+            if not all(self._knows(part) or re.search(r"[^\W\d_]", part) for part in parts):
+                parts = [label]                 # 05 is no name
+        return [part for part in parts if part]
 
     def canonical(self, label, dose=""):
         """'ctrl+B_A' -> 'A+B'; 'control' when only controls are named; '' for a missing label."""

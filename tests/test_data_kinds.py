@@ -115,6 +115,14 @@ def test_evidence_splits_a_label(tmp_path, label, wanted):
         noted(cells, "read 1 labels as several perturbations", label, "--separator none")
 
 
+@pytest.mark.parametrize("label", ["NT_" + "0" * 60 + "x", "1+" * 60 + "1", "NT" + "1d" * 60 + "x", "A_" * 60 + "?",
+                                   "NT_1." * 60 + "x", "_" * 300 + "x" + " " * 300 + "y"])
+def test_no_label_takes_long(label):
+    began = time.process_time()
+    assert data.LabelRules([label, "A"], {"A"}).tokens(label)
+    assert time.process_time() - began < 1
+
+
 def test_a_flag_fixes_the_separator(tmp_path):
     path = column_file(tmp_path / "file.h5ad", {"condition": ["DMSO", "KLF1", "MAP2K6", "KLF1_MAP2K6", "KLF1+MAP2K6"]})
     whole = ["control", "KLF1", "MAP2K6"]
