@@ -150,7 +150,7 @@ def _open(path):
             if is_other(file):
                 raise DataError(f"{path}: {message}")
         if not {"obs", "var"} <= set(file):
-            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(file), 8)}): obs, var and X "
+            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(map(str, file)), 8)}): obs, var and X "
                             "are expected; save it as .h5ad")
         yield file
 
@@ -339,7 +339,7 @@ def _length(frame):
 def _leaves(group, depth=4):
     """Names of the columns or matrices below a group: one whose name holds slashes is stored as nested groups."""
     names = []
-    for key in group:
+    for key in (key for key in group if isinstance(key, str)):     # h5py gives names that are no text as bytes
         node = group.get(key)
         nested = isinstance(node, h5py.Group) and depth and not len(node.attrs)
         if nested and not any(parts <= set(node) for parts in ({"codes", "categories"}, {"values", "mask"})):

@@ -233,6 +233,19 @@ def test_columns_whose_names_hold_slashes(tmp_path):
     assert np.array_equal(read(path, pert_key="drug/name", layer="raw/counts").X.toarray(), X)
 
 
+def test_names_that_are_no_text(tmp_path, capsys):
+    path = write_file(tmp_path / "file.h5ad", make_counts(60), LABELS)
+    with h5py.File(path, "a") as file:
+        for name in (b"x\xff", b"obs/x\xff", b"layers/x\xff"):
+            file.create_dataset(name, data=np.zeros(60))
+    assert list(read(path).condition) == LABELS
+    with pytest.raises(data.DataError, match="it has none"):
+        read(path, layer="x")
+    with h5py.File(path, "a") as file:
+        del file["obs"]
+    assert "is HDF5 but not AnnData" in refused(capsys, tmp_path, path)
+
+
 @pytest.mark.parametrize("name", ["uns", "layers", "layers/counts", "raw", "uns/x", "obs/empty", "obsm"])
 def test_null_datasets_are_nothing(tmp_path, name):
     X = make_counts(60)
