@@ -150,8 +150,9 @@ def _open(path):
             if is_other(file):
                 raise DataError(f"{path}: {message}")
         if not {"obs", "var"} <= set(file):
-            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(map(str, file)), 8)}): obs, var and X "
-                            "are expected; save it as .h5ad")
+            there = _listed(sorted(map(str, file)), 8)
+            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {there}): obs, var and X are expected; save it "
+                            "as .h5ad")
         yield file
 
 
