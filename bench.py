@@ -328,7 +328,9 @@ class Job:
 
 def preset_of(config):
     """The size that the methods will take: demo or paper."""
-    return config.preset or ("demo" if config.data == "demo" else "paper")
+    if config.preset:
+        return config.preset
+    return "demo" if config.data == "demo" else "paper"
 
 
 def asked_methods(config):
@@ -341,22 +343,18 @@ def asked_methods(config):
             texts.append(text)
     out = {}
     for text in texts:
-        name, *extra = shlex.split(text) or [""]
-        if name.endswith(".py"):
-            if not Path(name).is_file():
-                raise DataError(f"--methods {text}: no such script; give its path, or a name: {', '.join(METHODS)}")
-            script, flags = Path(name).resolve(), []
-        elif name in METHODS:
-            file, *flags = shlex.split(METHODS[name])
+        name, *flags = shlex.split(text) or [""]
+        script = Path(name).resolve()
+        if name in METHODS:
+            file, *own = shlex.split(METHODS[name])
             script = HERE / file
-        else:
-            raise DataError(f"--methods {text}: unknown method {name}; choose all, none, a script's path or "
+            if preset_of(config) == "demo":
+                own += shlex.split(DEMO.get(name, ""))
+            flags = own + flags
+        elif not name.endswith(".py") or not script.is_file():
+            raise DataError(f"--methods {text}: no method and no script; choose all, none, the path of a script or "
                             f"{', '.join(METHODS)}")
-        if preset_of(config) == "demo":
-            flags += shlex.split(DEMO.get(name, ""))
-        if text in out:
-            raise DataError(f"--methods {text}: is asked for twice")
-        out[text] = script, flags + extra
+        out[text] = script, flags
     return out
 
 
@@ -492,16 +490,15 @@ def read_pred(text, dataset, config):
     """Name and {group: (n, E)} of one --pred NAME=FILE: the test conditions and the evaluation genes, by name."""
     name, _, file = text.partition("=")
     genes, cells = metrics.read_prediction(file, config)
-    where = {gene: i for i, gene in enumerate(genes)}
     names = [dataset.genes[i] for i in dataset.eval_genes]
-    missing = [gene for gene in names if gene not in where]
+    columns = data.match_genes(genes, names)
+    missing = [gene for gene, column in zip(names, columns) if column < 0]
     absent = [group for group in dataset.part("test") if group not in cells]
     for what, of, lacking in (("evaluation genes", len(names), missing),
                               ("test conditions", len(dataset.part("test")), absent)):
         if lacking:
             raise DataError(f"--pred {text}: lacks {len(lacking)} of the {of} {what} ({', '.join(lacking[:4])}); "
                             "predict all, or score the file alone with metrics.py")
-    columns = [where[gene] for gene in names]
     return name, {group: cells[group][:, columns] for group in dataset.part("test")}
 
 
@@ -853,6 +850,7 @@ def plot(config, out, rows, good, dataset):
             pred[job.name] = predicted_cells(job, dataset)[condition].toarray()
     methods = [name for name, row in rows.items() if row["kind"] == "method"]
     families = list(dict.fromkeys(family(name) for name in methods))
+    methods.sort(key=lambda name: families.index(family(name)))
     color = {name: COLORS[families.index(family(name)) % len(COLORS)] for name in methods}
     color |= {name: KINDS[rows[name]["kind"]] for name in pred if name not in color}
     names = [dataset.genes[i] for i in genes]
@@ -1032,7 +1030,7 @@ def measure(script, flags, preset, path, device, steps, folder):
     log = training_log(run)
     result = json.loads((run / "metrics.json").read_text())
     ms = [1e3 * (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log[2:], log[3:])]
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = data.pick_device(device)
     bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported(False)
     row = {"preset": preset, "device": str(where), "dtype": "bf16" if bf16 else "fp32",
            "first_step_s": round(log[0]["seconds"], 2), "ms_per_step": round(float(np.median(ms)), 2),
@@ -1061,9 +1059,11 @@ def measure(script, flags, preset, path, device, steps, folder):
 
 def speed(config):
     """Print the table of --speed; the last line is one JSON object. Returns the exit code."""
-    cuda = (config.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+    cuda = data.pick_device(config.device).type == "cuda"
     asked = asked_methods(config)
-    presets = [config.preset] if config.preset else ["demo", "paper"] if cuda else ["demo"]
+    presets = [config.preset or "demo"]
+    if cuda and not config.preset:
+        presets.append("paper")
     large = Path("runs/speed-5000.h5ad")
     if "paper" in presets and not large.exists():
         data.simulate(large, cells=20_000, genes=5_000)
@@ -1075,9 +1075,10 @@ def speed(config):
             with tempfile.TemporaryDirectory() as folder:
                 row = measure(script, flags, preset, path, config.device, 400 if cuda else 40, Path(folder))
             result["methods"].append({"method": text, **row})
-            print(f"{text} {preset}: {row['ms_per_step']:g} ms/step (quartiles {row['ms_quartiles'][0]:g} to "
-                  f"{row['ms_quartiles'][1]:g}), first step after {row['first_step_s']:g} s, {row['cells_per_s']:g} cells/s, "
-                  f"{row['peak_memory_mb']} MB, {row['gflop_per_step']:g} GFLOP/step, "
+            low, high = row["ms_quartiles"]
+            print(f"{text} {preset}: {row['ms_per_step']:g} ms/step (quartiles {low:g} to {high:g}), first step after "
+                  f"{row['first_step_s']:g} s, {row['cells_per_s']:g} cells/s, {row['peak_memory_mb']} MB, "
+                  f"{row['gflop_per_step']:g} GFLOP/step, "
                   f"{100 * row['utilisation']:.0f}% of {row['device_gflops']:g} GFLOP/s; sampling "
                   f"{row['sampled_cells_per_s'] or '-'} cells/s", flush=True)
     print(json.dumps(result))
@@ -1108,9 +1109,10 @@ def main(argv=None):
             if len(set(repeated)) < len(repeated):
                 raise DataError(f"{' '.join(map(str, repeated))}: something is asked for twice")
         cuda = config.device.startswith("cuda") or (not config.device and torch.cuda.is_available())
-        small = preset_of(config) == "demo" and not cuda
-        config.jobs = config.jobs or (os.cpu_count() or 1 if small else 1)
-        config.eval_cells = config.eval_cells or (100 if config.data == "demo" else 1000)
+        if not config.jobs:
+            config.jobs = os.cpu_count() or 1 if preset_of(config) == "demo" and not cuda else 1
+        if not config.eval_cells:
+            config.eval_cells = 100 if config.data == "demo" else 1000
         if config.data == "demo" and config.split == "transfer":
             config.covariates = config.covariates or "cell_type"
         sys.exit(speed(config) if config.speed else bench(config))
