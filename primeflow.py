@@ -47,6 +47,7 @@ Deviations from paper (P) or guided-diffusion (GD), and what P leaves open (numb
 import contextlib
 import copy
 import datetime
+import itertools
 import json
 import math
 import os
@@ -83,7 +84,7 @@ class Config(data.RunConfig):
     control_split: str = "0.5,0.25,0.25"  # controls' shares in train,val,test (PerturBench)
     velocity: typing.Literal["unet", "mlp"] = "unet"        # mlp: PRiMeFlow-MLP (ablation)
     space: typing.Literal["genes", "pca"] = "genes"         # pca: the flow runs in principal components (ablation)
-    coupling: typing.Literal["independent", "ot"] = "independent"  # ot: control cells as source, matched (ablation)
+    coupling: typing.Literal["independent", "control", "ot"] = "independent"  # control cells as source; ot: matched (ablation)
     width: int = 256                # D, base channels of the U-Net; features of value and time (paper)
     multipliers: tuple[int, ...] = (1, 2, 2, 4, 4)  # channels per level, in D; a level halves the genes (paper)
     blocks: int = 2                 # residual blocks per level (paper)
@@ -104,6 +105,10 @@ class Config(data.RunConfig):
     weight_decay: float = 0.0       # of Adam, as L2 (paper)
     warmup: int = 0                 # steps of linear warm-up (paper: none given)
     cosine: bool = False            # let the learning rate fall to 0 over --steps (paper: none given)
+    effect_readout: bool = False    # a linear map from condition and time to the genes, added to the velocity (ours)
+    standardise: bool = False       # centre covariates on their controls, divide by the gene's deviation (ours)
+    control_profile: bool = False   # a covariate is known by the similarity of its controls, not by its name (ours)
+    balanced: bool = False          # draw conditions alike, not by their cells (ours)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none, as in the paper
     recompute: bool = False         # recompute activations in the backward pass: slower, far less memory
     guidance: tuple[float, ...] = (1.0, 3.0, 5.0)  # w; the first is the method, the others are further rows (paper)
@@ -139,6 +144,7 @@ PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4
     steps=1500, batch_size=32, accumulate=1, lr=1e-2, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
     control_split="", width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1, dropout=0.0, hidden=256,
     mlp_layers=(2, 2, 2, 2), ot_cells=16, guidance=(1.0, 3.0), ode_steps=10, eval_cells=100)}
+SD_MIN = 0.01
 SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
 other_use = None                        # what --ckpt is for besides --predict
 
@@ -315,39 +321,72 @@ class MLPVelocity(nn.Module):
 
 class Space(nn.Module):
     """The coordinates of the flow: log1p expression of the G genes, or S principal components over one scale, chosen
-    so that their mean variance is that of the noise."""
+    so that their mean variance is that of the noise. --standardise centres each covariate on its control cells and
+    divides by the standard deviation of the gene first.
+
+    control (V, G) has the mean control cell of each of the V combinations of covariates."""
 
     def __init__(self, config, panel):
         super().__init__()
         G = len(panel.genes)
-        self.pca = config.space == "pca"
+        self.pca, self.standardise = config.space == "pca", config.standardise
         self.size = min(config.pcs, G) if self.pca else G
+        self.covariates = [",".join(values) for values in itertools.product(*panel.covariates.values())]
+        V = len(self.covariates)
+        self.register_buffer("control", torch.zeros(V, G))
+        self.register_buffer("trained", torch.zeros(V, dtype=torch.bool))       # has perturbed training cells
+        self.register_buffer("mean", torch.zeros(G))
+        self.register_buffer("sd", torch.ones(G))
         if self.pca:
-            self.register_buffer("mean", torch.zeros(G))
             self.register_buffer("loadings", torch.zeros(G, self.size))
             self.register_buffer("scale", torch.ones(()))
 
     def fit(self, dataset):
-        """PCA of training cells and training controls."""
+        """From training cells and training controls."""
+        X, rows = dataset.X, dataset.fit_rows
+        total, square = data.gene_moments(X, rows)
+        mean = total / len(rows)
+        variance = np.maximum(square / len(rows) - mean ** 2, 0)
+        self.control.copy_(torch.from_numpy(mean))
+        for covariate, controls in dataset.control_rows["train"].items():
+            average = data.gene_moments(X, controls)[0] / len(controls)
+            self.control[self.covariates.index(covariate)] = torch.from_numpy(average)
+        for group in dataset.part("train"):
+            self.trained[self.covariates.index(group.partition("@")[2])] = True
+        if self.standardise:
+            self.sd.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=SD_MIN))
         if not self.pca:
             return
-        X, rows = dataset.X, dataset.fit_rows
+        self.mean.copy_(torch.from_numpy(mean))
         if len(rows) <= self.size:
             raise DataError(f"--pcs {self.size}: there are {len(rows)} training cells; use fewer components")
         basis = metrics.fit_pca(lambda: (X[block].toarray() for block in data.row_blocks(X, rows)), self.size)
-        total, square = data.gene_moments(X, rows)
-        variance = np.sum(square / len(rows) - (total / len(rows)) ** 2)
-        self.mean.copy_(torch.from_numpy(basis.mean))
         self.loadings.copy_(torch.from_numpy(basis.loadings.copy()))
-        self.scale.fill_(math.sqrt(variance * basis.explained.mean()))   # root mean eigenvalue
+        self.scale.fill_(math.sqrt(variance.sum() * basis.explained.mean()))     # root mean eigenvalue
 
-    def encode(self, x):
-        """(n, G) log1p CP10k -> (n, S)."""
-        return (x - self.mean) @ self.loadings / self.scale if self.pca else x
+    def centre(self, profile):
+        """Origin of the cells of a covariate, from its mean control cell: (n, G) -> (n or 1, G)."""
+        return profile if self.standardise else self.mean[None]
 
-    def decode(self, z):
-        """(n, S) -> (n, G) log1p CP10k."""
-        return z * self.scale @ self.loadings.T + self.mean if self.pca else z
+    def encode(self, x, profile):
+        """x (n, G) log1p CP10k, profile (n or 1, G) their mean control cells -> (n, S)."""
+        z = (x - self.centre(profile)) / self.sd
+        return z @ self.loadings / self.scale if self.pca else z
+
+    def decode(self, z, profile):
+        """(n, S), profile (n or 1, G) -> (n, G) log1p CP10k."""
+        z = z * self.scale @ self.loadings.T if self.pca else z
+        return z * self.sd + self.centre(profile)
+
+    def similarity(self, profile):
+        """profile (n, G) -> (n, V): a one-hot for a covariate with perturbed training cells; another one is a mixture
+        of those, weighted by exp(-4 (d / median d)^2), d the distance of the mean control cells."""
+        known = self.control[self.trained]
+        distance = (profile[:, None] - self.control).norm(dim=2)                 # (n, V)
+        unit = torch.pdist(known).median() if len(known) > 1 else distance.new_ones(())
+        same = (distance == 0) & self.trained
+        near = torch.softmax((-4 * (distance / unit).square()).masked_fill(~self.trained, -torch.inf), dim=1)
+        return torch.where(same.any(dim=1, keepdim=True), same.float(), near)
 
 
 class PRiMeFlow(nn.Module):
@@ -355,8 +394,9 @@ class PRiMeFlow(nn.Module):
 
     def __init__(self, config, panel):
         super().__init__()
-        self.width, self.space = config.width, Space(config, panel)
-        columns = len(panel.perturbations) + sum(map(len, panel.covariates.values()))
+        self.width, self.space, self.profile = config.width, Space(config, panel), config.control_profile
+        columns = len(panel.perturbations)
+        columns += len(self.space.covariates) if self.profile else sum(map(len, panel.covariates.values()))
         if config.velocity == "unet":
             self.net = UNetVelocity(self.space.size, config)
             E = 4 * config.width                                         # GD: two layers, no dropout
@@ -368,15 +408,25 @@ class PRiMeFlow(nn.Module):
             self.time = mlp([config.width] + [E] * n_time, config.dropout)
             self.condition = mlp([columns] + [E] * n_condition, config.dropout)
         self.null = nn.Parameter(torch.zeros(E))
+        self.readout = zeroed(nn.Linear(E, self.space.size)) if config.effect_readout else None
 
-    def time_embedding(self, t):
-        """(n,) times in [0, 1] -> (n, E)."""
-        return self.time(sinusoid(1000 * t[:, None], self.width).squeeze(-1))
+    def conditioning(self, t, hidden):
+        """t (n,) in [0, 1], hidden (n or 1, E) of the condition -> (n, F), or (n, F + S) with the effect readout."""
+        time = self.time(sinusoid(1000 * t[:, None], self.width).squeeze(-1))
+        row = self.net.conditioning(time, hidden)
+        return row if self.readout is None else torch.cat([row, self.readout(F.silu(time + hidden))], dim=1)
+
+    def velocity(self, x, row):
+        """x (B, S), row (B or 1, F [+ S]) of conditioning() -> (B, S) float32."""
+        if self.readout is None:
+            return self.net(x, row)
+        S = self.space.size
+        return self.net(x, row[:, :-S]) + row[:, -S:].float()
 
     def forward(self, x, t, c, drop):
         """x (B, S), t (B,), c (B, columns) condition, drop (B,) bool: where the null replaces it -> (B, S)."""
-        h = torch.where(drop[:, None], self.null, self.condition(c).float())
-        return self.net(x, self.net.conditioning(self.time_embedding(t), h))
+        hidden = torch.where(drop[:, None], self.null, self.condition(c).float())
+        return self.velocity(x, self.conditioning(t, hidden))
 
 
 # -------------------------------------------------------------------------------- losses
@@ -437,13 +487,13 @@ def sample(velocity, model, x, c, guidance, config):
     """Carry x (B, S) from t=0 to t=1 in K Euler steps of v_null + w (v_condition - v_null), w the guidance.
 
     x is noise (encoded control cells with --coupling ot), c (columns,) the condition of all of them. The conditioning
-    of all steps is computed at once; w = 1 needs no null. velocity: model.net.forward, compiled or not. Returns (B, S)
+    of all steps is computed at once; w = 1 needs no null. velocity: model.velocity, compiled or not. Returns (B, S)
     float32.
     """
     K = config.ode_steps
-    time = model.time_embedding(torch.arange(K, dtype=x.dtype, device=x.device) / K)
-    conditioned = model.net.conditioning(time, model.condition(c[None]).float())         # (K, F)
-    null = model.net.conditioning(time, model.null[None])
+    t = torch.arange(K, dtype=x.dtype, device=x.device) / K
+    conditioned = model.conditioning(t, model.condition(c[None]).float())        # (K, F)
+    null = model.conditioning(t, model.null[None])
     for i in range(K):
         v = velocity(x, conditioned[i:i + 1])
         if guidance != 1:
@@ -453,12 +503,25 @@ def sample(velocity, model, x, c, guidance, config):
     return x
 
 
-def condition_vector(group, panel):
-    """(columns,) float32: multi-hot of the perturbations (none for control), then a one-hot per covariate column."""
-    condition = group.partition("@")[0]
-    names = [] if condition == data.CONTROL else condition.split("+")
-    hot = torch.from_numpy(np.isin(panel.perturbations, names).astype(np.float32))
-    return torch.cat([hot, panel.one_hot([group])[0]])
+def multi_hot(condition, panel):
+    """(P,) float32: 1 for every perturbation of a condition; none for control."""
+    return torch.from_numpy(np.isin(panel.perturbations, condition.split("+")).astype(np.float32))
+
+
+def condition_vector(group, model, panel, profile):
+    """(columns,) of a group on the model's device: multi-hot of the perturbations, then its covariates: a one-hot per
+    column, or, with --control-profile, the similarity of its controls' mean, profile (1, G), to the known ones."""
+    condition = multi_hot(group.partition("@")[0], panel).to(profile.device)
+    covariates = model.space.similarity(profile) if model.profile else panel.one_hot([group]).to(profile.device)
+    return torch.cat([condition, covariates[0]])
+
+
+def profile_of(group, model, control):
+    """Mean control cell (1, G) of a group: that of training, or of the given cells (n, G) of a covariate not seen."""
+    covariate = group.partition("@")[2]
+    if covariate in model.space.covariates:
+        return model.space.control[model.space.covariates.index(covariate)][None]
+    return control.mean(dim=0, keepdim=True)
 
 
 def known(panel):
@@ -480,19 +543,21 @@ def generate(model, run, group, control, columns, seed, guidance=None):
     columns cut out. The values of the control cells are used by --coupling ot alone."""
     config, S = run.config, model.space.size
     w = config.guidance[0] if guidance is None else guidance
-    c = condition_vector(group, run.panel).to(run.device)
-    if config.coupling == "ot":
-        x = model.space.encode(torch.from_numpy(control).to(run.device))
-    else:
+    control = torch.from_numpy(control).to(run.device)
+    profile = profile_of(group, model, control)
+    c = condition_vector(group, model, run.panel, profile)
+    if config.coupling == "independent":
         generator = torch.Generator(run.device).manual_seed(seed)
         x = torch.randn(len(control), S, generator=generator, device=run.device)         # the same for any chunks
+    else:
+        x = model.space.encode(control, profile)
     widest = 24 * S * config.width if config.velocity == "unet" else 8 * (S + config.hidden)
     most = min(1000, max(1, data.room(run.device) // (4 * widest)))      # cells at once
     columns, out = torch.as_tensor(columns, device=run.device), []
     for part in x.tensor_split(math.ceil(len(x) / most)):
         with run.autocast():
-            z = sample(run.compiled(model.net.forward), model, part, c, w, config)
-        out.append(model.space.decode(z).index_select(1, columns).cpu())
+            z = sample(run.compiled(model.velocity), model, part, c, w, config)
+        out.append(model.space.decode(z, profile).index_select(1, columns).cpu())
     return torch.cat(out).numpy()
 
 
@@ -519,34 +584,39 @@ def train(run, state):
     begin, net, space = run.resume(state, parts, cells=A * B), run.wrap(model), model.space
 
     # training cells: perturbed and control alike, but controls are no targets where they are the source
-    condition = torch.stack([condition_vector(g, panel) for g in dataset.groups]).to(device)         # (groups, columns)
+    covariate = torch.tensor([space.covariates.index(v) for v in dataset.covariate], device=device)
+    condition = torch.stack([condition_vector(g, model, panel, space.control[v][None])
+                             for g, v in zip(dataset.groups, covariate.tolist())])       # (groups, columns)
     group_of = np.zeros(dataset.X.shape[0], dtype=np.int64)
     for i, g in enumerate(dataset.groups):
         group_of[dataset.rows[g]] = i
     controls = np.concatenate(list(dataset.control_rows["train"].values()))
-    cells = np.setdiff1d(dataset.fit_rows, controls) if ot else dataset.fit_rows
+    cells = dataset.fit_rows if config.coupling == "independent" else np.setdiff1d(dataset.fit_rows, controls)
+    targets = torch.from_numpy(np.unique(group_of[cells])).to(device)
     cells, group_of = torch.from_numpy(cells).to(device), torch.from_numpy(group_of).to(device)
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(cells):,} training cells, "
             f"{len(panel.genes):,} genes")
+    n = config.ot_cells if ot else 1
 
     for step in range(begin + 1, config.steps + 1):
         run.start(step)
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         for a in range(A):
-            # batch: cells at random; with OT, of the condition of each of a few cells as many as --ot-cells, matched
-            # with controls
-            rows = cells[torch.randint(len(cells), (B // config.ot_cells if ot else B,), device=device)]
-            if ot:
-                group = group_of[rows]
-                rows = dataset.draw(group, config.ot_cells)
-                source = dataset.draw(dataset.controls_for(group), config.ot_cells)
-            x1, c = space.encode(dataset.gather(rows)), condition[group_of[rows]]        # (B, S), (B, columns)
-            if ot:
-                x0 = space.encode(dataset.gather(source)).unflatten(0, (-1, config.ot_cells))
-                x0, x1 = couple(x0, x1.unflatten(0, (-1, config.ot_cells)), config.ot_epsilon)
+            # batch: n cells of each of B / n conditions, which are drawn by their cells or alike
+            if config.balanced:
+                group = targets[torch.randint(len(targets), (B // n,), device=device)]
             else:
+                group = group_of[cells[torch.randint(len(cells), (B // n,), device=device)]]
+            each = group.repeat_interleave(n, output_size=B)
+            profile = space.control[covariate[each]]                     # (B, G)
+            x1, c = space.encode(dataset.gather(dataset.draw(group, n)), profile), condition[each]
+            if config.coupling == "independent":
                 x0 = torch.randn_like(x1)
+            else:
+                x0 = space.encode(dataset.gather(dataset.draw(dataset.controls_for(group), n)), profile)
+            if ot:
+                x0, x1 = couple(x0.unflatten(0, (-1, n)), x1.unflatten(0, (-1, n)), config.ot_epsilon)
             t, drop = torch.rand(B, device=device), torch.rand(B, device=device) < config.p_null
 
             # forward in bf16 where chosen, loss in fp32; processes exchange gradients in the last pass only
