@@ -125,6 +125,8 @@ def check(config):
             raise DataError(f"--heads {config.heads}: must divide the {deepest} channels of the deepest level")
         if config.groups < 1 or config.width % config.groups:
             raise DataError(f"--groups {config.groups}: must divide --width {config.width}")
+    if config.standardise and config.space == "pca":
+        raise DataError("--space pca: components are of expression as it is; add --no-standardise")
     if len(config.mlp_layers) != 4:
         raise DataError("--mlp-layers takes four numbers: value, condition, time, decoder")
     if config.coupling == "ot" and (config.ot_cells < 1 or config.batch_size % config.ot_cells):
@@ -144,7 +146,6 @@ PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4
     steps=1500, batch_size=32, accumulate=1, lr=1e-2, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
     control_split="", width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1, dropout=0.0, hidden=256,
     mlp_layers=(2, 2, 2, 2), ot_cells=16, guidance=(1.0, 3.0), ode_steps=10, eval_cells=100)}
-SD_MIN = 0.01
 SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
 other_use = None                        # what --ckpt is for besides --predict
 
@@ -320,11 +321,11 @@ class MLPVelocity(nn.Module):
 
 
 class Space(nn.Module):
-    """The coordinates of the flow: log1p expression of the G genes, or S principal components over one scale, chosen
-    so that their mean variance is that of the noise. --standardise centres each covariate on its control cells and
-    divides by the standard deviation of the gene first.
+    """The coordinates of the flow: log1p expression of the G genes, as it is or standardised; or S principal components
+    over one scale, chosen so that their mean variance is that of the noise.
 
-    control (V, G) has the mean control cell of each of the V combinations of covariates."""
+    profiles (V, G) are the mean control cells of the V combinations of covariates: origin of their cells when
+    standardised, and what --control-profile compares."""
 
     def __init__(self, config, panel):
         super().__init__()
@@ -332,61 +333,62 @@ class Space(nn.Module):
         self.pca, self.standardise = config.space == "pca", config.standardise
         self.size = min(config.pcs, G) if self.pca else G
         self.covariates = [",".join(values) for values in itertools.product(*panel.covariates.values())]
-        V = len(self.covariates)
-        self.register_buffer("control", torch.zeros(V, G))
-        self.register_buffer("trained", torch.zeros(V, dtype=torch.bool))       # has perturbed training cells
-        self.register_buffer("mean", torch.zeros(G))
-        self.register_buffer("sd", torch.ones(G))
+        self.register_buffer("profiles", torch.zeros(len(self.covariates), G))
+        self.register_buffer("trained", torch.zeros(len(self.covariates), dtype=torch.bool))  # has perturbed cells
+        self.register_buffer("deviation", torch.ones(G))
         if self.pca:
+            self.register_buffer("mean", torch.zeros(G))
             self.register_buffer("loadings", torch.zeros(G, self.size))
             self.register_buffer("scale", torch.ones(()))
 
     def fit(self, dataset):
         """From training cells and training controls."""
         X, rows = dataset.X, dataset.fit_rows
-        total, square = data.gene_moments(X, rows)
-        mean = total / len(rows)
-        variance = np.maximum(square / len(rows) - mean ** 2, 0)
-        self.control.copy_(torch.from_numpy(mean))
         for covariate, controls in dataset.control_rows["train"].items():
-            average = data.gene_moments(X, controls)[0] / len(controls)
-            self.control[self.covariates.index(covariate)] = torch.from_numpy(average)
+            mean = data.gene_moments(X, controls)[0] / len(controls)
+            self.profiles[self.covariates.index(covariate)] = torch.from_numpy(mean)
         for group in dataset.part("train"):
             self.trained[self.covariates.index(group.partition("@")[2])] = True
-        if self.standardise:
-            self.sd.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=SD_MIN))
-        if not self.pca:
-            return
-        self.mean.copy_(torch.from_numpy(mean))
-        if len(rows) <= self.size:
-            raise DataError(f"--pcs {self.size}: there are {len(rows)} training cells; use fewer components")
-        basis = metrics.fit_pca(lambda: (X[block].toarray() for block in data.row_blocks(X, rows)), self.size)
-        self.loadings.copy_(torch.from_numpy(basis.loadings.copy()))
-        self.scale.fill_(math.sqrt(variance.sum() * basis.explained.mean()))     # root mean eigenvalue
-
-    def centre(self, profile):
-        """Origin of the cells of a covariate, from its mean control cell: (n, G) -> (n or 1, G)."""
-        return profile if self.standardise else self.mean[None]
+        total, square = data.gene_moments(X, rows)
+        variance = np.maximum(square / len(rows) - (total / len(rows)) ** 2, 0)
+        self.deviation.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=0.01))        # a silent gene stays silent
+        if self.pca:
+            if len(rows) <= self.size:
+                raise DataError(f"--pcs {self.size}: there are {len(rows)} training cells; use fewer components")
+            basis = metrics.fit_pca(lambda: (X[block].toarray() for block in data.row_blocks(X, rows)), self.size)
+            self.mean.copy_(torch.from_numpy(basis.mean))
+            self.loadings.copy_(torch.from_numpy(basis.loadings.copy()))
+            self.scale.fill_(math.sqrt(variance.sum() * basis.explained.mean()))         # root mean eigenvalue
 
     def encode(self, x, profile):
-        """x (n, G) log1p CP10k, profile (n or 1, G) their mean control cells -> (n, S)."""
-        z = (x - self.centre(profile)) / self.sd
-        return z @ self.loadings / self.scale if self.pca else z
+        """x (n, G) log1p CP10k, profile (n or 1, G) the mean control cells of their covariates -> (n, S)."""
+        if self.pca:
+            return (x - self.mean) @ self.loadings / self.scale
+        return (x - profile) / self.deviation if self.standardise else x
 
     def decode(self, z, profile):
-        """(n, S), profile (n or 1, G) -> (n, G) log1p CP10k."""
-        z = z * self.scale @ self.loadings.T if self.pca else z
-        return z * self.sd + self.centre(profile)
+        """z (n, S), profile (n or 1, G) -> (n, G) log1p CP10k."""
+        if self.pca:
+            return z * self.scale @ self.loadings.T + self.mean
+        return z * self.deviation + profile if self.standardise else z
+
+    def profile(self, covariate, control):
+        """Mean control cell (1, G): of training, or, where training has no such covariate, of the given cells (n, G)."""
+        if covariate in self.covariates:
+            return self.profiles[self.covariates.index(covariate)][None]
+        return control.mean(dim=0, keepdim=True)
 
     def similarity(self, profile):
-        """profile (n, G) -> (n, V): a one-hot for a covariate with perturbed training cells; another one is a mixture
+        """profile (1, G) -> (V,): a one-hot for a covariate that has perturbed training cells; another one is a mixture
         of those, weighted by exp(-4 (d / median d)^2), d the distance of the mean control cells."""
-        known = self.control[self.trained]
-        distance = (profile[:, None] - self.control).norm(dim=2)                 # (n, V)
-        unit = torch.pdist(known).median() if len(known) > 1 else distance.new_ones(())
+        known = self.profiles[self.trained]
+        distance = (profile - self.profiles).norm(dim=1)
         same = (distance == 0) & self.trained
-        near = torch.softmax((-4 * (distance / unit).square()).masked_fill(~self.trained, -torch.inf), dim=1)
-        return torch.where(same.any(dim=1, keepdim=True), same.float(), near)
+        if same.any():
+            return same.float()
+        unit = torch.pdist(known).median() if len(known) > 1 else 1.0
+        near = -4 * (distance / unit).square()
+        return torch.softmax(near.masked_fill(~self.trained, -torch.inf), dim=0)
 
 
 class PRiMeFlow(nn.Module):
@@ -394,9 +396,10 @@ class PRiMeFlow(nn.Module):
 
     def __init__(self, config, panel):
         super().__init__()
-        self.width, self.space, self.profile = config.width, Space(config, panel), config.control_profile
-        columns = len(panel.perturbations)
-        columns += len(self.space.covariates) if self.profile else sum(map(len, panel.covariates.values()))
+        self.width, self.control_profile = config.width, config.control_profile
+        self.space = Space(config, panel)
+        covariates = sum(map(len, panel.covariates.values()))
+        columns = len(panel.perturbations) + (len(self.space.covariates) if self.control_profile else covariates)
         if config.velocity == "unet":
             self.net = UNetVelocity(self.space.size, config)
             E = 4 * config.width                                         # GD: two layers, no dropout
@@ -503,25 +506,14 @@ def sample(velocity, model, x, c, guidance, config):
     return x
 
 
-def multi_hot(condition, panel):
-    """(P,) float32: 1 for every perturbation of a condition; none for control."""
-    return torch.from_numpy(np.isin(panel.perturbations, condition.split("+")).astype(np.float32))
-
-
 def condition_vector(group, model, panel, profile):
-    """(columns,) of a group on the model's device: multi-hot of the perturbations, then its covariates: a one-hot per
-    column, or, with --control-profile, the similarity of its controls' mean, profile (1, G), to the known ones."""
-    condition = multi_hot(group.partition("@")[0], panel).to(profile.device)
-    covariates = model.space.similarity(profile) if model.profile else panel.one_hot([group]).to(profile.device)
-    return torch.cat([condition, covariates[0]])
-
-
-def profile_of(group, model, control):
-    """Mean control cell (1, G) of a group: that of training, or of the given cells (n, G) of a covariate not seen."""
-    covariate = group.partition("@")[2]
-    if covariate in model.space.covariates:
-        return model.space.control[model.space.covariates.index(covariate)][None]
-    return control.mean(dim=0, keepdim=True)
+    """(columns,) of a group on the device of profile (1, G), its mean control cell: multi-hot of the perturbations (none
+    for control), then a one-hot per covariate column or, with --control-profile, the similarity to known covariates."""
+    names = group.partition("@")[0].split("+")
+    hot = torch.from_numpy(np.isin(panel.perturbations, names).astype(np.float32)).to(profile.device)
+    if model.control_profile:
+        return torch.cat([hot, model.space.similarity(profile)])
+    return torch.cat([hot, panel.one_hot([group])[0].to(profile.device)])
 
 
 def known(panel):
@@ -540,11 +532,11 @@ def load_model(config, panel, saved):
 def generate(model, run, group, control, columns, seed, guidance=None):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), as many as control cells (n, G) log1p CP10k, for
     columns (E,) of the panel, ascending: (n, E) float32. All genes are generated, in the order of training, and the
-    columns cut out. The values of the control cells are used by --coupling ot alone."""
+    columns cut out. The values of the control cells matter where they are the source, or their covariate is new."""
     config, S = run.config, model.space.size
     w = config.guidance[0] if guidance is None else guidance
     control = torch.from_numpy(control).to(run.device)
-    profile = profile_of(group, model, control)
+    profile = model.space.profile(group.partition("@")[2], control)
     c = condition_vector(group, model, run.panel, profile)
     if config.coupling == "independent":
         generator = torch.Generator(run.device).manual_seed(seed)
@@ -567,6 +559,7 @@ def train(run, state):
     """Train to --steps and return the model that predicts."""
     config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
     A, B, ot = config.accumulate, config.batch_size, config.coupling == "ot"
+    n = config.ot_cells if ot else 1                                     # cells of a group in a batch
 
     # model, optimiser, schedule; a resumed run takes them over, the PCA included
     torch.manual_seed(config.seed)
@@ -583,33 +576,28 @@ def train(run, state):
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     begin, net, space = run.resume(state, parts, cells=A * B), run.wrap(model), model.space
 
-    # training cells: perturbed and control alike, but controls are no targets where they are the source
+    # training groups: covariate, condition, chance to be drawn; controls are no targets where they are the source
     covariate = torch.tensor([space.covariates.index(v) for v in dataset.covariate], device=device)
-    condition = torch.stack([condition_vector(g, model, panel, space.control[v][None])
+    condition = torch.stack([condition_vector(g, model, panel, space.profiles[v][None])
                              for g, v in zip(dataset.groups, covariate.tolist())])       # (groups, columns)
-    group_of = np.zeros(dataset.X.shape[0], dtype=np.int64)
-    for i, g in enumerate(dataset.groups):
-        group_of[dataset.rows[g]] = i
-    controls = np.concatenate(list(dataset.control_rows["train"].values()))
-    cells = dataset.fit_rows if config.coupling == "independent" else np.setdiff1d(dataset.fit_rows, controls)
-    targets = torch.from_numpy(np.unique(group_of[cells])).to(device)
-    cells, group_of = torch.from_numpy(cells).to(device), torch.from_numpy(group_of).to(device)
-    run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(cells):,} training cells, "
+    cells = {g: len(dataset.rows[g]) for g in dataset.part("train")}
+    if config.coupling == "independent":
+        cells |= {data.group_name(data.CONTROL, v): len(rows) for v, rows in dataset.control_rows["train"].items()}
+    share = torch.tensor([float(cells.get(g, 0)) for g in dataset.groups], device=device)
+    if config.balanced:
+        share = share.sign()
+    run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(cells.values()):,} training cells, "
             f"{len(panel.genes):,} genes")
-    n = config.ot_cells if ot else 1
 
     for step in range(begin + 1, config.steps + 1):
         run.start(step)
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         for a in range(A):
-            # batch: n cells of each of B / n conditions, which are drawn by their cells or alike
-            if config.balanced:
-                group = targets[torch.randint(len(targets), (B // n,), device=device)]
-            else:
-                group = group_of[cells[torch.randint(len(cells), (B // n,), device=device)]]
+            # batch: n cells of each of B / n groups, which are drawn by their cells or alike
+            group = torch.multinomial(share, B // n, replacement=True)
             each = group.repeat_interleave(n, output_size=B)
-            profile = space.control[covariate[each]]                     # (B, G)
+            profile = space.profiles[covariate[each]]                     # (B, G)
             x1, c = space.encode(dataset.gather(dataset.draw(group, n)), profile), condition[each]
             if config.coupling == "independent":
                 x0 = torch.randn_like(x1)
