@@ -105,7 +105,7 @@ def test_a_gene_is_known_by_its_identity():
     """Equal values everywhere: without identities, genes far from the borders would all get the same velocity."""
     model = build(tiny(), a_panel(64))
     row = model.conditioning(torch.tensor([0.5]).double(), model.null[None])
-    assert model.velocity(torch.ones(1, 64).double(), row)[0].unique().numel() == 64
+    assert model.net(torch.ones(1, 64).double(), row)[0].unique().numel() == 64
 
 
 @pytest.mark.parametrize("velocity", ["unet", "mlp"])
@@ -288,15 +288,15 @@ def test_condition_is_multi_hot_and_control_is_empty():
 
 
 def test_effect_readout_starts_at_zero_and_adds_to_every_gene():
-    torch.manual_seed(0)
-    plain = PRiMeFlow(tiny(), a_panel())
-    torch.manual_seed(0)
-    ours = PRiMeFlow(tiny(effect_readout=True), a_panel())
-    x, t, c, keep = torch.randn(3, 20), torch.rand(3), torch.eye(3), torch.zeros(3).bool()
-    assert torch.equal(ours(x, t, c, keep), plain(x, t, c, keep))
-    torch.nn.init.normal_(ours.readout.weight)
-    hidden = ours.time(primeflow.sinusoid(1000 * t[:, None], 16).squeeze(-1)) + ours.condition(c)
-    torch.testing.assert_close(ours(x, t, c, keep) - plain(x, t, c, keep), F.silu(hidden) @ ours.readout.weight.T)
+    model = PRiMeFlow(tiny(effect_readout=True), a_panel())
+    x, t, c = torch.randn(3, 20), torch.rand(3), torch.eye(3)
+    drop = torch.tensor([False, False, True])
+    before = model(x, t, c, drop)
+    assert not before.any()                                         # as the U-Net's head starts at zero too
+    torch.nn.init.normal_(model.effect.weight)
+    after = model.effect.weight.T.detach().clone()
+    after[2] = 0                                                    # the null condition has no effect
+    torch.testing.assert_close(model(x, t, c, drop), after, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -310,7 +310,7 @@ def test_guided_sampling_equals_the_plain_loop(velocity, readout, w):
 
     def seen(x, row):
         shapes.add((*x.shape, *row.shape))
-        return model.velocity(x, row)
+        return model.net(x, row)
     got = sample(seen, model, x, c, w, config)
     assert len(shapes) == 1                                         # one shape to compile, with guidance too
     y, rows = x, c.expand(6, -1)
@@ -320,7 +320,7 @@ def test_guided_sampling_equals_the_plain_loop(velocity, readout, w):
             v, null = (model(y, t, rows, torch.full((6,), drop)) for drop in (False, True))
             y = y + (null + w * (v - null)) / 5
     torch.testing.assert_close(got, y, rtol=1e-5, atol=1e-5)        # the velocity is float32
-    one = sample(model.velocity, model, x, c, 1.0, config)
+    one = sample(model.net.forward, model, x, c, 1.0, config)
     assert torch.allclose(got, one, atol=1e-5) == (w == 1)
 
 
@@ -384,7 +384,7 @@ def test_flow_learns_both_modes_of_a_conditional_distribution():
         schedule.step()
     for condition in (0, 1):
         c = F.one_hot(torch.tensor(condition), 2).float()
-        got = sample(model.velocity, model.eval(), torch.randn(400, G), c, 1.0, config)
+        got = sample(model.net.forward, model.eval(), torch.randn(400, G), c, 1.0, config)
         where = (got - base[condition]) @ axis / axis.square().sum()               # 0 in one mode, 1 in the other
         mode = where > 0.5
         assert 0.3 < mode.float().mean() < 0.7 and ((where - 0.5).abs() < 0.2).float().mean() < 0.15  # a mean: 1
