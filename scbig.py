@@ -78,6 +78,7 @@ class Config(data.RunConfig):
     ppi_info: str = ""              # STRING protein.info, which names the proteins of --ppi
     pathways: str = ""              # .gmt, .gmt.gz or .gmt.zip (paper: Reactome)
     pert_embeddings: str = ""       # as --gene-embeddings, of perturbed genes or drugs (paper: ESM2, ChemBERTa)
+    schedule: typing.Literal["constant", "cosine"] = "constant"         # of both stages (official); cosine: ours
     # modules
     clustering: typing.Literal["grc", "kmeans", "unordered"] = "grc"    # the others are ablations
     modules: int = 32               # K (paper)
@@ -104,8 +105,11 @@ class Config(data.RunConfig):
     sigma: float = 0.5              # noise on the path (official)
     corr_weight: float = 0.1        # eq. 9, module correlation (paper); 0 removes it (ablation)
     path_weight: float = 0.1        # eq. 9, pathway transport (paper); 0 removes it (ablation)
+    path_iterations: int = 100      # of its Sinkhorn plan (paper A.1.2; official 50)
     structure_conditions: int = 3   # conditions per structure loss (official)
     structure_cells: int = 64       # cells of each (official)
+    additive: bool = False          # ours: a linear map of the perturbations' sum, from zero, is part of the velocity
+    residual: bool = False          # ours: what the autoencoder loses of a control cell is given to the generated cell
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none (official)
     ode_steps: int = 10             # midpoint steps, in the structure losses and in sampling
     analyse: bool = False           # with --ckpt: write the attention that each module receives, per test condition
@@ -284,20 +288,20 @@ def sinkhorn(cost, epsilon, iterations, columns=None, tolerance=0.0):
     with torch.autocast(cost.device.type, enabled=False):
         kernel = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon
         n, m = kernel.shape[-2:]
-        b = kernel.new_full((m,), 1 / m) if columns is None else columns.to(kernel)
-        f = kernel.new_zeros(*kernel.shape[:-1], 1)
+        column = kernel.new_full((m,), n / m) if columns is None else n * columns.to(kernel)
+        log_column, f = column.log(), kernel.new_zeros(*kernel.shape[:-1], 1)
         for i in range(0, iterations, 10):
-            g = b.log() - (kernel + f).logsumexp(-2, keepdim=True)                   # (..., 1, m)
-            f = -math.log(n) - (kernel + g).logsumexp(-1, keepdim=True)              # (..., n, 1)
-            plan = (kernel + f + g).exp()
+            g = log_column - (kernel + f).logsumexp(-2, keepdim=True)                # (..., 1, m)
+            f = -(kernel + g).logsumexp(-1, keepdim=True)                            # (..., n, 1)
+            plan = (kernel + f + g).exp()                                            # times n: its rows sum to 1
             u, v = torch.ones_like(f), torch.ones_like(g)
             for _ in range(min(10, iterations - i) - 1):
-                v = b / (u.mT @ plan)
-                u = 1 / (n * (plan @ v.mT))
+                v = column / (u.mT @ plan)
+                u = (plan @ v.mT).reciprocal()
             f, g = f + u.log(), g + v.log()
-            if tolerance and ((kernel + f + g).exp().sum(-2) - b).abs().sum(-1).max() < tolerance:
+            if tolerance and ((kernel + f + g).exp().sum(-2) - column).abs().sum(-1).max() < n * tolerance:
                 break
-        return (kernel + f + g).exp()
+        return (kernel + f + g).exp() / n
 
 
 def kmeans(x, K, seed=42, restarts=10, iterations=300):
@@ -502,6 +506,7 @@ class Flow(nn.Module):
         self.query = nn.Parameter(torch.randn(d))
         self.kv = nn.Linear(256 if config.dose_key else p, 2 * d, bias=False)
         self.pooled = nn.Linear(d + covariates, 256)
+        self.effect = nn.Parameter(torch.zeros(self.kv.in_features, config.latent)) if config.additive else None
         self.time_mlp = nn.Sequential(nn.Linear(1024, h), nn.SiLU(), nn.Linear(h, h))
         self.state = nn.ModuleList([nn.Linear(config.latent, h), nn.Linear(h, h)])
         self.join_time, self.join_state = nn.Linear(h, h), nn.Linear(h, h, bias=False)
@@ -509,7 +514,8 @@ class Flow(nn.Module):
         self.joint, self.out = nn.Linear(h, h), nn.Linear(h, config.latent)
 
     def condition(self, tokens, mask, dose, covariates):
-        """Attention pooling over the slots that hold a perturbation: tokens, mask, dose (C, slots) -> (C, 256)."""
+        """Attention pooling over the slots that hold a perturbation: tokens, mask, dose (C, slots) -> (C, 256); and the
+        part of the velocity that is linear in them (C, 1, D)."""
         def split(x):                                                    # (C, slots, 64) -> (C, 8 heads, slots, 8)
             return x.unflatten(-1, (8, -1)).transpose(1, 2)
         row = self.pert_learned[tokens]
@@ -520,38 +526,42 @@ class Flow(nn.Module):
         q = self.query.to(k).view(1, 8, 1, -1).expand(len(k), -1, -1, -1)
         pooled = F.scaled_dot_product_attention(q, split(k), split(v), attn_mask=mask[:, None, None],
                                                 scale=1 / 8)             # official scale
-        return self.pooled(torch.cat([pooled.flatten(1), covariates], dim=1))
+        c = self.pooled(torch.cat([pooled.flatten(1), covariates], dim=1))
+        if self.effect is None:
+            return c, c.new_zeros(len(c), 1, 1)
+        return c, (a * mask[..., None]).sum(1, keepdim=True) @ self.effect
 
     def time(self, t):
         """(...) times in [0, 1] -> (..., h): their part of the joint layer."""
         angle = 100 * t[..., None] * torch.exp(-math.log(100) * torch.arange(512, device=t.device) / 512)
         return self.join_time(self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1)))
 
-    def velocity(self, z, told, training=False):
-        """z (C, b, D), told (C, b or 1, h): time and condition, both already in the joint layer -> (C, b, D)."""
+    def velocity(self, z, told, effect, training=False):
+        """z (C, b, D); told (C, b or 1, h): time and condition, both already in the joint layer; effect (C, 1, D or 1)
+        -> (C, b, D) float32."""
         def act(x):
             return F.dropout(F.silu(x), self.dropout, training)
         x = act(self.state[1](act(self.state[0](z))))
         x = act(self.join_state(x) + told)
-        return self.out(act(self.joint(x))).float()
+        return (self.out(act(self.joint(x))) + effect).float()
 
-    def integrate(self, z, condition):
-        """Midpoint rule from t=0 to 1: control latents (C, b, D), condition (C, 256) -> perturbed latents."""
+    def integrate(self, z, condition, effect):
+        """Midpoint rule from t=0 to 1: control latents (C, b, D), condition() -> perturbed latents."""
         K = self.steps
         time = self.time(torch.linspace(0, 1, 2 * K + 1, device=z.device))
         told = (time[:, None, None] + self.join_condition(condition)[:, None]).unbind()     # each (C, 1, h)
         for i in range(0, 2 * K, 2):
-            middle = torch.add(z, self.velocity(z, told[i]), alpha=0.5 / K)
-            z = torch.add(z, self.velocity(middle, told[i + 1]), alpha=1 / K)
+            middle = torch.add(z, self.velocity(z, told[i], effect), alpha=0.5 / K)
+            z = torch.add(z, self.velocity(middle, told[i + 1], effect), alpha=1 / K)
         return z
 
     def forward(self, z_t, t, condition, keep, start, chosen):
         """Velocity (C, b, D) at z_t (C, b, D) and t (C, b), under condition (slots() of it) with keep (C, 256) as its
         dropout mask; and the end points of start (S, n, D), control latents of the chosen (S,) conditions, without
         dropout."""
-        c = self.condition(*condition)
-        v = self.velocity(z_t, self.time(t) + self.join_condition(c * keep)[:, None], self.training)
-        return v, self.integrate(start, c[chosen])
+        c, effect = self.condition(*condition)
+        v = self.velocity(z_t, self.time(t) + self.join_condition(c * keep)[:, None], effect, self.training)
+        return v, self.integrate(start, c[chosen], effect[chosen])
 
 
 class Dose(nn.Module):
@@ -643,12 +653,12 @@ def ot_partners(z0, z1, u, epsilon):
 # -------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
-def sample(integrate, model, control, condition):
+def sample(integrate, model, control, condition, residual):
     """One perturbed cell per control cell (n, G) log1p CP10k, of one condition (slots() of it): encode, integrate the
     flow, decode. integrate: model.flow.integrate, compiled or not. Returns (n, G) float32, which may be negative."""
     z = model.autoencoder.encode(control)
-    z = integrate(z[None], model.flow.condition(*condition))
-    return model.autoencoder.decode(z[0])
+    x = model.autoencoder.decode(integrate(z[None], *model.flow.condition(*condition))[0])
+    return x + control - model.autoencoder.decode(z) if residual else x
 
 
 def token_names(panel, config):
@@ -726,12 +736,22 @@ def generate(model, run, group, control, columns, seed):
     columns, out = torch.as_tensor(columns, device=run.device), []
     for cells in np.array_split(control, chunks):
         with run.autocast():
-            x = sample(run.compiled(model.flow.integrate), model, torch.from_numpy(cells).to(run.device), condition)
+            x = sample(run.compiled(model.flow.integrate), model, torch.from_numpy(cells).to(run.device), condition,
+                       config.residual)
         out.append(x.index_select(1, columns).cpu())
     return torch.cat(out).numpy()
 
 
 # -------------------------------------------------------------------------------- training
+
+def learning_rates(optimizer, config, steps):
+    """Schedule of a stage: constant, or 5% of linear warm-up and a cosine to 0."""
+    def factor(step):
+        if config.schedule == "constant":
+            return 1.0
+        return min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
 
 def pretrain(run, state, model):
     """Stage 1: reconstruction (eq. 5), validated on training and control cells set aside; leaves the best weights in
@@ -739,10 +759,11 @@ def pretrain(run, state, model):
     config, dataset, device = run.config, run.dataset, run.device
     autoencoder, B = model.autoencoder, config.pretrain_batch_size
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=config.pretrain_lr, fused=True)
+    schedule = learning_rates(optimizer, config, config.pretrain_steps)
     best = copy.deepcopy(autoencoder)
     best.register_buffer("error", torch.tensor(math.inf))                # of the best weights
     best.register_buffer("checks", torch.tensor(0))                      # validations since
-    parts = {"model": model, "best": best.to(device), "optimizer": optimizer}
+    parts = {"model": model, "best": best.to(device), "optimizer": optimizer, "schedule": schedule}
     begin = run.resume(state, parts, stage="pretraining", steps=config.pretrain_steps, cells=B)
     net = run.wrap(autoencoder)
 
@@ -760,6 +781,7 @@ def pretrain(run, state, model):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        schedule.step()
 
         if len(held) and (step % config.pretrain_check == 0 or step == config.pretrain_steps):
             error = reconstruction_error(run, autoencoder, held)
@@ -810,7 +832,8 @@ def train(run, state):
     # stage 2: the flow alone is trained
     ema = copy.deepcopy(model) if config.ema else model
     optimizer = torch.optim.Adam(model.flow.parameters(), lr=config.lr, fused=True)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    schedule = learning_rates(optimizer, config, config.steps)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     begin, net = run.resume(second, parts), run.wrap(model.flow)
     autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
 
@@ -836,8 +859,8 @@ def train(run, state):
         # structure losses latents of n controls, and n real cells, of S of the conditions
         run.start(step)
         pick = torch.randint(len(group), (C,), device=device)
-        z1 = latents[dataset.draw(group[pick], b)].unflatten(0, (C, b))
-        z0 = latents[dataset.draw(dataset.controls_for(group[pick]), b)].unflatten(0, (C, b))
+        both = torch.cat([group[pick], dataset.controls_for(group[pick])])
+        z1, z0 = latents[dataset.draw(both, b)].unflatten(0, (2, C, b))
         keep = (torch.rand(C, 256, device=device) >= config.condition_dropout) / (1 - config.condition_dropout)
         chosen = group[pick[spread]]
         start = latents[dataset.draw(dataset.controls_for(chosen), n)].unflatten(0, (S, n))
@@ -852,12 +875,13 @@ def train(run, state):
             pred = autoencoder.decode(end.flatten(0, 1)).unflatten(0, (S, n))                # (S, n, G)
         flow = (v - (z1 - z0)).square().mean()
         corr = correlation_loss(pred, real, member) if config.corr_weight else zero
-        path = pathway_loss(pred, real, model.pathways) if config.path_weight else zero
+        path = pathway_loss(pred, real, model.pathways, 0.1, config.path_iterations) if config.path_weight else zero
         loss = flow + config.corr_weight * corr + config.path_weight * path                  # eq. 9
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         if config.ema:
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.flow.parameters()), list(model.flow.parameters()), 1 - config.ema)
