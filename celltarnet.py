@@ -304,31 +304,32 @@ class FlowBlock(nn.Module):
         mu, a = self.parameters_of(u, self.context(H, which))
         return self.genes((u - mu) * torch.exp(-a)), -a.sum((-2, -1))
 
-    def step(self, t, u, v, label, keys, caches):
-        """One slot t (1,) of the inverse: reads u (B, T + 1, P) at t, the values of patch t - 1, and writes it at
-        t + 1. All shapes are the same for every slot, so that a step can be compiled, or captured as a CUDA graph."""
-        h = self.value(u.index_select(1, t)) + label.index_select(1, t)  # (B, 1, d)
-        mask = self.mask.index_select(0, t)
+    def step(self, before, v, label, mask, real, t, keys, caches):
+        """One slot of the inverse: its values (B, 1, P), from those of the slot before; v, label, mask, real are the
+        slot's own, t (1,) is its number, where its kv go into the caches. Shapes are the same for every slot, so that a
+        step can be compiled, or captured as a CUDA graph."""
+        h = self.value(before) + label                                   # (B, 1, d)
         for layer, kv, cache in zip(self.layers, keys, caches):
             h = layer(h, kv, mask, cache, t)
-        mu, a = self.affine(h, self.real.index_select(0, t))
-        u.index_copy_(1, t + 1, torch.addcmul(mu, v.index_select(1, t), torch.exp(a)))
+        mu, a = self.affine(h, real)
+        return torch.addcmul(mu, v, torch.exp(a))
 
     def inverse(self, x, H, which, step):
         """Inverse of forward, slot by slot, with the kv of earlier slots cached. x (B, T P) -> the same; step: the
         method above, or what it was compiled to."""
         v, (label, keys) = self.slots(x), self.context(H, which)
-        u = F.pad(torch.zeros_like(v), (0, 0, 1, 0))                     # (B, T + 1, P), the start slot first
         caches = [torch.zeros_like(kv[:, 2:]) for kv in keys]            # of self-attention: (B, T, 2 d)
-        for t in torch.arange(v.shape[1], device=v.device)[:, None]:
-            step(self, t, u, v, label, keys, caches)
-        return self.genes(u[:, 1:])
+        t, now, u = torch.arange(v.shape[1], device=v.device), torch.zeros_like(v[:, :1]), []
+        for slot in zip(v.split(1, 1), label.split(1, 1), self.mask.split(1), self.real.split(1), t.split(1)):
+            now = step(self, now, *slot, keys, caches)
+            u.append(now)
+        return self.genes(torch.cat(u, dim=1))
 
 
 class Context(typing.NamedTuple):
     """What the flow is told of n contexts."""
     H: torch.Tensor         # (n, T + 2, d) tokens: CLS, patches of the control cell, perturbation
-    effect: torch.Tensor    # (n, T P) linear effect of the perturbation, in standard deviations; (1, 1) zero if none
+    effect: torch.Tensor    # (n, G) linear effect of the perturbation, in standard deviations; (1, 1) zero if none
 
 
 class CellTARNet(nn.Module):
@@ -352,7 +353,7 @@ class CellTARNet(nn.Module):
         self.value, self.special = nn.Linear(P, d), nn.Parameter(0.5 * torch.randn(2, d))  # CLS, place of the pert.
         self.context_layers = nn.ModuleList(ContextLayer(config) for _ in range(config.context_layers))
         self.context_norm = nn.LayerNorm(d)
-        self.gene_out = nn.Parameter(torch.zeros(d, G + self.padding)) if config.effect_readout else None
+        self.effects = nn.Parameter(torch.zeros(own, G)) if config.effect_readout else None
 
         # flow: the first order is the file's, or clusters where patches are sparse
         graph, first = None, torch.arange(G)
@@ -365,9 +366,9 @@ class CellTARNet(nn.Module):
         if config.contrast_weight:
             self.projection = nn.Sequential(nn.LayerNorm(G), nn.Linear(G, 512), nn.GELU(), nn.Linear(512, 128))
 
-    def standard(self, x):
-        """log1p CP10k (..., G) -> standardised and padded (..., T P)."""
-        return F.pad((x - self.mean) / self.std, (0, self.padding))
+    def standard(self, x, effect=0):
+        """log1p CP10k (B, G) -> standardised, without its effect (B, G), and padded (B, T P)."""
+        return F.pad((x - self.mean) / self.std - effect, (0, self.padding))
 
     def encode(self, control, c):
         """control (n, G) log1p CP10k, c (n, V) of multi_hot() -> Context."""
@@ -376,7 +377,7 @@ class CellTARNet(nn.Module):
         with torch.autocast(y.device.type, enabled=False):               # the effect is part of the values: fp32
             table = torch.cat([self.gene_to_pert(self.gene[:self.n_genes]), self.own])
             pert = c @ table                                             # a sum: doubles never seen are additive here
-            effect = y.new_zeros(1, 1) if self.gene_out is None else pert @ self.gene_out
+            effect = y.new_zeros(1, 1) if self.effects is None else c[:, self.n_genes:] @ self.effects
         h = torch.cat([self.special[0].expand(len(y), 1, -1), self.value(y) + place,
                        (pert + self.special[1])[:, None]], dim=1)
         for layer in self.context_layers:
@@ -386,7 +387,7 @@ class CellTARNet(nn.Module):
     def flow(self, x, context, which):
         """Cells x (B, G) log1p CP10k, of which each has one of the n contexts, which (B,) -> z (B, G), log p(x |
         context) (B,), fp32."""
-        z, log_det = self.standard(x) - self.effect_of(context, which), -self.std.log().sum()
+        z, log_det = self.standard(x, self.effect_of(context, which)), -self.std.log().sum()
         for block in self.blocks:
             z, d = block(z, context.H, which)
             log_det = log_det + d
@@ -398,12 +399,11 @@ class CellTARNet(nn.Module):
         u = F.pad(z, (0, self.padding))
         for block in reversed(self.blocks):
             u = block.inverse(u, context.H, which, step)
-        u = u + self.effect_of(context, which)
-        return u[:, :self.n_genes] * self.std + self.mean
+        return (u[:, :self.n_genes] + self.effect_of(context, which)) * self.std + self.mean
 
     def effect_of(self, context, which):
-        """The linear effect on each of B cells: (B, T P), or (1, 1) without the readout."""
-        return context.effect if self.gene_out is None else context.effect.index_select(0, which)
+        """The linear effect on each of B cells: (B, G), or (1, 1) without the readout."""
+        return context.effect if self.effects is None else context.effect.index_select(0, which)
 
     def forward(self, x, which, control, c, contrasted):
         """log p (B,) of cells x (B, G) under their contexts, which (B,), of control (n, G) and c (n, V); embeddings
