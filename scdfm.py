@@ -28,9 +28,12 @@ Deviations (numbers that back them: README, experiments):
  8. Evaluation genes have the highest means in training control cells; C picks variable genes on the test cells.
  9. The model that predicts is the last one; C selects on its test set.
 10. --conditions-per-batch takes the MMD within each condition and averages; 1 in P and C.
-11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots for
-    triples, values clamped at 512, output at 0.
-12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop.
+11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots
+    for triples, values clamped at 512; output at 0 and at the training maximum of the gene (data.as_measured).
+12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop: a learned vector.
+13. --effect-readout and --precondition (demo): the flow starts as that of a Gaussian per gene whose mean is shifted by a
+    linear effect per perturbation, and the network learns the rest. Small data do not teach it the table of effects.
+14. Every process draws its own batch and gene subset, from (seed, step, process).
 """
 import copy
 import datetime
