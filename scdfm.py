@@ -31,7 +31,7 @@ Deviations (numbers that back them: README, experiments):
 11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots
     for triples, values clamped at 512; output at 0 and at the training maximum of the gene (data.as_measured).
 12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop: a learned vector.
-13. --effect-readout and --precondition (demo): the flow starts as that of a Gaussian per gene whose mean is shifted by a
+13. --effect-readout and --precondition (demo): the flow starts as that of a Gaussian per gene shifted by a
     linear effect per perturbation, and the network learns the rest. Small data do not teach it the table of effects.
 14. Every process draws its own batch and gene subset, from (seed, step, process).
 """
