@@ -46,7 +46,7 @@ import scipy.sparse as sp
 import torch
 
 CONTROL = "control"
-PERT_KEYS = ("condition", "perturbation", "perturbation_name", "pert", "gene", "target_gene", "guide_identity",
+PERT_KEYS = ("condition", "perturbation", "target", "perturbation_name", "pert", "gene", "target_gene", "guide_identity",
              "guide_ids", "perturbations", "drug", "treatment", "cov_drug")
 CONTROL_LABELS = ("control", "ctrl", "non-targeting", "non_targeting", "NT", "NegCtrl", "DMSO", "vehicle",
                   "unperturbed", "PBS", "NTC", "non-target", "safe-targeting", "intergenic", "scramble", "scrambled",
