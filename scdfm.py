@@ -466,7 +466,7 @@ def train(run, state):
 
     # training conditions: index of their group, and their slots, once
     names = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in names], device=device)
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
     tokens, weight = (a.to(device) for a in slots([g.partition("@")[0] for g in names], panel))
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} training conditions, {G:,} genes "
             f"({S:,} per step)")
@@ -474,11 +474,12 @@ def train(run, state):
     for step in range(begin + 1, config.steps + 1):
         # batch: b cells of each of C conditions, their controls, a gene subset, times and noise
         run.start(step)
-        pick = torch.randint(len(group), (C,), device=device)
+        pick = torch.randint(len(group), (C,), device=dataset.where)
         genes = torch.randperm(G, device=device)[:S]
         x1 = dataset.gather(dataset.draw(group[pick], b), genes)                             # (B, S)
         control = dataset.gather(dataset.draw(dataset.controls_for(group[pick]), b), genes)
         t, x0 = torch.rand(C * b, device=device), torch.randn(C * b, S, device=device)
+        pick = pick.to(device)
 
         # forward in bf16 where chosen, loss in fp32
         with run.autocast():
