@@ -41,10 +41,6 @@ def build(config, panel, seed=0):
     return model
 
 
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
@@ -75,29 +71,26 @@ def test_parameter_counts_of_the_papers_unets_are_guided_diffusions(multipliers,
     """Its count includes its time MLP; ours lacks the biases of six K, which a softmax cancels."""
     with torch.device("meta"):
         unet, time = UNet(Config(width=width, multipliers=multipliers)), primeflow.mlp([width, 4 * width, 4 * width])
-    assert count(unet) + count(time) + 6 * width * multipliers[-1] == official
+    count = sum(p.numel() for module in (unet, time) for p in module.parameters())
+    assert count + 6 * width * multipliers[-1] == official
 
 
-@pytest.mark.parametrize("genes, padding", [(17, 3), (20, 0), (23, 1), (5, 3)])
+@pytest.mark.parametrize("genes, padding", [(17, 3), (20, 0), (23, 1)])
 def test_padding_is_constant_and_gets_no_gradient(genes, padding):
     """Three levels: the gene axis is padded to a multiple of four."""
     model = build(tiny(), a_panel(genes))
     net, seen = model.net, []
     assert net.pad == padding
     x = randn(3, genes)
-    embedded = net.embed(x)
-    assert embedded.shape == (3, 16, genes + padding)
-    if padding:
-        rest = net.embed(torch.full((1, genes), 7.0, dtype=torch.float64))[:, :, genes:]
-        torch.testing.assert_close(embedded[:, :, genes:], rest.expand(3, -1, -1))
-        torch.testing.assert_close(rest[0], rest[0, :, :1].expand(-1, padding))        # one shared identity
+    rest = net.embed(x)[:, :, genes:]                                    # (3, 16, padding), one shared identity
+    torch.testing.assert_close(rest, net.embed(x + 7)[:1, :, genes:].expand(3, -1, -1))
+    assert rest.shape[2] == padding and rest.diff(dim=2).abs().sum() < 1e-9
 
     def keep(module, args, out):
         out.retain_grad()
         seen.append(out)
     net.unet.register_forward_hook(keep)
     flow_loss(model, x, randn(3, genes), rand(3), torch.zeros(3, 3).double(), torch.zeros(3).bool(), tiny()).backward()
-    assert seen[0].shape == (3, genes + padding)
     assert (seen[0].grad[:, :genes] != 0).all() and not seen[0].grad[:, genes:].any()
 
 
@@ -267,7 +260,7 @@ def test_a_covariate_without_perturbed_cells_is_a_mixture_of_its_neighbours():
     torch.testing.assert_close(space.similarity(space.profiles[[2]])[[0, 1, 3]], weight / weight.sum())
     assert space.similarity(space.profiles[[2]])[2] == 0
     new = space.similarity(space.profile("e", torch.full((3, 6), 0.1)))  # of a covariate that training never saw
-    assert new.argmax() == 0 and new.sum() == pytest.approx(1)
+    assert new.argmax() == 0 and new.max() < 1 and new.sum() == pytest.approx(1)
 
 
 def test_condition_is_multi_hot_and_control_is_empty():
