@@ -5,7 +5,7 @@ A network predicts the velocity that turns Gaussian noise into a cell, all genes
 never the source. Each gene is a position of a U-Net: its encoded value plus a learned identity. In a fifth of the
 training cells the condition is replaced by a learned null vector, so that sampling can exaggerate the condition:
 v = v_null + w (v_condition - v_null). The MLP, PCA and optimal transport ablations are flags. On small data the MLP is
-better than the U-Net at a tenth of its time, best with the flow started at control cells: --preset demo is that.
+better than the U-Net in a tenth of its time, best with the flow started at control cells: --preset demo is that.
 
 Paper: "PRiMeFlow: capturing complex expression heterogeneity in perturbation response modelling" (P; the numbers of
 its tables count those of its appendix E). An official repository exists under a licence that asks for rights in
@@ -42,8 +42,9 @@ Deviations from paper (P) or guided-diffusion (GD), and what P leaves open (numb
 10. Convolutions run on (B, C, L), the fastest layout on CPUs; not measured on GPUs.
 11. A perturbation that no training condition holds has an untrained input; a gene that the file never perturbs has
     none, and is refused. The order of the genes matters to a convolution: all genes are generated, in training's order.
-12. Ours, off in the paper's presets: --coupling control (P starts at control cells for OT alone), --standardise,
-    --effect-readout, --control-profile, --balanced: small data do not teach what they state.
+12. Ours, off in the paper's presets, for small data: --coupling control (P starts at control cells for OT alone) with
+    --sigma 1, which smooths the velocity over cells; --standardise, so that baselines need not be learned;
+    --effect-readout, an additive effect; --control-profile, as similar covariates respond alike; --balanced.
 """
 import contextlib
 import copy
@@ -144,7 +145,7 @@ def check(config):
 
 
 PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4), batch_size=100), "demo": dict(
-    steps=1500, batch_size=64, accumulate=1, lr=3e-3, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
+    steps=1500, batch_size=64, accumulate=1, lr=2e-3, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
     control_split="", velocity="mlp", hidden=256, mlp_layers=(2, 2, 2, 2), dropout=0.2, coupling="control", sigma=1.0,
     standardise=True, effect_readout=True, control_profile=True, balanced=True, p_null=0.0, guidance=(1.0,),
     ode_steps=10, eval_cells=100, width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1, ot_cells=16)}
