@@ -533,7 +533,7 @@ class Flow(nn.Module):
 
     def time(self, t):
         """(...) times in [0, 1] -> (..., h): their part of the joint layer."""
-        angle = 100 * t[..., None] * torch.exp(-math.log(100) * torch.arange(512, device=t.device) / 512)
+        angle = 10 * t[..., None] * torch.exp(-math.log(10) * torch.arange(512, device=t.device) / 512)
         return self.join_time(self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1)))
 
     def velocity(self, z, told, effect, training=False):
@@ -863,7 +863,8 @@ def train(run, state):
         z1, z0 = latents[dataset.draw(both, b)].unflatten(0, (2, C, b))
         keep = (torch.rand(C, 256, device=device) >= config.condition_dropout) / (1 - config.condition_dropout)
         chosen = group[pick[spread]]
-        start = latents[dataset.draw(dataset.controls_for(chosen), n)].unflatten(0, (S, n))
+        rows = dataset.draw(dataset.controls_for(chosen), n)
+        start = latents[rows]                                                                # (S n, D)
         real = dataset.gather(dataset.draw(chosen, n)).unflatten(0, (S, n))                  # (S, n, G)
 
         # pairs of control and perturbed latents, a point between them, and the velocity to learn (eq. 6)
@@ -871,9 +872,12 @@ def train(run, state):
         z1 = ot_partners(z0, z1, u, config.ot_epsilon)
         z_t = torch.lerp(z0, z1, t[..., None]) + config.sigma * torch.randn_like(z0)
         with run.autocast():
-            v, end = net(z_t, t, [a[pick] for a in told], keep, start, spread)
-            pred = autoencoder.decode(end.flatten(0, 1)).unflatten(0, (S, n))                # (S, n, G)
-        flow = (v - (z1 - z0)).square().mean()
+            v, end = net(z_t, t, [a[pick] for a in told], keep, start.unflatten(0, (S, n)), spread)
+            pred = autoencoder.decode(end.flatten(0, 1))                                     # (S n, G)
+            if config.residual:
+                with torch.no_grad():
+                    pred += dataset.gather(rows) - autoencoder.decode(start)
+        flow, pred = (v - (z1 - z0)).square().mean(), pred.unflatten(0, (S, n))
         corr = correlation_loss(pred, real, member) if config.corr_weight else zero
         path = pathway_loss(pred, real, model.pathways, 0.1, config.path_iterations) if config.path_weight else zero
         loss = flow + config.corr_weight * corr + config.path_weight * path                  # eq. 9

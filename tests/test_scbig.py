@@ -75,48 +75,30 @@ def checkpoint(folder):
 
 # ------------------------------------------------------------------------------------------------ transport
 
-def kernel_sinkhorn(cost, epsilon, iterations, column=None):
-    """The textbook form, which underflows where cost / epsilon is large."""
-    n, m = cost.shape
-    b = np.full(m, 1 / m) if column is None else column
-    K = np.exp(-cost / epsilon)
-    u = np.ones(n)
-    for _ in range(iterations):
-        v = b / (K.T @ u)
-        u = 1 / n / (K @ v)
-    return u[:, None] * K * v
-
-
-def test_sinkhorn_equals_the_kernel_form_where_that_works():
-    rng = np.random.default_rng(0)
-    cost, column = rng.random((3, 7, 5)), rng.dirichlet(np.ones(5))
-    got = scbig.sinkhorn(torch.from_numpy(cost), 0.2, 37, torch.from_numpy(column)).numpy()
-    for c, plan in zip(cost, got):
-        np.testing.assert_allclose(plan, kernel_sinkhorn(c, 0.2, 37, column), rtol=1e-9)
+@pytest.mark.parametrize("far", [1, 30, 1000])
+def test_sinkhorn_equals_the_log_domain(far):
+    """In fp32, with given columns, and with a cell on either side that is far from all others, where the kernel form
+    underflows."""
+    cost = torch.rand(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    cost[0, 2] *= far
+    cost[0, :, 3] *= far
+    column = torch.tensor([0.3, 0.1, 0.2, 0.1, 0.2, 0.1], dtype=torch.float64)
+    kernel, f = -cost.double() / 0.05, torch.zeros(2, 8, 1, dtype=torch.float64)
+    for _ in range(37):
+        g = column.log() - (kernel + f).logsumexp(-2, keepdim=True)
+        f = -math.log(8) - (kernel + g).logsumexp(-1, keepdim=True)
+    got = scbig.sinkhorn(cost, 0.05, 37, column)
+    torch.testing.assert_close(got.double(), (kernel + f + g).exp(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(got.sum(-1), torch.full((2, 8), 1 / 8))
 
 
 def test_sinkhorn_marginals_hold_however_small_epsilon():
     cost = torch.from_numpy(np.random.default_rng(0).random((2, 30, 20)) * 1e4)
-    plan = scbig.sinkhorn(cost, torch.tensor([[[500.0]], [[50.0]]]), 3000)
+    plan = scbig.sinkhorn(cost, torch.tensor([[[500.0]], [[50.0]]]), 1000)
     torch.testing.assert_close(plan.sum(-1), torch.full((2, 30), 1 / 30, dtype=torch.float64))
-    torch.testing.assert_close(plan.sum(-2), torch.full((2, 20), 1 / 20, dtype=torch.float64), rtol=1e-2, atol=0)
-    early = scbig.sinkhorn(cost[:1], 500.0, 3000, tolerance=1e-9)
+    torch.testing.assert_close(plan.sum(-2), torch.full((2, 20), 1 / 20, dtype=torch.float64), rtol=2e-2, atol=0)
+    early = scbig.sinkhorn(cost[:1], 500.0, 1000, tolerance=1e-9)
     torch.testing.assert_close(early, plan[:1], rtol=1e-5, atol=1e-12)
-
-
-@pytest.mark.parametrize("far", [1, 30, 1000])
-def test_sinkhorn_with_outliers_equals_the_log_domain(far):
-    """In fp32 and with a cell on either side that is far from all others, where the kernel form underflows."""
-    cost = torch.rand(2, 8, 6, generator=torch.Generator().manual_seed(0))
-    cost[0, 2] *= far
-    cost[0, :, 3] *= far
-    kernel, f = -cost.double() / 0.05, torch.zeros(2, 8, 1, dtype=torch.float64)
-    for _ in range(37):
-        g = -math.log(6) - (kernel + f).logsumexp(-2, keepdim=True)
-        f = -math.log(8) - (kernel + g).logsumexp(-1, keepdim=True)
-    got = scbig.sinkhorn(cost, 0.05, 37)
-    torch.testing.assert_close(got.double(), (kernel + f + g).exp(), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(got.sum(-1), torch.full((2, 8), 1 / 8))
 
 
 def test_partners_become_the_optimal_assignment_as_epsilon_falls(monkeypatch):
