@@ -3,23 +3,27 @@
     python bench.py                                                        the demo: every method, two minutes each
     python bench.py --data norman.h5 --split additive --seeds 0 1 2 3        four seeds of every method
     python bench.py --data norman.h5 --split additive --folds 0 1 2 3 --methods scdfm scdfm:no-mmd "scdfm --knn 10"
+    python bench.py --data norman.h5 --split additive --methods all mymethod.py       a fork beside them
     python bench.py --data norman.h5 --split additive --methods none --pred GEARS=gears.h5ad CPA=cpa.h5ad
-    python bench.py --data norman.h5 --split holdout --embedding scgpt.npz   linear baseline on those gene vectors
+    python bench.py --data norman.h5 --split holdout --embedding scgpt.npz   linear and kernel on those gene vectors
+    python bench.py --data sciplex.h5 --split transfer --covariates cell_type --keys rmse rmse_rank mmd mmd_rank
     python bench.py --speed                                                ms per step, cells/s, memory, utilisation
 
 Every method runs as a user runs it, python METHOD.py, in a process of its own, with the same data flags, split, fold
 and seed; a second call runs only what is missing, and continues what was interrupted. Results are in the folder --out:
 bench.json, bench.csv (a line per condition), bench.md and the runs themselves. Values are mean and standard deviation
-over seeds and folds; the best of a column is bold and the second best underlined, floors and baselines included.
+over seeds and folds; the best of a column is bold and the second best underlined (* and ' on the console), floors and
+baselines included; rows that print the same value share the mark.
 
-Baselines, fitted to the mean effects (mean of cells minus mean of their controls) of the training conditions. Their
-hyper-parameters are chosen by five-fold cross-validation over training conditions of the kind that is tested (doubles
-for doubles). All but the nearest neighbour add the predicted effect to control cells.
+Baselines, fitted to the mean effects (mean of cells minus mean of their controls) of the training conditions and added
+to control cells. Their hyper-parameters are chosen by five-fold cross-validation over training conditions of the kind
+that is tested (doubles for doubles).
   linear            Y ~ b + G W P': genes G and perturbations P in the space of a gene embedding, W by ridge
                     (Ahlmann-Eltze, Huber, Anders 2025). The embedding is the PCA of the training means, or --embedding
   latent_additive   sum of the effects of its singles, projected on principal components of the training effects
   ridge             ridge regression on perturbation indicators, singles and combinations together
-  nearest           cells of the training condition with the closest embedding
+  kernel            weighted mean of training effects: of the same perturbation in other covariates, by the distance of
+                    their control means; of other perturbations, by the distance of their genes' embeddings
 """
 import csv
 import hashlib
@@ -27,13 +31,15 @@ import json
 import math
 import os
 import platform
+import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
-import textwrap
+import tempfile
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -47,7 +53,7 @@ from data import DataError
 
 HERE = Path(__file__).resolve().parent
 
-# methods and their ablations: name -> script and flags. Add a line to compare your own.
+# methods and their ablations: name -> script and flags. Add a line to compare your own, or name its script.
 METHODS = {
     "scdfm": "scdfm.py",
     "scdfm:no-mmd": "scdfm.py --mmd-weight 0",
@@ -68,42 +74,33 @@ METHODS = {
     "celltarnet:no-prior": "celltarnet.py --prior none",
     "celltarnet:sparse": "celltarnet.py --prior sparse",
     "celltarnet:low-rank": "celltarnet.py --prior low-rank",
+    # the paper's choices where the demo preset has its own (each script's Deviations): append their flags here
+    "scdfm:paper": "scdfm.py",
+    "primeflow:paper": "primeflow.py",
+    "scbig:paper": "scbig.py",
+    "celltarnet:paper": "celltarnet.py",
 }
 # and what a demo-size run of one needs besides: that preset's schedule is the U-Net's, with which an MLP learns badly
 DEMO = dict.fromkeys(("primeflow:mlp", "primeflow:pca", "primeflow:pca-ot"), "--lr 1e-3 --batch-size 64 --steps 3000")
+DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same
+MMD_RANKS = ("mmd_rank", "mmd_pca30_rank")      # distances of all pairs of populations: computed where --keys asks
 
-# what the papers print, by name of the data and split; another gene set or split file gives other numbers
+# what the papers print of their own methods, by name of the data and split; other genes or splits give other numbers
 _SCDFM = ("l2", "mse", "mae", "de_spearman", "pearson_delta", "pds", "pearson_delta_hat", "pearson_delta_hat_top20")
 _SCBIG = ("pearson_delta", "pearson_delta_top20", "acc", "acc_top20", "de_spearman", "pds", "l2", "mse", "mae")
 _TARNET = ("l2", "mse", "mae", "de_spearman", "pearson_delta", "pds", "pearson_delta_hat")
 PUBLISHED = {
     ("norman", "additive"): [
-        ("control, scDFM table 1", _SCDFM, (3.9937, .01839, .03953, None, None, .5135, -.1695, -.1297)),
-        ("additive, scDFM table 1", _SCDFM, (1.9395, .00448, .02276, .5564, .9024, .9686, .8584, .9244)),
-        ("GEARS, scDFM table 1", _SCDFM, (3.5531, .01387, .06624, .5624, .7421, .8601, -.0089, .2032)),
-        ("CellFlow, scDFM table 1", _SCDFM, (1.7064, .00392, .02207, .5503, .8678, .9321, .8395, .8988)),
         ("scDFM, scDFM table 1", _SCDFM, (1.7043, .00315, .02155, .5705, .8853, .9737, .8468, .9260)),
-        ("linear, scBIG table 1", _SCBIG, (.6211, .7075, .8007, .8906, .3192, .5363, 6.76, .0265, .1233)),
-        ("linear-scGPT, scBIG table 1", _SCBIG, (.6925, .7514, .8424, .9688, .5023, .7913, 5.31, .0155, .0942)),
-        ("CellFlow, scBIG table 1", _SCBIG, (.7892, .7275, .9151, .9391, .8113, .7581, 4.54, .0114, .0775)),
         ("scBIG, scBIG table 1", _SCBIG, (.8496, .8230, .9197, .9906, .8593, .8548, 3.92, .0091, .0689))],
     ("norman", "holdout"): [
-        ("CellFlow, scDFM table 2 single", _SCDFM, (1.6758, .0035, .0191, .2860, .7109, .8072, .6138, .6753)),
         ("scDFM, scDFM table 2 single", _SCDFM, (1.6186, .0030, .0190, .6957, .7127, .8914, .6659, .8116)),
-        ("CellFlow, scDFM table 2 double", _SCDFM, (2.1042, .0049, .0236, .5074, .8095, .8622, .6780, .7155)),
         ("scDFM, scDFM table 2 double", _SCDFM, (2.0309, .0047, .0235, .5676, .8357, .9189, .7769, .8688)),
-        ("linear-scGPT, scBIG table 2 single", _SCBIG, (.6072, .6352, .7620, .8095, .4584, .6571, 3.60, .0072, .0575)),
         ("scBIG, scBIG table 2 single", _SCBIG, (.6507, .6537, .7876, .8548, .6333, .7467, 3.26, .0065, .0491)),
-        ("linear-scGPT, scBIG table 2 double", _SCBIG, (.7351, .7230, .8282, .9100, .6118, .7000, 3.91, .0080, .0626)),
         ("scBIG, scBIG table 2 double", _SCBIG, (.8026, .8719, .8552, .9700, .8313, .7440, 3.68, .0083, .0554))],
     ("norman", "cv"): [
-        ("control, CellTARNet table 1", _TARNET, (4.9272, .02495, .05149, None, None, .6471, .1552)),
-        ("Geneformer, CellTARNet table 1", _TARNET, (2.4677, .00612, .02862, .5049, .8857, .8879, .7353)),
-        ("CellFlow, CellTARNet table 1", _TARNET, (2.5052, .00547, .02852, .6098, .8361, .8937, .7809)),
         ("CellTARNet, CellTARNet table 1", _TARNET, (2.3581, .00526, .02765, .7089, .9103, .9066, .8356))],
     ("combosciplex", "combosciplex"): [
-        ("control, scDFM table 3", _SCDFM[:6], (5.3716, .0324, .0698, None, None, .5714)),
-        ("CPA, scDFM table 3", _SCDFM[:6], (1.6592, .0029, .0240, .7906, .8150, .8980)),
         ("scDFM, scDFM table 3", _SCDFM[:6], (1.6567, .0028, .0220, .8289, .8933, .8776))],
 }
 
@@ -116,9 +113,9 @@ class Config(data.DataConfig):
     folds: tuple[int, ...] = (0,)   # seeded splits to run
     n_folds: int = 10               # number of folds of --split cv
     seeds: tuple[int, ...] = (0,)   # seeds to run
-    methods: tuple[str, ...] = ("all",)  # all, none, names of METHODS, or 'NAME FLAGS' in quotes
-    baselines: bool = True          # score linear, latent_additive, ridge and nearest
-    embedding: str = ""             # gene vectors for linear and nearest: .npz (names, emb), .pt, .tsv or .csv
+    methods: tuple[str, ...] = ("all",)  # all, none, names of METHODS, paths of scripts, or 'NAME FLAGS' in quotes
+    baselines: bool = True          # score linear, latent_additive, ridge and kernel
+    embedding: str = ""             # gene vectors for linear and kernel: .npz (names, emb), .pt, .tsv or .csv
     pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
     preset: str = ""                # size of the methods: demo, paper; '' is demo for --data demo, else paper
@@ -138,6 +135,11 @@ class Config(data.DataConfig):
 def perturbations(group):
     """'A+B@cov' -> ('A', 'B')"""
     return tuple(group.partition("@")[0].split("+"))
+
+
+def covariate(group):
+    """'A+B@cov' -> 'cov'"""
+    return group.partition("@")[2]
 
 
 def indicators(groups, names):
@@ -168,11 +170,20 @@ def latent_additive(train, Y, test, k):
     return sums @ V.T @ V
 
 
+def vector_of(perturbation, vectors):
+    """The embedding of a perturbation, of 'DRUG' for 'DRUG:dose', or None."""
+    return vectors.get(perturbation, vectors.get(perturbation.partition(":")[0]))
+
+
 def embed(groups, vectors, width):
     """(len(groups), width): sum over the perturbations of a group of their vectors, zero where there is none."""
-    zero = np.zeros(width)
-    return np.stack([sum((vectors.get(p, vectors.get(p.partition(":")[0], zero)) for p in perturbations(g)), zero)
-                     for g in groups])
+    out = np.zeros((len(groups), width))
+    for row, group in zip(out, groups):
+        for p in perturbations(group):
+            vector = vector_of(p, vectors)
+            if vector is not None:
+                row += vector
+    return out
 
 
 def gene_vectors(Y, control, genes, embedding, k):
@@ -208,21 +219,39 @@ def linear(train, Y, test, lam, k, control, genes, embedding=None):
     return count[:, None] * b + P @ W.T @ G.T
 
 
-def twins(train, Y, test, k, control, genes, embedding=None):
-    """Index of the training group that is nearest to each test group: highest cosine of the embeddings, of the same
-    covariate where possible; of nearly equal ones that with more perturbations in common. (m,)"""
+def kernel_weights(train, Y, test, k, control, genes, controls, embedding=None):
+    """Weight of every training group for every test group, (m, n): exp(-4 (d / median d)^2), rows sum to 1.
+
+    A perturbation that trained in other covariates has its own groups there, d being the distance of the control means
+    (controls: {covariate: (G,)}). An unseen one has the groups of its covariate (of all, where there are none there),
+    d being the distance of the embeddings; where one of its genes has none, its row is zero.
+    """
     G, vectors = gene_vectors(Y, control, genes, embedding, k)
-    a, b = embed(test, vectors, G.shape[1]), embed(train, vectors, G.shape[1])
-    a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
-    same_cell = np.array([[g.partition("@")[2] == h.partition("@")[2] for h in train] for g in test])
-    shared = np.array([[len({*perturbations(g)} & {*perturbations(h)}) / len({*perturbations(g)} | {*perturbations(h)})
-                        for h in train] for g in test])
-    return np.argmax(a @ b.T + 1e-3 * shared + 4 * same_cell, axis=1)
+
+    def embedded(group):
+        return all(vector_of(p, vectors) is not None for p in perturbations(group))
+    known = [i for i, g in enumerate(train) if embedded(g)]
+    points = embed(train, vectors, G.shape[1])
+    weights = np.zeros((len(test), len(train)))
+    for row, group, point in zip(weights, test, embed(test, vectors, G.shape[1])):
+        related = [i for i, g in enumerate(train) if perturbations(g) == perturbations(group)]
+        if related:
+            here = controls[covariate(group)]
+            d = np.array([np.linalg.norm(controls[covariate(train[i])] - here) for i in related])
+        elif embedded(group) and known:
+            related = [i for i in known if covariate(train[i]) == covariate(group)] or known
+            d = np.linalg.norm(points[related] - point, axis=1)
+        else:
+            continue
+        weight = np.exp(-4 * (d / max(np.median(d), 1e-12)) ** 2)
+        row[related] = weight / weight.sum()
+    return weights
 
 
-def nearest(train, Y, test, **options):
-    """Effect of the nearest training group: (n, G) -> (m, G)."""
-    return Y[twins(train, Y, test, **options)]
+def kernel(train, Y, test, **options):
+    """Weighted mean of the effects of related training groups: (n, G) -> (m, G). What is related to none is not moved;
+    fit_baseline() leaves the kernel out then."""
+    return kernel_weights(train, Y, test, **options) @ Y
 
 
 LAMBDAS = (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -230,7 +259,7 @@ GRIDS = {
     "linear": (linear, [dict(lam=lam, k=k) for k in (2, 5, 10, 20, 50) for lam in (1e-3, 0.1, 1.0, 10.0, 100.0)]),
     "latent_additive": (latent_additive, [dict(k=k) for k in (1, 2, 4, 8, 16, 32, 64, 128, 10_000)]),
     "ridge": (ridge, [dict(lam=lam) for lam in LAMBDAS]),
-    "nearest": (nearest, [dict(k=k) for k in (2, 5, 10, 20, 50)]),
+    "kernel": (kernel, [dict(k=k) for k in (2, 5, 10, 20, 50)]),
 }
 
 
@@ -250,31 +279,38 @@ def tune(function, grid, train, Y, test, n_folds=5):
 
 
 def fit_baseline(name, dataset, embedding=None):
-    """Of one baseline, for the test groups: predicted effects on the evaluation genes (m, E), or for nearest the names
-    of the training groups [m]; and the options that cross-validation chose."""
+    """Effects that one baseline predicts for the test groups on the evaluation genes (m, E), and the options that
+    cross-validation chose; None for the kernel when it knows nothing about one of the groups."""
     function, grid = GRIDS[name]
     train, Y, control = data.training_effects(dataset)
     test = dataset.part("test")
-    if name in ("linear", "nearest"):
-        grid = grid if embedding is None else [g for g in grid if g["k"] == grid[0]["k"]]
-        grid = [g | dict(control=control, genes=list(dataset.genes), embedding=embedding) for g in grid]
+    if name in ("linear", "kernel"):
+        if embedding is not None:
+            grid = [options for options in grid if options["k"] == grid[0]["k"]]
+        given = dict(control=control, genes=list(dataset.genes), embedding=embedding)
+        if name == "kernel":
+            rows = dataset.control_rows["train"]
+            given["controls"] = {v: data.gene_moments(dataset.X, r)[0] / len(r) for v, r in rows.items()}
+        grid = [options | given for options in grid]
     options = tune(function, grid, train, Y, test) if len(train) > 1 else grid[0]
-    chosen = {k: v for k, v in options.items() if k in ("lam", "k")}
-    if name == "nearest":
-        return [train[i] for i in twins(train, Y, test, **options)], chosen
-    return function(train, Y, test, **options)[:, dataset.eval_genes].astype(np.float32), chosen
+    if name == "kernel" and not kernel_weights(train, Y, test, **options).any(axis=1).all():
+        return None
+    effects = function(train, Y, test, **options)[:, dataset.eval_genes].astype(np.float32)
+    return effects, {k: v for k, v in options.items() if k in ("lam", "k")}
 
 
-def baseline_populations(name, dataset, fitted, eval_cells, seed):
-    """{group: (n, E)} cells of one baseline for the test groups: of the training group, or controls plus the effect."""
+def shifted(cells, effect):
+    """Cells of a baseline: control cells (n, E) plus an effect (E,). A rule for generated cells stands here for all."""
+    return cells + effect
+
+
+def baseline_populations(name, dataset, effects, eval_cells, seed):
+    """{group: (n, E)} cells of one baseline for the test groups: controls of the same covariates plus the effect."""
     out = {}
-    for group, of in zip(dataset.part("test"), fitted):
-        n, draw = min(len(dataset.rows[group]), eval_cells), zlib.crc32(f"{name} {group} {seed}".encode())
-        if name == "nearest":
-            out[group] = data.pick_rows(dataset.cells(of, dataset.eval_genes), n, draw)
-        else:
-            cells = dataset.controls("test", dataset.eval_genes, group.partition("@")[2])
-            out[group] = data.pick_rows(cells, n, draw) + of
+    for group, effect in zip(dataset.part("test"), effects):
+        cells = dataset.controls("test", dataset.eval_genes, covariate(group))
+        n = min(len(dataset.rows[group]), eval_cells)
+        out[group] = shifted(data.pick_rows(cells, n, data.seed_of(name, group, seed)), effect)
     return out
 
 
@@ -292,36 +328,67 @@ class Job:
 
 def preset_of(config):
     """The size that the methods will take: demo or paper."""
-    return config.preset or ("demo" if config.data == "demo" else "paper")
+    if config.preset:
+        return config.preset
+    return "demo" if config.data == "demo" else "paper"
+
+
+def asked_methods(config):
+    """{what --methods calls a method: (its script, its flags)}"""
+    texts = []
+    for text in config.methods:
+        if text == "all":
+            texts += [name for name in METHODS if ":" not in name]
+        elif text != "none":
+            texts.append(text)
+    out = {}
+    for text in texts:
+        name, *flags = shlex.split(text) or [""]
+        script = Path(name).resolve()
+        if name in METHODS:
+            file, *own = shlex.split(METHODS[name])
+            script = HERE / file
+            if preset_of(config) == "demo":
+                own += shlex.split(DEMO.get(name, ""))
+            flags = own + flags
+        elif not name.endswith(".py") or not script.is_file():
+            raise DataError(f"--methods {text}: no method and no script; choose all, none, the path of a script or "
+                            f"{', '.join(METHODS)}")
+        out[text] = script, flags
+    return out
+
+
+def common_flags(config):
+    """The flags that every method gets, as a list."""
+    flags = ["--data", config.data, "--split", config.split]
+    for f in fields(data.DataConfig):
+        value = getattr(config, f.name)
+        # always those of which the methods have defaults of their own: all must see the same genes and controls
+        if value != f.default or f.name in ("hvg", "eval_genes", "control_split"):
+            flag = "--" + f.name.replace("_", "-")
+            flags += [flag] if value is True else [flag, str(value)]
+    flags += ["--eval-cells", str(config.eval_cells)]
+    if config.split == "cv":
+        flags += ["--folds", str(config.n_folds)]
+    for name in ("preset", "device"):
+        if getattr(config, name):
+            flags += [f"--{name}", getattr(config, name)]
+    return flags
 
 
 def jobs(config, out):
     """Every run that the flags ask for."""
-    asked = [m for m in METHODS if ":" not in m] if config.methods == ("all",) else config.methods
-    asked, passed = () if asked == ("none",) else asked, []
-    for f in fields(data.DataConfig):
-        # always those of which the methods have defaults of their own: all must see the same genes and controls
-        if (value := getattr(config, f.name)) != f.default or f.name in ("hvg", "eval_genes", "control_split"):
-            flag = "--" + f.name.replace("_", "-")
-            passed += [flag] if value is True else [flag, str(value)]
-    common = ["--data", config.data, "--split", config.split, *passed, "--eval-cells", str(config.eval_cells)]
-    common += ["--folds", str(config.n_folds)] if config.split == "cv" else []
-    for name in ("preset", "device"):
-        common += [f"--{name}", getattr(config, name)] if getattr(config, name) else []
     result = []
-    for text in asked:
-        name, *extra = shlex.split(text)
-        if name not in METHODS:
-            raise DataError(f"--methods {text}: unknown method {name}; choose all, none or {', '.join(METHODS)}")
-        script, *flags = shlex.split(METHODS[name])
-        flags += shlex.split(DEMO.get(name, "")) if preset_of(config) == "demo" else []
+    common = common_flags(config)
+    for text, (script, flags) in asked_methods(config).items():
         # a folder belongs to exactly these flags: other flags never meet its results
-        tag = hashlib.sha256(shlex.join([script, *common, *flags, *extra]).encode()).hexdigest()[:8]
+        tag = hashlib.sha256(shlex.join([text, *common, *flags]).encode()).hexdigest()[:8]
+        name = text.split()[0].replace(":", "-")
         for fold in config.folds:
             for seed in config.seeds:
-                folder = out / f"{name.replace(':', '-')}-f{fold}-s{seed}-{tag}"
-                command = [sys.executable, str(HERE / script), *common, "--fold", str(fold), "--seed", str(seed),
-                           *flags, *extra]
+                folder = out / f"{Path(name).stem}-f{fold}-s{seed}-{tag}"
+                where = ["--fold", str(fold), "--seed", str(seed)]
+                command = [sys.executable, str(script), *common, *where, *flags]
                 result.append(Job(text, fold, seed, folder, command))
     return result
 
@@ -331,35 +398,42 @@ def finished(job):
     return (job.folder / "metrics.json").exists()
 
 
+def begun(job):
+    """Whether it can go on from a checkpoint."""
+    return (job.folder / "ckpt.pt").exists()
+
+
 def command_now(job):
     """The command that starts a job, or goes on with it."""
-    resume = (job.folder / "ckpt.pt").exists()
-    return ([*job.command[:2], "--resume"] if resume else job.command) + ["--out", str(job.folder)]
+    return ([*job.command[:2], "--resume"] if begun(job) else job.command) + ["--out", str(job.folder)]
 
 
 def run_jobs(todo, n_parallel):
     """Run what is missing. Returns {(name, fold, seed): last line of the error} of those that failed."""
-    failed, lock, began, done = {}, threading.Lock(), time.perf_counter(), []
+    failed, done = {}, []
+    lock = threading.Lock()
+    began = time.perf_counter()
     env = dict(os.environ)
     if n_parallel > 1:                          # whatever is left to do: other threads give other last digits
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
 
     def run(job):
         title = f"{job.name} fold {job.fold} seed {job.seed}"
-        print(f"{'resuming' if (job.folder / 'ckpt.pt').exists() else 'running'} {title}", flush=True)
+        print(f"{'resuming' if begun(job) else 'running'} {title}", flush=True)
         start = time.perf_counter()
         process = subprocess.run(command_now(job), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                  text=True)
         error = process.stderr.strip().splitlines()
         with lock:
             done.append(job)
-            took, left, how = time.perf_counter() - start, len(todo) - len(done), "done"
+            how = f"done in {data.clock(time.perf_counter() - start)}"
             if process.returncode or not finished(job):
                 failed[job.name, job.fold, job.seed] = error[-1] if error else f"ended with code {process.returncode}"
                 how = "FAILED"
-            eta = data.clock((time.perf_counter() - began) / len(done) * left)
-            print(f"[{len(done)}/{len(todo)}] {title}: {how} in {data.clock(took)}"
-                  + (f", {left} left, about {eta}" if left else ""), flush=True)
+            left = len(todo) - len(done)
+            if left:
+                how += f", {left} left, about {data.clock((time.perf_counter() - began) / len(done) * left)}"
+            print(f"[{len(done)}/{len(todo)}] {title}: {how}", flush=True)
 
     with ThreadPoolExecutor(n_parallel) as pool:
         futures = [pool.submit(run, job) for job in todo]
@@ -373,6 +447,12 @@ def run_jobs(todo, n_parallel):
     return failed
 
 
+def predicted_cells(job, dataset):
+    """{group: (n, E) CSR} that a run has written."""
+    config = data.DataConfig(covariates=dataset.config.covariates)
+    return metrics.read_prediction(job.folder / "pred.h5ad", config)[1]
+
+
 def check_run(job, dataset):
     """The metrics of a finished run, after checking that it had the split and the genes of the others."""
     result = json.loads((job.folder / "metrics.json").read_text())
@@ -384,124 +464,193 @@ def check_run(job, dataset):
     return result
 
 
+def training_log(folder):
+    """The lines of a run's log.jsonl that tell of training steps: not of an earlier stage, nor of validation."""
+    path = Path(folder, "log.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["step"] > 0 and "stage" not in line and "cells_per_s" in line]
+
+
 # -------------------------------------------------------------------------------- results
+
+def scored_keys(config):
+    """The metrics that everything is scored by: all, but of the MMD ranks only what --keys names."""
+    return [k for k in metrics.KEYS if k not in MMD_RANKS or k in config.keys]
+
+
+def score(dataset, pred, seed, keys, floors=False):
+    """metrics.evaluate() of predicted test cells {group: (n, E)}."""
+    genes = dataset.eval_genes
+    return metrics.evaluate(pred, dataset.populations("test", genes), dataset.controls("test", genes),
+                            [dataset.genes[i] for i in genes], dataset.populations("train", genes), keys=keys,
+                            seed=seed, floors=floors)
+
+
+def read_pred(text, dataset, config):
+    """Name and {group: (n, E)} of one --pred NAME=FILE: the test conditions and the evaluation genes, by name."""
+    name, _, file = text.partition("=")
+    genes, cells = metrics.read_prediction(file, config)
+    names = [dataset.genes[i] for i in dataset.eval_genes]
+    columns = data.match_genes(genes, names)
+    missing = [gene for gene, column in zip(names, columns) if column < 0]
+    absent = [group for group in dataset.part("test") if group not in cells]
+    for what, of, lacking in (("evaluation genes", len(names), missing),
+                              ("test conditions", len(dataset.part("test")), absent)):
+        if lacking:
+            raise DataError(f"--pred {text}: lacks {len(lacking)} of the {of} {what} ({', '.join(lacking[:4])}); "
+                            "predict all, or score the file alone with metrics.py")
+    return name, {group: cells[group][:, columns] for group in dataset.part("test")}
+
+
+def known_vectors(embedding, dataset, flag):
+    """The given gene vectors, by the names of genes and perturbations of this data set."""
+    of = {*dataset.genes, *dataset.perturbations, *(p.partition(":")[0] for p in dataset.perturbations)}
+    found = {name: embedding[name.upper()].astype(float) for name in sorted(of) if name.upper() in embedding}
+    if len(found) < 0.2 * len(of):
+        raise DataError(f"--embedding {flag}: knows only {len(found):,} of {len(of):,} genes; give a file of the same "
+                        "species and naming")
+    return found
+
 
 def score_fold(config, fold, embedding):
     """Floors, replicate, baselines and other tools' predictions of one fold, for every seed.
 
-    Returns the dataset and {seed: {row name: (kind, result of metrics.evaluate)}}.
+    Returns the dataset and [(row name, kind, result of metrics.evaluate)].
     """
     dataset = data.load(data.path_of(config), config, config.split, fold, config.n_folds)
-    genes = dataset.eval_genes
-    if embedding is not None:
-        of = sorted({*dataset.genes, *dataset.perturbations, *(p.partition(":")[0] for p in dataset.perturbations)})
-        found = {name: embedding[name.upper()].astype(float) for name in of if name.upper() in embedding}
-        if len(found) < 0.2 * len(of):
-            raise DataError(f"--embedding {config.embedding}: knows only {len(found):,} of {len(of):,} genes; give a "
-                            "file of the same species and naming")
-        embedding = found
-    names, control = [dataset.genes[i] for i in genes], dataset.controls("test", genes)
-    real, train = dataset.populations("test", genes), dataset.populations("train", genes)
-    others = {}
-    for text in config.pred:
-        name, _, file = text.partition("=")
-        columns, cells = metrics.read_prediction(file, config)
-        where, absent = {g: i for i, g in enumerate(columns)}, sorted(set(dataset.part("test")) - set(cells))
-        missing = [g for g in names if g not in where]
-        if missing or absent:
-            what = f"{len(missing)} of the {len(names)} evaluation genes ({', '.join(missing[:4])})" if missing else \
-                f"{len(absent)} of the test conditions ({', '.join(absent[:4])})"
-            raise DataError(f"--pred {text}: lacks {what}; predict all, or score the file alone with metrics.py")
-        others[name] = {g: cells[g][:, [where[n] for n in names]] for g in dataset.part("test")}
-    results, fitted = {}, {name: fit_baseline(name, dataset, embedding) for name in GRIDS if config.baselines}
+    vectors = known_vectors(embedding, dataset, config.embedding) if embedding is not None else None
+    others = dict(read_pred(text, dataset, config) for text in config.pred)
+    fitted = {name: fit_baseline(name, dataset, vectors) for name in GRIDS} if config.baselines else {}
+    keys = scored_keys(config)
+    no_effect = np.zeros((len(dataset.part("test")), 1), dtype=np.float32)
+    runs = []
     for seed in config.seeds:
-        rows, floors = {}, True
-        for name in fitted:
-            effects, chosen = fitted[name]
-            pred = baseline_populations(name, dataset, effects, config.eval_cells, seed)
-            rows[name] = "baseline", metrics.evaluate(pred, real, control, names, train, seed=seed, floors=floors)
-            rows[name][1]["options"], floors = chosen, False
-        if floors:
-            pred = {g: data.pick_rows(dataset.controls("test", genes, g.partition("@")[2]),
-                                      min(len(dataset.rows[g]), config.eval_cells), seed) for g in real}
-            first = metrics.evaluate(pred, real, control, names, train, seed=seed)
-        else:
-            first = rows[next(iter(GRIDS))][1]
-        floor_rows = {name: ("floor", {"aggregate": first["floors"][name], "n_valid": first["floors_n_valid"][name],
-                                       "per_condition": first["floors_per_condition"][name]})
-                      for name in metrics.FLOORS if first["floors"][name]}
-        for name, pred in others.items():
-            rows[name] = "prediction", metrics.evaluate(pred, real, control, names, train, seed=seed, floors=False)
-        replicate = {"aggregate": first["replicate"], "n_valid": {}, "per_condition": {}}
-        results[seed] = floor_rows | rows | {"replicate": ("replicate", replicate)}
-    return dataset, results
+        controls = baseline_populations("control", dataset, no_effect, config.eval_cells, seed)
+        first = score(dataset, controls, seed, keys, floors=True)
+        for name in metrics.FLOORS:
+            if first["floors"][name]:
+                floor = {"aggregate": first["floors"][name], "n_valid": first["floors_n_valid"][name],
+                         "per_condition": first["floors_per_condition"][name]}
+                runs.append((name, "floor", floor))
+        for name, fit in fitted.items():
+            if fit is not None:
+                cells = baseline_populations(name, dataset, fit[0], config.eval_cells, seed)
+                runs.append((name, "baseline", score(dataset, cells, seed, keys) | {"options": fit[1]}))
+        for name, cells in others.items():
+            runs.append((name, "prediction", score(dataset, cells, seed, keys)))
+        runs.append(("replicate", "replicate", {"aggregate": first["replicate"], "n_valid": {}, "per_condition": {}}))
+    return dataset, runs
+
+
+def score_run(job, dataset, config):
+    """[(row name, kind, result)] of a finished run: its own scores and its variants', and what --keys asks besides."""
+    result = check_run(job, dataset)
+    missing = [k for k in config.keys if k not in result["aggregate"]]
+    if missing:
+        cells = predicted_cells(job, dataset)
+        more = score(dataset, {g: cells[g] for g in dataset.part("test")}, job.seed, missing)
+        for part in ("aggregate", "n_valid"):
+            result[part] |= more[part]
+        for group, scores in more["per_condition"].items():
+            result["per_condition"][group] |= scores
+    log = training_log(job.folder)
+    result["train_seconds"] = log[-1]["seconds"] if log else None
+    rows = [(job.name, "method", result)]
+    for suffix, other in result.get("variants", {}).items():
+        rows.append((job.name + suffix, "method", other))
+    return rows
 
 
 def published_rows(config):
     """{row name: {key: value}} of the papers that used data and split of this name."""
-    stem, split = Path(config.data).stem.lower(), Path(config.split).stem
-    return {name: dict(zip(keys, values)) for (start, of), rows in PUBLISHED.items() for name, keys, values in rows
-            if (stem, split) == (start, of)}
+    of = Path(config.data).stem.lower(), Path(config.split).stem
+    return {name: dict(zip(keys, values)) for name, keys, values in PUBLISHED.get(of, ())}
+
+
+def mean_of(values):
+    """Their mean; None where one of them is None, or there is none."""
+    return float(np.mean(values)) if values and None not in values else None
 
 
 def collect(runs):
-    """[(name, kind, result)] -> {name: {kind, mean, sd, runs, n_valid, per_condition, seconds, peak_memory_mb}}."""
-    rows = {}
+    """[(name, kind, result)] -> {name: {kind, runs, mean, sd, n_valid, per_condition, ...}}, over seeds and folds.
+
+    A condition counts in per_condition where every run defines it: a mean over fewer seeds would be another quantity.
+    """
+    several, kind_of = {}, {}
     for name, kind, result in runs:
-        row = rows.setdefault(name, {"kind": kind, "all": []})
-        row["all"].append(result)
-    for row in rows.values():
-        several = row.pop("all")
-        keys = {k: None for r in several for k in r["aggregate"]}
-        values = {k: [r["aggregate"][k] for r in several if r["aggregate"].get(k) is not None] for k in keys}
-        row["runs"] = len(several)
-        row["mean"] = {k: float(np.mean(v)) if v else None for k, v in values.items()}
-        row["sd"] = {k: float(np.std(v, ddof=1)) if len(v) > 1 else None for k, v in values.items()}
-        row["n_valid"] = {k: sum(r["n_valid"].get(k, 0) for r in several) for k in keys}
+        several.setdefault(name, []).append(result)
+        kind_of[name] = kind
+    rows = {}
+    for name, results in several.items():
+        row = rows[name] = {"kind": kind_of[name], "runs": len(results), "mean": {}, "sd": {}, "n_valid": {}}
+        for k in dict.fromkeys(k for r in results for k in r["aggregate"]):
+            values = [r["aggregate"][k] for r in results if r["aggregate"].get(k) is not None]
+            row["mean"][k] = mean_of(values)
+            row["sd"][k] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row["n_valid"][k] = sum(r["n_valid"].get(k, 0) for r in results)
         by_group = {}
-        for r in several:
-            for g, scores in r["per_condition"].items():
+        for r in results:
+            for group, scores in r["per_condition"].items():
                 for k, v in scores.items():
-                    by_group.setdefault(g, {}).setdefault(k, []).append(v)
-        row["per_condition"] = {g: {k: float(np.mean(v)) if None not in v else None for k, v in scores.items()}
-                                for g, scores in by_group.items()}
-        for k in ("seconds", "peak_memory_mb"):
-            row[k] = round(float(np.mean([r[k] for r in several])), 1) if all(k in r for r in several) else None
-        row["options"] = [r["options"] for r in several if "options" in r]
+                    by_group.setdefault(group, {}).setdefault(k, []).append(v)
+        row["per_condition"] = {g: {k: mean_of(v) for k, v in scores.items()} for g, scores in by_group.items()}
+        for k in ("train_seconds", "peak_memory_mb"):
+            row[k] = mean_of([r.get(k) for r in results])
+        row["options"] = [r["options"] for r in results if "options" in r]
     return rows
 
 
-def partial_floors(rows):
-    """{name of a floor that exists for some of the conditions only: how many of how many}."""
-    every = max((len(row["per_condition"]) for row in rows.values()), default=0)
-    return {name: (len(row["per_condition"]), every) for name, row in rows.items()
-            if row["kind"] == "floor" and len(row["per_condition"]) < every}
+def partial_rows(rows):
+    """{name of a row that exists for some of the conditions only: (how many, of how many)}."""
+    size = {n: len(row["per_condition"]) for n, row in rows.items() if row["kind"] not in ("replicate", "published")}
+    every = max(size.values(), default=0)
+    return {name: (n, every) for name, n in size.items() if n < every}
 
 
-def best_and_second(rows, key):
-    """Names of the best and the second best row of a column. Published rows, the replicate and a floor that exists for
-    some of the conditions only do not compete."""
-    sign, partial = -1 if metrics.KEYS[key].arrow == "↑" else 1, partial_floors(rows)
-    rank = sorted((sign * row["mean"][key], name) for name, row in rows.items()
-                  if row["kind"] not in ("replicate", "published") and row["mean"].get(key) is not None
-                  and name not in partial)
-    return [name for _, name in rank[:2]] + [None] * (2 - len(rank))
+def competing(rows, key):
+    """{row name: value} of a column, smaller being better. Published rows, the replicate and a row that exists for some
+    of the conditions only do not compete."""
+    sign = -1 if metrics.KEYS[key].arrow == "↑" else 1
+    partial = partial_rows(rows)
+    return {name: sign * row["mean"][key] for name, row in rows.items() if row["mean"].get(key) is not None
+            and row["kind"] not in ("replicate", "published") and name not in partial}
+
+
+def best(rows, key):
+    """Name of the best row of a column, or None."""
+    values = competing(rows, key)
+    return min(values, key=values.get, default=None)
+
+
+def marks(rows, key):
+    """{row name: 0 for the best of a column, 1 for the second best}; rows that print the same value share a mark."""
+    printed = {name: float(number(value)) for name, value in competing(rows, key).items()}
+    order = sorted(set(printed.values()))[:2]
+    return {name: order.index(value) for name, value in printed.items() if value in order}
+
+
+def is_better(a, b, key):
+    """Whether the mean of row a is better than that of row b."""
+    if metrics.KEYS[key].arrow == "↑":
+        return a["mean"][key] > b["mean"][key]
+    return a["mean"][key] < b["mean"][key]
 
 
 def paired_tests(rows, keys):
     """{method: {key: {against, p, better}}}: Wilcoxon over conditions against the best floor or baseline, per key."""
-    out, partial = {}, partial_floors(rows)
+    out = {}
+    partial = partial_rows(rows)
     simple = {n: r for n, r in rows.items() if r["kind"] in ("floor", "baseline") and n not in partial}
     for name, row in rows.items():
         if row["kind"] not in ("method", "prediction"):
             continue
         for key in keys:
-            against = best_and_second(simple, key)[0]
-            if against is None or row["mean"].get(key) is None:
-                continue
-            better = (row["mean"][key] > rows[against]["mean"][key]) == (metrics.KEYS[key].arrow == "↑")
-            p = metrics.compare(row, rows[against], key)
-            out.setdefault(name, {})[key] = {"against": against, "p": p, "better": better}
+            against = best(simple, key)
+            if against is not None and row["mean"].get(key) is not None:
+                p = metrics.compare(row, rows[against], key)
+                better = is_better(row, rows[against], key)
+                out.setdefault(name, {})[key] = {"against": against, "p": p, "better": better}
     return out
 
 
@@ -513,58 +662,79 @@ def number(value, sd=None):
     return f"{value:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd else "")
 
 
-STYLE = {"console": (("\033[1m", "\033[0m"), ("\033[4m", "\033[0m")), "plain": (("", "*"), ("", "'")),
-         "markdown": (("**", "**"), ("<u>", "</u>"))}
+def short_names(names, width):
+    """{name: at most `width` characters}: a long flag string loses its middle; what is alike then is numbered."""
+    out = {}
+    for name in names:
+        text = name if len(name) <= width else f"{name[:width // 2 - 1]}…{name[len(name) - width + width // 2:]}"
+        alike = sum(text == other.partition(" (")[0] for other in out.values())
+        out[name] = f"{text} ({alike + 1})" if alike else text
+    return out
 
 
-def format_rows(rows, keys, style, width=170):
-    """Text of the table: a line per row, a column per metric, mean ± sd, best and second marked in a style."""
-    marked = {k: best_and_second(rows, k) for k in keys}
-    cells = {}
-    for name, row in rows.items():
-        for k in keys:
-            text = number(row["mean"].get(k), row["sd"].get(k))
-            mark = STYLE[style][marked[k].index(name)] if name in marked[k] and text != "-" else ("", "")
-            cells[name, k] = (mark[0] + text + mark[1], len(text) + (0 if style == "console" else sum(map(len, mark))))
-    if style == "markdown":
-        lines = ["| | " + " | ".join(k + metrics.KEYS[k].arrow for k in keys) + " |", "|---|" + "---:|" * len(keys)]
-        for name, row in rows.items():
-            title = f"{name} *(published)*" if row["kind"] == "published" else name
-            lines.append(f"| {title} | " + " | ".join(cells[name, k][0] for k in keys) + " |")
-        return "\n".join(lines)
-    start, blocks, used = max(map(len, rows)), [[]], 0
+PLAIN = ("{}*", "{}'")                  # the best and the second best value
+MARKDOWN = ("**{}**", "<u>{}</u>")
+
+
+def table_columns(rows, keys, style):
+    """[(title, {row name: text})]: mean ± sd of every metric, best and second marked in a style; then what it took."""
+    columns = []
     for k in keys:
-        size = 2 + max(len(k) + 1, *(cells[name, k][1] for name in rows))
-        if blocks[-1] and start + used + size > width:
-            blocks.append([])
-            used = 0
-        blocks[-1].append((k, size))
-        used += size
-    texts = []
-    for block in blocks:
-        lines = [" " * start + "".join((k + metrics.KEYS[k].arrow).rjust(size) for k, size in block)]
-        for name in rows:
-            lines.append(name.ljust(start) + "".join(" " * (size - cells[name, k][1]) + cells[name, k][0]
-                                                     for k, size in block))
-        texts.append("\n".join(lines))
-    return "\n\n".join(texts)
+        place = marks(rows, k)
+        texts = {}
+        for name, row in rows.items():
+            text = number(row["mean"].get(k), row["sd"].get(k))
+            texts[name] = style[place[name]].format(text) if name in place else text
+        columns.append((k + metrics.KEYS[k].arrow, texts))
+    for title, field in (("train s", "train_seconds"), ("peak MB", "peak_memory_mb")):
+        values = {name: row.get(field) for name, row in rows.items()}
+        if any(value is not None for value in values.values()):
+            columns.append((title, {n: "-" if v is None else f"{v:,.0f}" for n, v in values.items()}))
+    return columns
+
+
+def markdown_table(rows, keys):
+    """The table for bench.md."""
+    columns = table_columns(rows, keys, MARKDOWN)
+    lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
+    for name, row in rows.items():
+        title = f"{name} *(published)*" if row["kind"] == "published" else name
+        lines.append(f"| {title} | " + " | ".join(texts[name] for _, texts in columns) + " |")
+    return "\n".join(lines)
+
+
+def format_rows(rows, keys, width):
+    """The table for the console, as many columns as fit."""
+    label = short_names(rows, 40)
+    start = max(map(len, label.values()))
+    lines = [" " * start] + [text.ljust(start) for text in label.values()]
+    columns = table_columns(rows, keys, PLAIN)
+    for i, (title, texts) in enumerate(columns):
+        size = 2 + max(len(title), *map(len, texts.values()))
+        if len(lines[0]) + size > width:
+            lines.append(f"{len(columns) - i} more columns in bench.md: {', '.join(title for title, _ in columns[i:])}")
+            break
+        lines = [line + text.rjust(size) for line, text in zip(lines, [title, *texts.values()])]
+    return "\n".join(lines)
 
 
 def reading(rows, tests, keys):
     """One line per method: on how many metrics it beats the best floor or baseline, and where it loses to a floor."""
     lines = []
-    for name in tests:
-        won = [k for k in keys if k in tests[name] and tests[name][k]["better"]]
-        sure = [k for k in won if tests[name][k]["p"] is not None and tests[name][k]["p"] < 0.05]
-        floors = {n: r for n, r in rows.items() if r["kind"] == "floor" and n != "additive"}
-        lost = [k for k in keys if (b := best_and_second(floors, k)[0]) and rows[name]["mean"].get(k) is not None
-                and (rows[name]["mean"][k] > floors[b]["mean"][k]) != (metrics.KEYS[k].arrow == "↑")]
-        text = f"{name}: better than every floor and baseline in {len(won)} of {len(tests[name])} metrics"
-        text += f" ({', '.join(won)}; p < 0.05 in {len(sure)})" if won else ""
-        text += f"; LOSES to control or mean in {', '.join(lost)}" if lost else ""
+    floors = {n: r for n, r in rows.items() if r["kind"] == "floor" and n != "additive"}
+    for name, of in tests.items():
+        won = [k for k in keys if k in of and of[k]["better"]]
+        sure = [k for k in won if of[k]["p"] is not None and of[k]["p"] < 0.05]
+        text = f"{name}: better than every floor and baseline in {len(won)} of {len(of)} metrics"
+        if won:
+            text += f" ({', '.join(won)}; p < 0.05 in {len(sure)})"
+        lost = [k for k in keys if k in of and any(is_better(floors[n], rows[name], k) for n in competing(floors, k))]
+        if lost:
+            text += f"; LOSES to control or mean in {', '.join(lost)}"
         lines.append(text)
-    return lines + [f"{name} exists for {n} of {every} conditions and averages over these: it is not ranked"
-                    for name, (n, every) in partial_floors(rows).items()]
+    for name, (n, every) in partial_rows(rows).items():
+        lines.append(f"{name} exists for {n} of {every} conditions and averages over these: it is not ranked")
+    return lines
 
 
 def bench(config):
@@ -573,7 +743,9 @@ def bench(config):
     planned = jobs(config, out)
     if config.dry_run:
         for job in planned:
-            print("# done: " * finished(job) + shlex.join(["python", Path(job.command[1]).name, *command_now(job)[2:]]))
+            script = Path(job.command[1])
+            shown = script.name if script.parent == HERE else str(script)
+            print("# done: " * finished(job) + shlex.join(["python", shown, *command_now(job)[2:]]))
         return 0
     keys = list(config.keys or metrics.TABLE_KEYS)
     embedding = data.read_vectors(config.embedding, "--embedding") if config.embedding else None
@@ -582,33 +754,34 @@ def bench(config):
     if config.condition and config.condition not in first.part("test"):
         raise DataError(f"--condition {config.condition}: is no test condition; choose from "
                         f"{', '.join(first.part('test'))}")
-    failed = run_jobs([job for job in planned if not finished(job)], config.jobs)
-    runs = [(name, kind, result) for dataset, by_seed in folds.values() for rows in by_seed.values()
-            for name, (kind, result) in rows.items()]
+    todo = [job for job in planned if not finished(job)]
+    resumed = sum(begun(job) for job in todo)
+    if len(todo) < len(planned) or resumed:
+        print(f"{out} holds {len(planned) - len(todo)} of {len(planned)} runs; {resumed} go on where they stopped, "
+              f"{len(todo) - resumed} start", flush=True)
+    failed = run_jobs(todo, config.jobs)
     good = [job for job in planned if (job.name, job.fold, job.seed) not in failed]
+    runs = [run for _, several in folds.values() for run in several]
     for job in good:
-        result = check_run(job, folds[job.fold][0])
-        runs.append((job.name, "method", result))
-        for suffix, other in result.get("variants", {}).items():
-            runs.append((job.name + suffix, "method", other))
+        runs += score_run(job, folds[job.fold][0], config)
     rows = collect(runs)
-    rows |= {name: {"kind": "published", "mean": values, "sd": {}, "per_condition": {}}
-             for name, values in published_rows(config).items()}
+    for name, values in published_rows(config).items():
+        rows[name] = {"kind": "published", "mean": values, "sd": {}, "per_condition": {}}
     order = ("floor", "baseline", "prediction", "method", "replicate", "published")
     rows = dict(sorted(rows.items(), key=lambda item: order.index(item[1]["kind"])))
     tests = paired_tests(rows, keys)
     lines = reading(rows, tests, keys)
+    if config.baselines and "kernel" not in rows:
+        lines.append("kernel is left out: a test perturbation is in no other covariate and has no gene embedding")
     title = f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, " \
         f"seeds {list(config.seeds)}: {len(first.part('train'))} training and {len(first.part('test'))} test " \
         f"conditions, {len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition"
     write_results(out, config, rows, tests, failed, title, lines, keys)
-    print(f"\n{title}\n")
-    print(format_rows(rows, keys, "console" if sys.stdout.isatty() else "plain"))
-    if not sys.stdout.isatty():
-        print("* best, ' second best of the floors, baselines, methods and predictions")
-    print()
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    print(f"\n{title}\n\n{format_rows(rows, keys, width)}")
+    print("* best, ' second best of the floors, baselines, methods and predictions\n")
     for line in lines:
-        print(textwrap.fill(line, 150, subsequent_indent="    "))
+        print(line)
     for (name, fold, seed), error in failed.items():
         print(f"FAILED: {name} fold {fold} seed {seed}: {error}", file=sys.stderr)
     if config.plot:
@@ -623,37 +796,35 @@ def write_results(out, config, rows, tests, failed, title, lines, keys):
     content = {"title": title, "data": config.data, "split": config.split, "folds": config.folds, "seeds": config.seeds,
                "versions": versions, "threads": torch.get_num_threads(), "rows": rows, "tests": tests,
                "failed": [{"name": n, "fold": f, "seed": s, "error": e} for (n, f, s), e in failed.items()]}
-    with data.atomic(out / "bench.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    data.write_json(out / "bench.json", content)
     with data.atomic(out / "bench.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, ["row", "kind", "condition", *metrics.KEYS])
         writer.writeheader()
         for name, row in rows.items():
             for group, scores in row["per_condition"].items():
                 writer.writerow({"row": name, "kind": row["kind"], "condition": group, **scores})
-    columns = [k for k in keys if any(k in t for t in tests.values())]
-    parts = [f"# {title}", format_rows(rows, keys, "markdown")]
-    if tests:
-        head = "| p against the best floor or baseline | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns)
-        body = []
-        for name, of in tests.items():
-            cell = [f"{'better' if of[k]['better'] else 'worse'} than {of[k]['against']}, p = {number(of[k]['p'])}"
-                    if k in of else "-" for k in columns]
-            body.append(f"| {name} | " + " | ".join(cell) + " |")
-        parts += ["\n".join([head, *body]), "Paired Wilcoxon signed-rank tests over the conditions, two-sided, not "
-                  "corrected for their number; with fewer than six conditions p cannot fall below 0.05.",
-                  "\n".join(f"- {line}" for line in lines)]
+    about = ("p: paired Wilcoxon signed-rank tests over the conditions against the best floor or baseline (all of them "
+             "in bench.json), two-sided, not corrected for their number; with fewer than six conditions p cannot fall "
+             "below 0.05.")
+    parts = [f"# {title}", markdown_table(rows, keys), "\n".join(f"- {line}" for line in lines), about]
     with data.atomic(out / "bench.md") as temporary:
         temporary.write_text("\n\n".join(parts) + "\n")
 
 
 # -------------------------------------------------------------------------------- figures
 
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#F0E442")  # of the methods; all of Okabe and Ito
+KINDS = {"floor": "#BBBBBB", "baseline": "#56B4E9", "prediction": "#D55E00", "method": "#E69F00"}
+NAME_WIDTH = 26     # characters of a row's name in a figure
+
+
+def family(name):
+    """The method of a row: 'scdfm' of 'scdfm:no-mmd' and of 'scdfm --knn 10'."""
+    return re.split(r"[: ]", name)[0]
 
 
 def plot(config, out, rows, good, dataset):
-    """errors.png, ablations.png, genes.png and pca.png in the folder, from the first seed and fold."""
+    """errors.png, ablations.png, genes.png and pca.png in the folder; the last two from the first seed and fold."""
     try:
         import matplotlib
     except ImportError:
@@ -663,86 +834,132 @@ def plot(config, out, rows, good, dataset):
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     genes = dataset.eval_genes
-    names = [dataset.genes[i] for i in genes]
+    mean = {v: x.mean(0) for v, x in dataset.controls("test", genes).items()}
+    size = {g: np.linalg.norm(dataset.cells(g, genes).mean(0) - mean[covariate(g)]) for g in dataset.part("test")}
+    condition = config.condition or max(size, key=size.get)
+    real, control = dataset.cells(condition, genes), dataset.controls("test", genes, covariate(condition))
     pred = {}
+    if config.baselines:
+        effects = fit_baseline("ridge", dataset)[0]
+        pred["ridge"] = baseline_populations("ridge", dataset, effects, config.eval_cells, config.seeds[0])[condition]
+    for text in config.pred:
+        name, cells = read_pred(text, dataset, config)
+        pred[name] = cells[condition].toarray()
     for job in good:
         if (job.fold, job.seed) == (config.folds[0], config.seeds[0]):
-            pred[job.name] = metrics.read_prediction(job.folder / "pred.h5ad", config)[1]
-    condition = config.condition or max(dataset.part("test"), key=lambda g: np.linalg.norm(_effect(dataset, g, genes)))
-    real, control = dataset.cells(condition, genes), dataset.controls("test", genes, condition.partition("@")[2])
-
-    # error of each condition (scDFM figure 3)
-    shown = {n: r for n, r in rows.items() if r["per_condition"]}
-    figure, axis = plt.subplots(figsize=(1 + 0.7 * len(shown), 4), layout="constrained")
-    errors = [[v["l2"] for v in r["per_condition"].values() if v.get("l2") is not None] for r in shown.values()]
-    kinds = {"floor": "#BBBBBB", "baseline": COLORS[4], "prediction": COLORS[3], "method": COLORS[1]}
-    boxes = axis.boxplot(errors, showfliers=False, patch_artist=True, medianprops={"color": "black"}, widths=0.6)
-    for box, row in zip(boxes["boxes"], shown.values()):
-        box.set_facecolor(kinds[row["kind"]])
-    for i, values in enumerate(errors):
-        axis.plot(np.full(len(values), i + 1), values, "o", color="black", markersize=2.5, alpha=0.6)
-    axis.set_xticks(range(1, len(shown) + 1), list(shown), rotation=40, ha="right")
-    axis.set(ylabel="L2 error of the mean profile (log1p CP10k)", ylim=(0, None), title="Error of each test condition")
-    present = [k for k in kinds if k in {r["kind"] for r in shown.values()}]
-    axis.legend([plt.Rectangle((0, 0), 1, 1, facecolor=kinds[k]) for k in present], present, frameon=False)
-    figure.savefig(out / "errors.png")
-
-    # methods and their ablations (scDFM figure 5)
-    shown = {n: r for n, r in rows.items() if r["kind"] == "method"}
-    if shown:
-        figure, axes = plt.subplots(1, 4, figsize=(12, 1 + 0.4 * len(shown)), layout="constrained", sharey=True)
-        for axis, k in zip(axes, ("l2", "pearson_delta", "pds", "e_distance")):
-            values, sd = ([r[part].get(k) or 0 for r in shown.values()] for part in ("mean", "sd"))
-            colors = [COLORS[0] if ":" not in n and " " not in n else COLORS[4] for n in shown]
-            axis.barh(list(shown), values, xerr=sd, color=colors, height=0.6)
-            axis.set_title(f"{k} {metrics.KEYS[k].arrow}")
-            if k in rows.get("additive", {"mean": ()})["mean"]:
-                axis.axvline(rows["additive"]["mean"][k], color="black", linestyle=":")
-        axes[0].invert_yaxis()
-        figure.suptitle("Methods and ablations (dotted: the additive floor)")
-        figure.savefig(out / "ablations.png")
-
-    # the genes that change most in one condition (scDFM figure 7)
-    change = real - control.mean(0)
-    top = np.argsort(-np.abs(change.mean(0)))[:20]
-    figure, axis = plt.subplots(figsize=(12, 4.5), layout="constrained")
-    axis.boxplot(change[:, top], showfliers=False, medianprops={"linewidth": 0}, patch_artist=True, showmeans=True,
-                 meanline=True, meanprops={"color": "black", "linestyle": "-"}, boxprops={"facecolor": "#DDDDDD"})
-    for i, (name, groups) in enumerate(pred.items()):
-        mean = groups[condition].toarray().mean(0) - control.mean(0)
-        axis.plot(np.arange(1, len(top) + 1) + 0.12 * (i + 1), mean[top], "osD^vP*X"[i % 8], label=name, markersize=5,
-                  color=COLORS[i % len(COLORS)])
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_xticks(range(1, len(top) + 1), [names[i] for i in top], rotation=60)
-    axis.set_xlim(0.4, len(top) + 1)
-    axis.set(ylabel="change from the mean control (log1p CP10k)",
-             title=f"{condition}: real cells (boxes, line at their mean) and predicted means; genes of largest change")
-    axis.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.22))
-    figure.savefig(out / "genes.png")
-
-    # real and generated cells in the same principal components (PRiMeFlow figure 1)
-    basis = metrics.fit_pca(lambda: (x for x in (control, real)), 2)
-    panels = {"real": real} | {name: groups[condition].toarray() for name, groups in pred.items()}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained", squeeze=False,
-                                sharex=True, sharey=True)
-    for i, (axis, (name, cells)) in enumerate(zip(axes[0], panels.items())):
-        for x, color in ((control, "#BBBBBB"), (cells, COLORS[0] if not i else COLORS[1])):
-            scores = (x - basis.mean) @ basis.loadings
-            axis.plot(scores[:, 0], scores[:, 1], "o", markersize=2.5, alpha=0.6, color=color)
-        axis.set(title=textwrap.fill(name, 30), xlabel="PC 1 of the real cells")
-    axes[0][0].set_ylabel("PC 2")
-    figure.suptitle(f"{condition}; grey: control cells")
-    figure.savefig(out / "pca.png")
+            pred[job.name] = predicted_cells(job, dataset)[condition].toarray()
+    methods = [name for name, row in rows.items() if row["kind"] == "method"]
+    families = list(dict.fromkeys(family(name) for name in methods))
+    methods.sort(key=lambda name: families.index(family(name)))
+    color = {name: COLORS[families.index(family(name)) % len(COLORS)] for name in methods}
+    color |= {name: KINDS[rows[name]["kind"]] for name in pred if name not in color}
+    names = [dataset.genes[i] for i in genes]
+    figures = {"errors": plot_errors(plt, rows), "pca": plot_pca(plt, condition, real, control, pred, color),
+               "genes": plot_genes(plt, condition, real, control, pred, color, names)}
+    if methods:
+        figures["ablations"] = plot_ablations(plt, rows, methods, color)
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png")
     plt.close("all")
-    print("figures: errors.png, ablations.png, genes.png, pca.png")
+    print(f"figures: {', '.join(f'{name}.png' for name in figures)}")
 
 
-def _effect(dataset, group, genes):
-    control = dataset.controls("test", genes, group.partition("@")[2])
-    return dataset.cells(group, genes).mean(0) - control.mean(0)
+def plot_errors(plt, rows):
+    """Error of each test condition, a line per row (scDFM figure 3)."""
+    shown = {n: r for n, r in rows.items() if r["per_condition"]}
+    short = short_names(shown, NAME_WIDTH)
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.28 * len(shown)), layout="constrained")
+    errors = [[v["l2"] for v in r["per_condition"].values() if v.get("l2") is not None] for r in shown.values()]
+    boxes = axis.boxplot(errors, orientation="horizontal", showfliers=False, patch_artist=True, widths=0.6,
+                         medianprops={"color": "black"})
+    for box, row in zip(boxes["boxes"], shown.values()):
+        box.set_facecolor(KINDS[row["kind"]])
+    for i, values in enumerate(errors):
+        axis.plot(values, np.full(len(values), i + 1), "o", color="black", markersize=2.5, alpha=0.6)
+    axis.set_yticks(range(1, len(shown) + 1), [short[n] for n in shown])
+    axis.invert_yaxis()
+    axis.set(xlabel="L2 error of the mean profile (log1p CP10k)", xlim=(0, None), title="Error of each test condition")
+    present = [k for k in KINDS if k in {r["kind"] for r in shown.values()}]
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=KINDS[k]) for k in present]
+    figure.legend(handles, present, frameon=False, ncols=len(present), loc="outside lower center")
+    return figure
+
+
+def plot_ablations(plt, rows, methods, color):
+    """Methods and their ablations, a colour for each method (scDFM figure 5); what is missing has no bar."""
+    floors = {n: r for n, r in rows.items() if r["kind"] == "floor"}
+    short = short_names(methods, NAME_WIDTH)
+    figure, axes = plt.subplots(1, 4, figsize=(11, 1.4 + 0.3 * len(methods)), layout="constrained", sharey=True)
+    for axis, k in zip(axes, ("l2", "pearson_delta", "pds", "e_distance")):
+        for i, name in enumerate(methods):
+            value, sd = rows[name]["mean"].get(k), rows[name]["sd"].get(k)
+            if value is not None:
+                axis.barh(i, value, xerr=sd, color=color[name], alpha=1 if name == family(name) else 0.5, height=0.6)
+        lines = []
+        for style, (name, row) in zip(("-", "--", "-.", ":"), floors.items()):
+            value = row["mean"].get(k)
+            at = math.nan if value is None else value
+            lines.append(axis.axvline(at, color="black", linewidth=1, linestyle=style))
+        axis.set_title(f"{k} {metrics.KEYS[k].arrow}")
+    axes[0].set_yticks(range(len(methods)), [short[n] for n in methods])
+    axes[0].invert_yaxis()
+    figure.legend(lines, list(floors), frameon=False, ncols=len(floors), loc="outside lower center", title="floors")
+    return figure
+
+
+def plot_genes(plt, condition, real, control, pred, color, names):
+    """The genes that change most in one condition: mean, sd and share of zeros, a strip per row (scDFM figure 7)."""
+    change = real.mean(0) - control.mean(0)
+    top = np.argsort(-np.abs(change))[:12]
+    short = short_names(pred, NAME_WIDTH)
+    x = np.arange(len(top))
+    n = max(len(pred), 1)
+    figure, axes = plt.subplots(n, 2, figsize=(10, 1.4 + 0.7 * n), layout="constrained", sharex=True, sharey="col",
+                                squeeze=False, width_ratios=(2, 1))
+    for left, right in axes:
+        left.errorbar(x - 0.12, real[:, top].mean(0), real[:, top].std(0), fmt="o", color="#888888", markersize=4)
+        left.plot(x, control[:, top].mean(0), "_", color="black", markersize=14)
+        right.bar(x, (real[:, top] <= 0).mean(0), color="#CCCCCC")
+    for (left, right), (name, cells) in zip(axes, pred.items()):
+        left.errorbar(x + 0.12, cells[:, top].mean(0), cells[:, top].std(0), fmt="o", color=color[name], markersize=4)
+        left.set_ylabel(short[name], rotation=0, ha="right", va="center")
+        right.plot(x, (cells[:, top] <= 0).mean(0), "o", color=color[name], markersize=5)
+    axes[0][0].set_title("mean and sd (log1p CP10k)")
+    axes[0][1].set_title("share of zeros")
+    axes[0][1].set_ylim(0, 1.05)
+    for axis in axes[-1]:
+        axis.set_xticks(x, [names[i] for i in top], rotation=60, ha="right", rotation_mode="anchor")
+    figure.suptitle(f"{condition}, genes of largest change; colour: predicted, grey: real, dash: mean of control cells")
+    return figure
+
+
+def plot_pca(plt, condition, real, control, pred, color):
+    """Real and generated cells in the principal components of the real ones (PRiMeFlow figure 1)."""
+    basis = metrics.fit_pca(lambda: (x for x in (control, real)), 2)
+    panels = {"real": real} | pred
+    short = short_names(panels, NAME_WIDTH)
+    width = min(len(panels), 4)
+    height = math.ceil(len(panels) / width)
+    figure, axes = plt.subplots(height, width, figsize=(2.5 * width, 0.8 + 2.3 * height), layout="constrained",
+                                squeeze=False, sharex=True, sharey=True)
+    for axis, (name, cells) in zip(axes.flat, panels.items()):
+        for x, shade in ((control, "#BBBBBB"), (cells, color.get(name, "black"))):
+            points = (x - basis.mean) @ basis.loadings
+            axis.plot(points[:, 0], points[:, 1], "o", markersize=2.5, alpha=0.6, color=shade)
+        axis.set_title(short[name])
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    one, two = 100 * np.asarray(basis.explained[:2])
+    figure.supxlabel(f"PC 1 ({one:.0f}% of the real cells' variance)")
+    figure.supylabel(f"PC 2 ({two:.0f}%)")
+    figure.suptitle(f"{condition}; grey: control cells")
+    return figure
 
 
 # -------------------------------------------------------------------------------- speed
+
+FEW_STAGE = {"scbig": ["--pretrain-steps", "20"]}      # an earlier stage, which is not what is timed
+
 
 def matrix_rate(device, dtype):
     """FLOP/s of a large matrix product: what the device can do at best."""
@@ -778,117 +995,92 @@ def flop_counter():
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward})
 
 
-def measure(method, preset, path, device, steps, extra, folder):
-    """Speed of one method in a process of its own: its main() is called as the command line calls it."""
-    import contextlib
-    import importlib
-    import io
-    import resource
-    module = importlib.import_module(method)
+def count_flops():
+    """What a child of --speed does: runs the script of its arguments as python does, and prints its FLOPs last."""
+    del sys.argv[0]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    for name in ("data", "metrics"):            # a fork has its own
+        del sys.modules[name]
+    with flop_counter() as counter:
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            if stop.code:
+                raise
+    print(counter.get_total_flops())
 
-    def call(*flags):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-            start = time.perf_counter()
-            module.main([str(f) for f in flags])
-        return time.perf_counter() - start
+
+def child(*command):
+    """Run python with these arguments: (seconds, what it printed)."""
+    start = time.perf_counter()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+        raise DataError(f"--speed: {shlex.join(map(str, command))}: {last}")
+    return time.perf_counter() - start, done.stdout
+
+
+def measure(script, flags, preset, path, device, steps, folder):
+    """Speed of one method: from the log of a short run, and from children that predict or count."""
     place = ["--device", device] if device else []
-    flags = ["--data", path, "--split", "additive", "--preset", preset, *place, *extra]
-    folder = Path(folder)
-    call(*flags, "--steps", steps, "--out", folder / "run")
-    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-    log = [line for line in log if line["step"] > 0 and "seconds" in line]
-    result = json.loads((folder / "run" / "metrics.json").read_text())
+    flags = ["--data", path, "--split", "additive", "--preset", preset, *place, *FEW_STAGE.get(script.stem, ()), *flags]
+    run = folder / "run"
+    child(script, *flags, "--steps", steps, "--out", run)
+    log = training_log(run)
+    result = json.loads((run / "metrics.json").read_text())
     ms = [1e3 * (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log[2:], log[3:])]
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = data.pick_device(device)
     bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    row = {"method": method, "preset": preset, "device": str(where), "dtype": "bf16" if bf16 else "fp32",
+    row = {"preset": preset, "device": str(where), "dtype": "bf16" if bf16 else "fp32",
            "first_step_s": round(log[0]["seconds"], 2), "ms_per_step": round(float(np.median(ms)), 2),
            "ms_quartiles": [round(float(q), 2) for q in np.percentile(ms, [25, 75])],
            "cells_per_s": round(float(np.median([line["cells_per_s"] for line in log[2:]])), 1),
-           "peak_memory_mb": result["peak_memory_mb"],
-           "evaluation_s": round(result["seconds"] - log[-1]["seconds"], 2)}
+           "peak_memory_mb": result["peak_memory_mb"]}
 
     flops = []
-    for stop in (1, 3):                         # the difference is two steps, whatever comes before
-        with flop_counter() as counter:
-            call(*flags, "--no-compile", "--steps", steps, "--stop-at", stop, "--out", folder / f"flops{stop}")
-        flops.append(counter.get_total_flops())
+    for n in (1, 3):                            # the difference is two steps, whatever comes before and after
+        _, text = child("-c", "import bench; bench.count_flops()", script, *flags, "--no-compile", "--eval-cells", 2,
+                        "--steps", n, "--out", folder / f"flops{n}")
+        flops.append(int(text.splitlines()[-1]))
     rate = matrix_rate(where, torch.bfloat16 if bf16 else torch.float32)
     row["gflop_per_step"] = round((flops[1] - flops[0]) / 2e9, 2)
     row["device_gflops"] = round(rate / 1e9, 1)
     row["utilisation"] = round((flops[1] - flops[0]) / 2 / (row["ms_per_step"] / 1e3) / rate, 3)
 
     condition = next(iter(result["per_condition"]))
-    few, many = (25, 825) if where.type == "cpu" else (100, 1100)
-
-    def sampling(tag):
-        """Cells per second: the difference of two calls, the first of which also compiles."""
-        times = [call("--ckpt", folder / "run" / "ckpt.pt", "--predict", condition, "--cells", n, "--out",
-                      folder / f"{tag}{i}.h5ad", *place)
-                 for i, n in enumerate((few, few, many))]
-        return round((many - few) / (times[2] - times[1]), 1) if times[2] > times[1] else None     # lost in the noise
-    row["sampled_cells_per_s"] = sampling("cached")
-    row["sampled_cells_per_s_uncached"] = None
-    if method in UNCACHED:
-        UNCACHED[method](module)
-        row["sampled_cells_per_s_uncached"] = sampling("uncached")
-    row["process_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+    few, many = (25, 2_025) if where.type == "cpu" else (100, 10_100)
+    seconds = [child(script, "--ckpt", run / "ckpt.pt", "--predict", condition, "--cells", n, *place,
+                     "--out", folder / f"{n}.h5ad")[0] for n in (few, many)]
+    took = seconds[1] - seconds[0]              # both start python, load the data and compile
+    row["sampled_cells_per_s"] = round((many - few) / took, 1) if took > 0 else None
     return row
-
-
-def _uncached_scdfm(module):
-    """The network as a whole at every evaluation, without what is constant over the ODE."""
-    context, velocity = module.ScDFM.context, module.ScDFM.velocity
-    module.ScDFM.context = lambda self, *given: given
-    module.ScDFM.velocity = lambda self, x, modulation, given: velocity(self, x, modulation, context(self, *given))
-
-
-UNCACHED = {"scdfm": _uncached_scdfm}
 
 
 def speed(config):
     """Print the table of --speed; the last line is one JSON object. Returns the exit code."""
-    import multiprocessing
-    import tempfile
-    cuda = (config.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-    presets = [config.preset] if config.preset else ["demo", "paper"] if cuda else ["demo"]
+    cuda = data.pick_device(config.device).type == "cuda"
+    asked = asked_methods(config)
+    presets = [config.preset or "demo"]
+    if cuda and not config.preset:
+        presets.append("paper")
     large = Path("runs/speed-5000.h5ad")
     if "paper" in presets and not large.exists():
         data.simulate(large, cells=20_000, genes=5_000)
-    asked = [m for m in METHODS if ":" not in m] if config.methods == ("all",) else config.methods
     result = {"methods": [], "torch": torch.__version__, "threads": torch.get_num_threads(),
               "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}
-    for text in asked:
-        name, *extra = shlex.split(text)
-        if name not in METHODS:
-            raise DataError(f"--methods {text}: unknown method {name}; choose all or {', '.join(METHODS)}")
-        script, *flags = shlex.split(METHODS[name])
+    for text, (script, flags) in asked.items():
         for preset in presets:
-            path = str(large) if preset == "paper" else str(data.demo_file())
-            given = Path(script).stem, preset, path, config.device, 400 if cuda else 40, flags + extra
-            with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
-                row = pool.apply(measure, (*given, folder)) | {"method": text}
-            result["methods"].append(row)
-            print(f"{text} {preset}: {row['ms_per_step']:g} ms/step (quartiles {row['ms_quartiles'][0]:g} to "
-                  f"{row['ms_quartiles'][1]:g}), first step {row['first_step_s']:g} s, {row['cells_per_s']:g} cells/s, "
-                  f"{row['peak_memory_mb']} MB, {row['gflop_per_step']:g} GFLOP/step, "
+            path = large if preset == "paper" else data.demo_file()
+            with tempfile.TemporaryDirectory() as folder:
+                row = measure(script, flags, preset, path, config.device, 400 if cuda else 40, Path(folder))
+            result["methods"].append({"method": text, **row})
+            low, high = row["ms_quartiles"]
+            print(f"{text} {preset}: {row['ms_per_step']:g} ms/step (quartiles {low:g} to {high:g}), first step after "
+                  f"{row['first_step_s']:g} s, {row['cells_per_s']:g} cells/s, {row['peak_memory_mb']} MB, "
+                  f"{row['gflop_per_step']:g} GFLOP/step, "
                   f"{100 * row['utilisation']:.0f}% of {row['device_gflops']:g} GFLOP/s; sampling "
-                  f"{row['sampled_cells_per_s'] or '-'} cells/s, "
-                  f"uncached {row['sampled_cells_per_s_uncached'] or '-'}; "
-                  f"evaluation {row['evaluation_s']:g} s", flush=True)
-
-    path, start = data.demo_file(), time.perf_counter()
-    data.load(path, data.DataConfig(), "additive")
-    result["load_demo_s"] = round(time.perf_counter() - start, 3)
-    rng = np.random.default_rng(0)
-    pred, real, train = ({f"P{i}": np.log1p(rng.poisson(0.3, (300, 1000))).astype(np.float32) for i in range(40)}
-                         for _ in range(3))
-    control = np.log1p(rng.poisson(0.3, (2000, 1000))).astype(np.float32)
-    start = time.perf_counter()
-    metrics.evaluate(pred, real, control, [f"G{i}" for i in range(1000)], train, floors=False)
-    result["evaluate_40x300x1000_s"] = round(time.perf_counter() - start, 2)
-    print(f"loading the demo {result['load_demo_s']:g} s; all metrics of 40 conditions x 300 cells x 1,000 genes "
-          f"{result['evaluate_40x300x1000_s']:g} s")
+                  f"{row['sampled_cells_per_s'] or '-'} cells/s", flush=True)
     print(json.dumps(result))
     return 0
 
@@ -899,24 +1091,28 @@ def main(argv=None):
     """Command line; exit code 1 when a run failed, 2 for bad input."""
     with data.clean_errors():
         parser = data.Parser(prog="bench.py", description=__doc__)
-        data.add_flags(parser, Config)
-        config = Config(**parser.parse(argv))
+        data.add_flags(parser, Config, {"demo": {"hvg": DEMO_HVG}})
+        typed = parser.parse(argv)
+        config = Config(**typed)
+        if "hvg" not in typed and preset_of(config) == "demo":
+            config.hvg = DEMO_HVG
         unknown = sorted(set(config.keys) - set(metrics.KEYS))
         if unknown:
             raise DataError(f"--keys {' '.join(unknown)}: unknown; the metrics are {' '.join(metrics.KEYS)}")
         if config.jobs < 0 or config.eval_cells < 0 or min(*config.seeds, *config.folds) < 0:
             raise DataError("--jobs, --seeds, --folds and --eval-cells must not be negative")
         names = [text.partition("=")[0] for text in config.pred]
-        if any("=" not in text for text in config.pred) or len(set(names)) < len(names) or \
-                set(names) & {*METHODS, *GRIDS, *metrics.FLOORS, "replicate", ""}:
+        ours = {*METHODS, *GRIDS, *metrics.FLOORS, "replicate", ""}
+        if any("=" not in text for text in config.pred) or len(set(names)) < len(names) or set(names) & ours:
             raise DataError(f"--pred {' '.join(config.pred)}: give NAME=FILE.h5ad, every name once and none of ours")
-        for repeated in (config.seeds, config.folds, config.methods):
+        for repeated in (config.seeds, config.folds):
             if len(set(repeated)) < len(repeated):
                 raise DataError(f"{' '.join(map(str, repeated))}: something is asked for twice")
         cuda = config.device.startswith("cuda") or (not config.device and torch.cuda.is_available())
-        small = preset_of(config) == "demo" and not cuda
-        config.jobs = config.jobs or (os.cpu_count() or 1 if small else 1)
-        config.eval_cells = config.eval_cells or (100 if config.data == "demo" else 1000)
+        if not config.jobs:
+            config.jobs = os.cpu_count() or 1 if preset_of(config) == "demo" and not cuda else 1
+        if not config.eval_cells:
+            config.eval_cells = 100 if config.data == "demo" else 1000
         if config.data == "demo" and config.split == "transfer":
             config.covariates = config.covariates or "cell_type"
         sys.exit(speed(config) if config.speed else bench(config))

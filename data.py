@@ -27,10 +27,12 @@ import gzip
 import inspect
 import io
 import json
+import mmap
 import os
 import re
 import sys
 import tempfile
+import traceback
 import typing
 import zipfile
 import zlib
@@ -44,16 +46,20 @@ import scipy.sparse as sp
 import torch
 
 CONTROL = "control"
-PERT_KEYS = ("condition", "perturbation", "perturbation_name", "pert", "gene", "target_gene", "guide_identity",
+PERT_KEYS = ("condition", "perturbation", "target", "perturbation_name", "pert", "gene", "target_gene", "guide_identity",
              "guide_ids", "perturbations", "drug", "treatment", "cov_drug")
 CONTROL_LABELS = ("control", "ctrl", "non-targeting", "non_targeting", "NT", "NegCtrl", "DMSO", "vehicle",
-                  "unperturbed", "PBS")
+                  "unperturbed", "PBS", "NTC", "non-target", "safe-targeting", "intergenic", "scramble", "scrambled",
+                  "neg-ctrl", "neg-control", "negative-control")
+CONTROL_COLUMNS = {"is_control": ("true", "1"), "control": ("true", "1"), "is_ctrl": ("true", "1"),
+                   "vehicle": ("true", "1"), "nperts": ("0",), "n_perts": ("0",)}  # and the values of their controls
 GENE_KEYS = ("gene_name", "gene_symbol", "gene_symbols", "feature_name", "symbol")
 MISSING = {"", "nan", "NaN", "<NA>", "NA", "None"}
 PARTS = ("train", "val", "test")
 PART_ALIAS = {"valid": "val", "validation": "val"}
 LOG_MAX = 15.0         # log1p CP10k cannot exceed log(10001) = 9.2; other target sums reach 14
 LOG_LOG_MAX = 2.33     # log1p(log1p(10,000)): what a log taken twice cannot exceed
+MOST_OUTSIDE = 0.005   # share of a prediction's values above LOG_MAX: more are no logarithms
 BLOCK_NNZ = 4_000_000  # values touched at once: bounds temporary memory to about 100 MB
 
 
@@ -66,7 +72,8 @@ class DataConfig:
     """How a file is read and prepared. The flags of data.py, and the data flags of every method."""
     layer: str = ""             # matrix to use: '' for X, a layer's name, or 'raw' for raw/X
     pert_key: str = ""          # obs column of the perturbation; two columns as Drug1,Drug2; '' to search
-    control_label: str = ""     # the value that marks control cells; '' to search the usual ones
+    control_label: str = ""     # labels of controls: a,b or 'NT_*', or COLUMN=VALUE (nperts=0); '' for the usual ones
+    separator: str = ""         # what joins the perturbations of a label (+ or _ ...), or none; '' for what is evident
     gene_key: str = ""          # var column with gene names; '' for the index, or the column with the perturbed genes
     covariates: str = ""        # obs columns, comma-separated, within which controls are matched (cell_type,...)
     dose_key: str = ""          # obs column of the dose: each dose of a drug becomes a perturbation 'drug:dose'
@@ -88,66 +95,157 @@ class DataConfig:
 
 # ------------------------------------------------------------------------------------------------ reading AnnData
 
+PLUGINS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
+
+# what a file may be instead: by its first bytes, and by what an HDF5 file holds
+NOT_HDF5 = (
+    (rb"\Z", "is empty (0 bytes); download it again"),
+    (rb"(\xef\xbb\xbf)?\s*<(!|html|head|\?xml)", "is a web page, not data; the link needs a login or has moved: "
+                                                 "download it again"),
+    (rb"version https://git-lfs", "is a pointer to a file in Git LFS; fetch it with git lfs pull"),
+    (rb"\x1f\x8b|PK|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "is a compressed archive; unpack it first"))
+CELL_RANGER = "which has no perturbation labels; join it with the guide calls and save it as .h5ad"
+NOT_ANNDATA = (
+    (lambda file: isinstance(file.get("matrix"), h5py.Group), f"is a 10x Cell Ranger matrix, {CELL_RANGER}"),
+    (lambda file: {"row_attrs", "col_attrs"} <= set(file),
+     "is a loom file; convert it to .h5ad (anndata.read_loom, then write_h5ad)"),
+    (lambda file: any(isinstance(node, h5py.Group) and {"barcodes", "indptr"} <= set(node)
+                      for node in map(file.get, file)), f"is a 10x Cell Ranger 2 matrix, {CELL_RANGER}"),
+    (lambda file: "mod" in file and "X" not in file,
+     "is a MuData file; save one modality alone (mdata['rna'].write_h5ad)"),
+    (lambda file: any(isinstance(file.get(name), h5py.Dataset) for name in ("obs", "var")),
+     "was written by anndata before 0.7; read and write it once with a newer anndata"))
+
+
+def _listed(names, most=5):
+    """Some names for a message, which never holds an empty list."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "none"
+
+
 @contextlib.contextmanager
 def _open(path):
     """Open an AnnData file for reading; every way in which it is something else becomes one clear DataError."""
     path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file; check the path (README, section 'Data', says where to get data sets)")
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory; give the .h5ad file inside it")
     try:
+        if path.is_dir():
+            if path.suffix == ".zarr" or any((path / name).exists() for name in (".zgroup", "zarr.json")):
+                raise DataError(f"{path}: is a zarr store; convert it (anndata.read_zarr, then write_h5ad)")
+            raise DataError(f"{path}: is a directory; give the .h5ad file inside it")
         with open(path, "rb") as handle:
             head = handle.read(512)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise DataError(f"{path}: no such file; check the path (README, section 'Data', says where to get data "
+                        "sets)") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    if not head:
-        raise DataError(f"{path}: is empty (0 bytes); download it again")
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!|html|head|\?xml)", head, re.I):
-        raise DataError(f"{path}: is a web page, not data; the link needs a login or has moved: download it again")
-    if head[:2] == b"\x1f\x8b" or head[:2] == b"PK":
-        raise DataError(f"{path}: is a compressed archive; unpack it first")
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the permissions of the file and of its "
+                        "folder") from None
+    for pattern, message in NOT_HDF5:
+        if re.match(pattern, head, re.I):
+            raise DataError(f"{path}: {message}")
     if not h5py.is_hdf5(path):
         raise DataError(f"{path}: is not an HDF5 file; AnnData (.h5ad) is needed")
+    with _reading(path), h5py.File(path, "r") as file, _reading(path, file):
+        for is_other, message in NOT_ANNDATA:
+            if is_other(file):
+                raise DataError(f"{path}: {message}")
+        if not {"obs", "var"} <= set(file):
+            there = _listed(sorted(map(str, file)), 8)
+            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {there}): obs, var and X are expected; save it "
+                            "as .h5ad")
+        yield file
+
+
+def _check_heaps(path):
+    """HDF5 never returns from a heap of strings with an object of size 0, as a hole in a file leaves: look first."""
+    if os.path.getsize(path) > 2**32:             # it would take a while, and so large a file is hardly all text
+        return
+    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        heap = content.find(b"GCOL\1\0\0\0")
+        while heap >= 0:
+            end = min(heap + int.from_bytes(content[heap + 8:heap + 16], "little"), len(content))
+            at = heap + 16
+            while at + 16 <= end:               # index (2 bytes), references (2), unused (4), size (8), content
+                index = int.from_bytes(content[at:at + 2], "little")
+                size = int.from_bytes(content[at + 8:at + 16], "little")
+                if index == 0 and size < 16:
+                    raise DataError(f"{path}: byte {at}: has a hole in its text; the file is truncated or damaged: "
+                                    "download it again")
+                at += size if index == 0 else 16 + -(-size // 8) * 8
+            heap = content.find(b"GCOL\1\0\0\0", heap + 8)
+
+
+@contextlib.contextmanager
+def _reading(path, file=None):
+    """Where whatever h5py raises on a bad file becomes a DataError; exceptions of other origin are ours and pass."""
     try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error}); the file is truncated or damaged: download it "
-                        "again") from None
-    with file:
-        keys = sorted(file)
-        if "matrix" in file and isinstance(file["matrix"], h5py.Group):
-            raise DataError(f"{path}: is a 10x Cell Ranger matrix, which has no perturbation labels; join it with the "
-                            "guide calls and save it as .h5ad")
-        if {"row_attrs", "col_attrs"} <= set(keys):
-            raise DataError(f"{path}: is a loom file; convert it to .h5ad (anndata.read_loom, then write_h5ad)")
-        if any(isinstance(file[k], h5py.Group) and {"barcodes", "indptr"} <= set(file[k]) for k in keys):
-            raise DataError(f"{path}: is a 10x Cell Ranger 2 matrix, which has no perturbation labels; join it with "
-                            "the guide calls and save it as .h5ad")
-        if "mod" in file and "X" not in file:
-            raise DataError(f"{path}: is a MuData file; save one modality alone (mdata['rna'].write_h5ad)")
-        if not {"obs", "var"} <= set(keys):
-            raise DataError(f"{path}: is HDF5 but not AnnData: it holds {', '.join(keys[:8]) or 'nothing'}, "
-                            "where obs, var and X are expected")
-        if not isinstance(file["obs"], h5py.Group) or not isinstance(file["var"], h5py.Group):
-            raise DataError(f"{path}: was written by anndata before 0.7; read and write it once with a newer anndata")
-        try:
-            yield file
-        except (OSError, KeyError, RuntimeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); the file is damaged, or compressed with an HDF5 plugin "
-                            "that is not installed: download it again or re-write it with anndata") from None
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, DataError) or not any("h5py" in Path(f.f_code.co_filename).parts for f in frames):
+            raise
+        reason = " ".join(str(error.args[-1] if error.args else error).split())
+        if "lock file" in reason:
+            raise DataError(f"{path}: another program has it open for writing; close it there, or read a "
+                            "copy") from None
+        if file and (plugin := _missing_plugin(file)):
+            raise DataError(f"{path}: is compressed with {plugin}, an HDF5 plugin that is not installed; pip install "
+                            "hdf5plugin and set HDF5_PLUGIN_PATH to its plugins, or write the file again with "
+                            "gzip") from None
+        raise DataError(f"{path}: cannot be read ({reason}); the file is truncated or damaged, or still being written: "
+                        "download it again or write it again with anndata") from None
+
+
+def _missing_plugin(file):
+    """Name of a compression that this installation cannot undo, or ''."""
+    missing = []
+
+    def look(_, node):
+        if isinstance(node, h5py.Dataset):
+            properties = node.id.get_create_plist()
+            codes = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+            missing.extend(code for code in codes if not h5py.h5z.filter_avail(code))
+    with contextlib.suppress(Exception):        # the file may be damaged too
+        file.visititems(look)
+    return PLUGINS.get(missing[0], f"filter {missing[0]}") if missing else ""
+
+
+def _damaged(node, why):
+    """The error for content that contradicts itself."""
+    return DataError(f"{node.file.filename}: {node.name.strip('/')}: {why}; the file is damaged: download it or write "
+                     "it again")
 
 
 def _attr(node, name, default=""):
+    """A text attribute; R writes arrays of one element."""
     value = node.attrs.get(name, default)
-    return value.decode() if isinstance(value, bytes) else value
+    if isinstance(value, np.ndarray):
+        value = value.flat[0] if value.size else default
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _values(dataset):
-    """A 1-D dataset as numpy: strings become an object array of str, numbers stay numbers."""
-    if h5py.check_string_dtype(dataset.dtype) is not None:
-        return np.asarray(dataset.asstr(errors="replace")[...], dtype=object)
-    return dataset[...]
+def _array(node):
+    """Entries of a column, of a list of categories or of a nullable group as a 1-D array; '' where one is missing."""
+    if isinstance(node, h5py.Group):
+        if not {"values", "mask"} <= set(node):
+            raise _damaged(node, f"holds {_listed(node)}, where values and mask are expected")
+        values, missing = _array(node["values"]).astype(object), _array(node["mask"])
+        if len(missing) != len(values) or missing.dtype.kind not in "biu":
+            raise _damaged(node, f"{len(values)} values have a mask of {len(missing)}")
+        values[missing.astype(bool)] = ""
+        return values
+    is_text = h5py.check_string_dtype(node.dtype) is not None
+    if node.shape is None or (node.dtype.kind not in "biuf" and not is_text):
+        raise _damaged(node, f"holds {node.dtype if node.shape else 'nothing'}, where text or numbers are expected")
+    if sum(size != 1 for size in node.shape) > 1:
+        raise _damaged(node, f"has shape {node.shape}, where one column is expected")
+    if is_text:
+        return np.asarray(node.asstr(errors="replace")[...], dtype=object).reshape(-1)
+    values, levels = node[...].reshape(-1), h5py.check_enum_dtype(node.dtype)
+    if levels:                                  # R's factors, and its logicals: TRUE, FALSE, NA
+        names = {number: {"TRUE": "True", "FALSE": "False"}.get(name, name) for name, number in levels.items()}
+        values = np.array([names.get(v, "") for v in values.tolist()], dtype=object)
+    return values
 
 
 @dataclass
@@ -161,6 +259,13 @@ class Column:
         return np.array(self.values, dtype=object)[self.codes]
 
 
+def _numbered(entries):
+    """Entries as a list of the distinct ones, in order of appearance, and the number of each."""
+    index = {}
+    codes = np.fromiter((index.setdefault(entry, len(index)) for entry in entries), np.int64, len(entries))
+    return list(index), codes
+
+
 def _distinct(values, codes):
     """values[codes] as a Column: only values that occur, each once."""
     number, index = np.zeros(len(values), dtype=np.int64), {}
@@ -170,24 +275,34 @@ def _distinct(values, codes):
 
 
 def _column(frame, name):
-    """A column of obs or var in any layout of anndata 0.7 to 0.12."""
-    node, legacy = frame[name], frame.get("__categories", {})
-    if name in legacy or (isinstance(node, h5py.Group) and "categories" in node):
-        codes, values = (node, legacy[name]) if name in legacy else (node["codes"], node["categories"])
-        codes, values = codes[...].astype(np.int64), list(_values(values))
-        missing = codes < 0
-    else:                                           # a group is a nullable integer, boolean or string
-        array, missing = (node, None) if isinstance(node, h5py.Dataset) else (node["values"], node["mask"][...])
-        array, index = _values(array), {}
-        codes = np.fromiter((index.setdefault(v, len(index)) for v in array), np.int64, len(array))
-        values = list(index)
-    if missing is not None:
-        codes[missing] = len(values)
+    """A column of obs or var in any layout of anndata 0.6 to 0.12, as long as the index says."""
+    node, legacy = frame[name], frame.get("__categories")
+    categories, codes = None, node
+    if isinstance(node, h5py.Group) and {"categories", "codes"} <= set(node):
+        categories, codes = _array(node["categories"]), node["codes"]
+    elif isinstance(legacy, h5py.Group) and name in legacy:
+        categories = _array(legacy[name])
+    elif "categories" in node.attrs:            # the names themselves, or a reference to them
+        categories = np.ravel(node.attrs["categories"])
+        if len(categories) and isinstance(categories[0], h5py.Reference):
+            categories = _array(frame.file[categories[0]])
+    stored = codes.get("values") if isinstance(codes, h5py.Group) else codes
+    n = _length(frame)
+    if isinstance(stored, h5py.Dataset) and (stored.size or 0) != n:
+        raise _damaged(node, f"has {stored.size or 0} entries for {n} in the index")
+    codes = _array(codes)
+    if categories is None:
+        values, codes = _numbered(codes)
+    else:
+        values = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in categories]
+        if codes.dtype.kind not in "iu" or n and (codes.min() < -1 or codes.max() >= len(values)):
+            raise _damaged(node, f"has codes beyond its {len(values)} categories")
+        codes = np.where(codes < 0, len(values), codes.astype(np.int64))
     return _distinct([_text(v) for v in values] + [""], codes)
 
 
 def _text(value):
-    """10.0 as '10', and never an exponent: '1e+06' would be split at '+'."""
+    """10.0 as '10', and never an exponent."""
     text = np.format_float_positional(value, trim="-") if isinstance(value, (float, np.floating)) else str(value)
     return "" if text.strip() in MISSING else text.strip()
 
@@ -202,20 +317,50 @@ def _combine(columns):
     return keys, codes
 
 
+def _index_name(frame):
+    """The column that names the cells (obs) or genes (var)."""
+    for name in (_attr(frame, "_index"), "_index", "index"):
+        if name and name in frame:
+            return name
+    raise _damaged(frame, "has no index")
+
+
 def _index(frame):
-    """Names of the cells (obs) or genes (var)."""
-    return _column(frame, _attr(frame, "_index", "_index")).array()
+    return _column(frame, _index_name(frame)).array()
 
 
 def _length(frame):
     """Number of entries, without reading them."""
-    node = frame[_attr(frame, "_index", "_index")]
-    return len(node if isinstance(node, h5py.Dataset) else node["values" if "values" in node else "codes"])
+    node = frame[_index_name(frame)]
+    if isinstance(node, h5py.Group):
+        node = node["codes"] if "codes" in node else node["values"]
+    return int(node.size or 0)
+
+
+def _leaves(group, depth=4):
+    """Names of the columns or matrices below a group: one whose name holds slashes is stored as nested groups."""
+    names = []
+    for key in (key for key in group if isinstance(key, str)):     # h5py gives names that are no text as bytes
+        node = group.get(key)
+        nested = isinstance(node, h5py.Group) and depth and not len(node.attrs)
+        if nested and not any(parts <= set(node) for parts in ({"codes", "categories"}, {"values", "mask"})):
+            names += [f"{key}/{rest}" for rest in _leaves(node, depth - 1)]
+        elif getattr(node, "shape", ()) is not None:        # a null dataset is nothing
+            names.append(key)
+    return names
 
 
 def _columns(frame):
-    index = _attr(frame, "_index", "_index")
-    return [k for k in frame if k not in (index, "__categories")]
+    index = _index_name(frame)
+    return [name for name in _leaves(frame) if name != index and not name.startswith("__categories")]
+
+
+def _required_column(frame, name, flag, path):
+    columns = _columns(frame)
+    if name not in [*columns, _index_name(frame)]:
+        raise DataError(f"{path}: {frame.name.strip('/')} has no column '{name}' ({flag}); it has "
+                        f"{_listed(columns, 30)}")
+    return _column(frame, name)
 
 
 def _matrix(node, shape, where, limit):
@@ -223,7 +368,9 @@ def _matrix(node, shape, where, limit):
     n, G = shape
     if isinstance(node, h5py.Dataset):
         if node.shape != shape:
-            raise DataError(f"{where}: has shape {node.shape}, but obs and var say {shape}; the file is damaged")
+            raise DataError(f"{where}: has shape {node.shape}, but obs and var say {shape}; the file is damaged: write "
+                            "it again")
+        _check_numbers([node], 2)
         rows = max(1, BLOCK_NNZ // max(1, G))
         blocks = (sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in range(0, n, rows))
         return _spool(blocks, shape, where) if 4 * n * G > limit else sp.vstack(list(blocks), format="csr")
@@ -231,19 +378,25 @@ def _matrix(node, shape, where, limit):
     if layout not in ("csr", "csc") or not {"data", "indices", "indptr"} <= set(node):
         raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; dense, CSR and CSC matrices can be "
                         "read, write it again as one of them")
-    stored = tuple(int(s) for s in node.attrs.get("shape", node.attrs.get("h5sparse_shape", ())))
-    indptr, arrays = node["indptr"].astype(np.int64)[...], (node["data"], node["indices"])
+    arrays = node["data"], node["indices"]
+    _check_numbers([*arrays, node["indptr"]], 1)
+    stored = np.ravel(node.attrs.get("shape", node.attrs.get("h5sparse_shape", ()))).tolist()
     size = len(node["indices"])
     n_major, n_minor = shape if layout == "csr" else shape[::-1]
-    if not (stored == shape and len(indptr) == n_major + 1 and indptr[0] == 0 and np.all(np.diff(indptr) >= 0)
-            and indptr[-1] == size == len(node["data"])):
-        raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(indptr)} pointers, "
-                        f"{size} indices, {len(node['data'])} values for {shape}); the file is damaged: write it again")
+    agree = stored == [n, G] and len(node["indptr"]) == n_major + 1 and size == len(node["data"])
+    if agree:
+        indptr = node["indptr"].astype(np.int64)[...]
+        agree = indptr[0] == 0 and np.all(np.diff(indptr) >= 0) and indptr[-1] == size
+    if not agree:
+        raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(node['indptr'])} "
+                        f"pointers, {size} indices, {len(node['data'])} values for {shape}); the file is damaged: "
+                        "write it again")
     if 8 * size > limit:
         X = StoredRows([_HDF5Array(a) for a in arrays], indptr, n_minor, where)
         if layout == "csc":
             return _spool(_transposed(X), shape, where)
-        if all(flat := [_FlatArray.of(a) for a in arrays]):
+        flat = [_FlatArray.of(a) for a in arrays]
+        if all(flat):
             X.arrays = flat
             return X
         return _spool((X[block] for block in row_blocks(X, np.arange(n))), shape, where)
@@ -255,6 +408,13 @@ def _matrix(node, shape, where, limit):
         indptr = indptr.astype(np.int32)
     build = sp.csr_matrix if layout == "csr" else sp.csc_matrix
     return _canonical(build((data, indices, indptr), shape=shape, copy=False).tocsr())
+
+
+def _check_numbers(nodes, dimensions):
+    """What a matrix is stored in: datasets of numbers."""
+    for node in nodes:
+        if not isinstance(node, h5py.Dataset) or len(node.shape or ()) != dimensions or node.dtype.kind not in "biuf":
+            raise _damaged(node, f"is {node}, where numbers in {dimensions} dimensions are expected")
 
 
 def _check_indices(indices, width, where):
@@ -273,9 +433,11 @@ def _canonical(X):
 def _uns(group):
     """The arrays, strings and numbers of uns; anything deeper is left alone."""
     out = {}
-    for key, node in group.items():
-        if isinstance(node, h5py.Dataset) and node.dtype.names is None and node.shape is not None:
-            value = _values(node)
+    for key in group if isinstance(group, h5py.Group) else ():
+        node = group.get(key)
+        if isinstance(node, h5py.Dataset) and node.shape is not None and node.dtype.names is None:
+            is_text = h5py.check_string_dtype(node.dtype) is not None
+            value = np.asarray(node.asstr(errors="replace")[...], dtype=object) if is_text else node[...]
             out[key] = value if value.ndim else value.item()
     return out
 
@@ -325,10 +487,7 @@ class Cells:
 
     def keep_genes(self, keep):
         """Keep only these genes (boolean mask)."""
-        if isinstance(self.X, StoredRows):
-            self.X.keep_columns(keep)
-        else:
-            self.X = keep_columns(self.X, keep)
+        self.X = keep_columns(self.X, keep)
         self.genes = [g for g, k in zip(self.genes, keep) if k]
 
     def obs(self, column, flag="--covariates"):
@@ -337,45 +496,55 @@ class Cells:
             return _required_column(file["obs"], column, flag, self.path).array()[self.kept]
 
 
-def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True):
+def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True, genes=()):
     """Read an AnnData file: matrix, gene names, canonical conditions and covariates per cell.
 
     config: DataConfig (layer, keys, scale). control_required: an error when the file holds no control cells.
     perturbed_required: an error when it holds nothing else; if False, a file without labels is all control cells.
-    check: refuse values that measured cells cannot have and a prediction may: below zero, or all lower than log1p CP10k
-    goes. NaN and Inf never pass.
-    Returns Cells with raw or log-normalised values as stored. Raises DataError.
+    check: refuse values that measured cells cannot have and a prediction may: below zero, a few far above log1p CP10k,
+    or all lower than it goes. NaN and Inf never pass. genes: names by which to choose the var column of gene names.
+    Returns Cells with raw or log-normalised values as stored; its notes say what was guessed. Raises DataError.
     """
     config = config or DataConfig()
+    notes = []
     with _open(path) as file:
+        _check_heaps(path)
         obs = file["obs"]
         matrix, var, where = _choose_layer(file, config.layer, path)
-        index, n = _index(var), _length(obs)
-        if n == 0 or len(index) == 0:
-            raise DataError(f"{path}: holds {n} cells and {len(index)} genes; nothing to learn from, check how it was "
-                            "written")
-        symbols = set(index).union(*(_column(var, k).values for k in GENE_KEYS if k in var))
-        keys, labels = _find_labels(obs, config, path, symbols, control_required, perturbed_required)
+        n, G = _length(obs), _length(var)
+        if n == 0 or G == 0:
+            raise DataError(f"{path}: holds {n} cells and {G} genes; nothing to learn from, check how it was written")
+        expressed = _expressed(var, notes)
+        symbol_keys = [key for key in GENE_KEYS if key in _columns(var)]
+        names = {key: _column(var, key).array()[expressed] for key in [_index_name(var), *symbol_keys]}
+        symbols = set().union(*names.values())
+        keys, labels, make_rules = _find_labels(obs, config, path, symbols, control_required, perturbed_required, notes)
         doses = _required_column(obs, config.dose_key, "--dose-key", path) if config.dose_key else None
         covariates = [_required_column(obs, key, "--covariates", path) for key in config.covariate_keys]
-        genes = _gene_names(var, index, config, labels, path)
-        X = _matrix(matrix, (n, len(index)), where, -1 if config.backed else config.cache_gb * 2**30)
-        uns = _uns(file["uns"]) if "uns" in file else {}
-    notes = []
+        if config.gene_key:
+            names[config.gene_key] = _required_column(var, config.gene_key, "--gene-key", path).array()[expressed]
+        wanted = set(genes) or {piece for label in _every(labels) for piece in _pieces(label)}
+        genes = _gene_names(names, config.gene_key, wanted, notes)
+        X = _matrix(matrix, (n, G), where, -1 if config.backed else config.cache_gb * 2**30)
+        uns = _uns(file.get("uns"))
     if isinstance(X, StoredRows):
         notes.append(X.note)
+    if not expressed.all():
+        X = keep_columns(X, expressed)
     genes, duplicated = _unique(genes)
     if duplicated:
-        notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...)")
-    rules = LabelRules(_every(labels), genes, config.control_label)
+        notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...; --gene-key names "
+                     "another column)")
+    rules = make_rules(genes)
     condition, spelling = rules.apply(labels, doses)
+    notes += rules.notes()
     ambiguous = sorted({p for c in spelling for p in c.split("+")} & duplicated)
     if ambiguous:
         raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
                         "names with --gene-key, or remove the duplicates")
     keys_of, pair = _combine([condition, *covariates])
     labelled = np.array(["" not in key for key in keys_of])[pair]
-    pairs = _distinct([(c, ",".join(v)) for c, *v in keys_of], pair)
+    pairs = _distinct([(c, covariate_name(v)) for c, *v in keys_of], pair)
     cells = Cells(str(path), X, genes, pairs.values, pairs.codes, "", uns, rules.canonical, spelling, keys,
                   sorted(rules.seen_controls), np.arange(n), (), notes)
     if not labelled.all():
@@ -388,29 +557,62 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     if perturbed_required and n_control == len(cells.condition):
         raise DataError(f"{path}: column {keys} has only control cells; nothing is perturbed, choose another "
                         "--pert-key")
-    cells.scale = _scale(cells.X, config, where, check)
+    cells.scale = _scale(cells.X, config, where, notes, check)
+    guesses = []
+    if not config.pert_key:
+        guesses.append(f"labels in obs column {keys} (--pert-key)")
+    if not config.control_label and cells.controls:
+        guesses.append(f"controls {_listed(cells.controls)} (--control-label)")
+    if not config.counts and not config.lognorm:
+        unit = {"counts": "raw counts (--lognorm)", "lognorm": "log-normalised values (--counts)"}
+        guesses.append(unit[cells.scale])
+    if guesses:
+        notes.insert(0, f"found {', '.join(guesses)}")
     return cells
+
+
+def covariate_name(values):
+    """The covariates of a cell as one name: 'B,1'. A comma within a later one is written '\\,'."""
+    first, *rest = [*values] or [""]
+    return ",".join([first, *(value.replace(",", r"\,") for value in rest)])
+
+
+def covariate_values(name, n):
+    """The n covariates that a name joins."""
+    parts = re.split(r"(?<!\\),", name)
+    first = ",".join(parts[:len(parts) - n + 1])
+    return [first, *(part.replace(r"\,", ",") for part in parts[len(parts) - n + 1:])]
 
 
 def _choose_layer(file, layer, path):
     """The matrix that --layer names, the var frame that belongs to it, and what to call it in messages."""
-    layers, raw = sorted(file["layers"]) if "layers" in file else [], "raw/X" in file
-    there = ", ".join(layers + ["raw"] * raw) or "none"
+    group = file.get("layers")
+    layers = sorted(_leaves(group)) if isinstance(group, h5py.Group) else []
+    raw = getattr(file.get("raw/X"), "shape", ()) is not None and file.get("raw/X") is not None
+    there = _listed(layers + ["raw"] * raw, 30)
     if layer == "raw" and raw:
         return file["raw/X"], file["raw/var"], f"{path}: raw/X"
     if layer:
         if layer not in layers:
             raise DataError(f"{path}: has no layer '{layer}'; choose another --layer (it has {there}) or none for X")
         return file["layers"][layer], file["var"], f"{path}: layer {layer}"
-    if "X" not in file or _attr(file["X"], "encoding-type") == "null":
+    if "X" not in file or getattr(file["X"], "shape", ()) is None or _attr(file["X"], "encoding-type") == "null":
         raise DataError(f"{path}: has no X; choose a layer with --layer (it has {there})")
     return file["X"], file["var"], f"{path}: X"
 
 
-def _required_column(frame, name, flag, path):
-    if name not in frame:
-        raise DataError(f"{path}: obs has no column '{name}' ({flag}); it has {', '.join(_columns(frame))}")
-    return _column(frame, name)
+def _expressed(var, notes):
+    """(G,) bool: the features that are genes, where the file says that some are guides or antibodies."""
+    for key in ("feature_types", "feature_type"):
+        if key in _columns(var):
+            column = _column(var, key)
+            genes = np.array([kind.lower() == "gene expression" for kind in column.values])[column.codes]
+            if genes.any() and not genes.all():
+                others = sorted(set(column.array()[~genes]))
+                notes.append(f"left out {int((~genes).sum()):,} features that are no genes: {_listed(others)} in var "
+                             f"column {key} (rename it to keep them)")
+                return genes
+    return np.ones(_length(var), dtype=bool)
 
 
 # ------------------------------------------------------------------------------------------------ matrices on disk
@@ -423,7 +625,8 @@ class StoredRows:
     """
 
     def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
-        self.arrays, self.stored_width, self.where, self.note = arrays, width, where, note
+        self.arrays, self.stored_width = arrays, width
+        self.where, self.note = where, note
         self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
         self.keep = np.ones(width, dtype=bool)                  # columns
         self.factor = None                                      # per cell; counts times this are CP10k
@@ -437,15 +640,12 @@ class StoredRows:
         self.start, self.size = self.start[keep], self.size[keep]
         self.factor = None if self.factor is None else self.factor[keep]
 
-    def keep_columns(self, keep):
-        """From now on only these columns (boolean mask)."""
-        self.keep[self.keep] = keep
-
     def __getitem__(self, rows):
         start, size = self.start[rows], self.size[rows]
-        stop, first, last = start + size, *np.ones((2, len(start)), dtype=bool)
-        first[1:] = last[:-1] = start[1:] != stop[:-1]          # rows that follow one another are one read
-        runs = list(zip(start[first].tolist(), stop[last].tolist()))
+        stop = start + size
+        apart = np.ones(len(start) + 1, dtype=bool)             # rows that follow one another are one read
+        apart[1:-1] = start[1:] != stop[:-1]
+        runs = list(zip(start[apart[:-1]].tolist(), stop[apart[1:]].tolist()))
         values, indices = (array.read(runs) for array in self.arrays)
         _check_indices(indices, self.stored_width, self.where)
         X = _canonical(sp.csr_matrix((values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False),
@@ -472,7 +672,8 @@ class _FlatArray:
     """The same past HDF5, for what lies uncompressed in a file: pieces of `chunk` values, each at its byte offset."""
 
     def __init__(self, file, dtype, offsets, chunk=2**40):
-        self.file, self.dtype, self.offsets, self.chunk = file, np.dtype(dtype), offsets, chunk
+        self.file, self.dtype = file, np.dtype(dtype)
+        self.offsets, self.chunk = offsets, chunk
 
     @classmethod
     def of(cls, dataset):
@@ -534,8 +735,8 @@ def _spool(blocks, shape, where):
 def _transposed(X):
     """The rows of a matrix that is stored by column, in blocks, by way of a temporary file for each block of rows.
     X: StoredRows whose rows are the columns."""
-    columns, n, total = len(X.size), X.stored_width, int(X.size.sum())
-    step = -(-n // min(256, 1 + total // BLOCK_NNZ))
+    columns, n = len(X.size), X.stored_width
+    step = -(-n // min(256, 1 + int(X.size.sum()) // BLOCK_NNZ))
     entry = np.dtype([("row", np.int32), ("column", np.int32), ("value", np.float32)])
     files = [tempfile.TemporaryFile() for _ in range(0, n, step)]
     for block in row_blocks(X, np.arange(columns)):
@@ -554,134 +755,269 @@ def _transposed(X):
 
 # ------------------------------------------------------------------------------------------------ labels
 
-_SEPARATORS = re.compile(r"\s*(?:[+;|]|(?<!\d),|,(?!\d))\s*")  # a comma between digits belongs to a chemical name
-
-
-def _split(label):
-    """'A+B' -> ['A', 'B']; separators inside brackets do not count: '(+)-JQ1' stays whole."""
-    parts, start = [], 0
-    for match in _SEPARATORS.finditer(label):
-        if label.count("(", 0, match.start()) + label.count("[", 0, match.start()) == \
-                label.count(")", 0, match.start()) + label.count("]", 0, match.start()):
-            parts.append(label[start:match.start()])
-            start = match.end()
-    return [p for p in (p.strip() for p in parts + [label[start:]]) if p]
+# a run of separators, blanks around it: + ; | , and _
+_JOINT = re.compile(r"[\s+;|,_]*[+;|,_][\s+;|,_]*")
+# the plus of A+B and A + B, but not of CD4+ T, Na+/K+, 1e+05 or GENE_+_12345.1
+_PLUS = re.compile(r"(?<=[^\s+_/])(?: \+ |(?:(?<!\d[eE])|(?=\+\D))\+)(?=[^\s+_/\-])")
+# what may follow the word for a control, a few times: _1, -00001, _rep2, _24hr, sg3, _0.1%
+_MARK = r"[-_. #:]*(?:replicate|rep|sgrna|grna|guide|sg|batch|lane|day|[rgdt])?[-_. #:]*\d+(?!\d)" \
+        r"(?: ?(?:hours|hour|hrs|hr|h|days|day|d|mins|min|[nuµm]M|%))?"
+_MARKS = re.compile(f"(?:{_MARK}){{1,4}}", re.I)
+_CONTROL_WORDS = "|".join(re.sub("[-_]", "[-_ ]?", word) for word in CONTROL_LABELS)
+_CONTROL = re.compile(f"(?:sg[-_ ]?)?(?:{_CONTROL_WORDS})(?:{_MARK}){{0,4}}", re.I)
 
 
 def is_control_label(token):
-    """Is this one of the usual names for a control (any case, NegCtrl0 with its number)?"""
-    return token.lower().rstrip("0123456789") in {c.lower() for c in CONTROL_LABELS} if token else False
+    """Is this one of the usual names for a control, in any case, alone or numbered (NegCtrl0, NT_1, DMSO_24hr)?"""
+    return _CONTROL.fullmatch(token) is not None
+
+
+def _cuts(label, joint=_JOINT):
+    """(left, right) for each separator of a label; within brackets there is none: '(+)-JQ1' stays whole."""
+    for match in joint.finditer(label):
+        left = label[:match.start()]
+        if left.count("(") == left.count(")") and left.count("[") == left.count("]"):
+            yield left, label[match.end():]
+
+
+def _pieces(label):
+    """Everything in a label that may be a name."""
+    return {label, *_JOINT.split(label), *(side for cut in _cuts(label) for side in cut)} - {""}
+
+
+def perturbation_name(token):
+    """'+' joins perturbations and '@' starts the covariates: no name holds them. 1e+05 is 1e05."""
+    return re.sub(r"(?<=\d[eE])\+(?=\d)", "", token).replace("+", "plus").replace("@", "at")
 
 
 class LabelRules:
     """Turns every spelling of a condition into its canonical name: perturbations sorted, joined by '+', no controls.
 
-    A whole label that is a gene name is one perturbation, whatever it contains. '+', ',', ';' and '|' separate; '_'
-    only where both halves are known perturbations (genes of the file, labels that stand alone or beside a control, as
-    in C3orf72_NegCtrl0) or controls.
+    A label is several perturbations where there is evidence for each of them: a gene of the file, a label that stands
+    alone or beside a control, or a control; whatever else has a separator in it is one name. A plus between two words,
+    as this program writes it, needs no evidence. separator: the only one there is, or 'none'.
     """
 
-    def __init__(self, labels, genes, control_label=""):
-        self.genes = set(genes)
-        self.explicit = {c.strip() for c in control_label.split(",") if c.strip()} | ({control_label} - {""})
-        parts = {p for label in set(labels.ravel()) for p in _split(label)}
-        self.known = self.genes | {p for p in parts if "_" not in p}
-        for halves in ({h for h in p.split("_") if h} for p in parts - self.known):
-            perturbed = {h for h in halves if not self.is_control(h)}
-            if len(perturbed) == 1 < len(halves):
-                self.known |= perturbed
+    def __init__(self, labels, genes=(), control_label="", separator=""):
+        self.genes, self.separator = set(genes), separator
+        patterns = [p.strip() for p in control_label.split(",") if p.strip()] + [control_label.strip()]
+        self.declared = [re.compile(re.escape(p).replace(r"\*", ".*")) for p in patterns if p]
+        self.known = set()                      # perturbations by evidence, genes apart
         self.seen_controls = set()
+        self.split = {}                         # label -> condition, where one label names several perturbations
+        texts = {self._bare(label) for label in labels} - {""}
+        todo = list(texts)
+        while todo:
+            text = todo.pop()
+            if self.is_control(text):
+                continue
+            cuts = list(_cuts(text))
+            found = {side for cut in _cuts(text, _PLUS) for side in cut}
+            found.update([right for left, right in cuts if self.is_control(left)][-1:])     # the longest control
+            found.update([left for left, right in cuts if self.is_control(right)][:1])
+            found = {side for side in found if side and not _MARKS.fullmatch(side)} - texts
+            texts |= found
+            todo += found
+        for text in sorted(texts, key=len):     # what a label may be made of is shorter and known by then
+            if self.tokens(text) == [text]:
+                self.known.add(text)
 
     def is_control(self, token):
-        if self.explicit:
-            return token in self.explicit or token == CONTROL  # no perturbation can have this name
-        return token in CONTROL_LABELS or (is_control_label(token) and token not in self.genes)
+        if self.declared:
+            return token == CONTROL or self.is_declared(token)      # no perturbation can be called control
+        return token in CONTROL_LABELS or (token not in self.genes and is_control_label(token))
+
+    def is_declared(self, token):
+        """Does --control-label name it?"""
+        return any(pattern.fullmatch(token) for pattern in self.declared)
+
+    def _knows(self, token):
+        return token in self.genes or token in self.known or self.is_control(token)
+
+    def _bare(self, label):
+        """Without separators at its ends, and once where it is written twice (A_B__A_B)."""
+        if label in self.genes or self.separator or self.is_control(label):
+            return label
+        twice = re.fullmatch(r"(.+)__\1", label)
+        return (twice[1] if twice else label).strip("+;|,_ ")
+
+    def _known_parts(self, text):
+        """The known perturbations and controls that make up a text, or None."""
+        if self._knows(text):
+            return [text]
+        for left, right in reversed(list(_cuts(text))):         # the longest name first
+            if self._knows(left):
+                rest = self._known_parts(right) if right else []
+                if rest is not None:
+                    return [left, *rest]
+        return None
 
     def tokens(self, label):
         """The perturbations and controls that a label names, in its order."""
-        if label in self.genes and not self.is_control(label):
-            return [label]
-        out = []
-        for part in [label] if self.is_control(label) else _split(label):
-            halves = [h for h in part.split("_") if h]
-            whole = part in self.known or self.is_control(part) or len(halves) < 2
-            out += [part.strip("_") if len(halves) == 1 else part] if whole else \
-                halves if all(h in self.known or self.is_control(h) for h in halves) else [part]
-        return out
+        label = self._bare(label)
+        if self.separator:
+            parts = [label] if self.separator == "none" else label.split(self.separator)
+            return [part.strip() for part in parts if part.strip()]
+        parts = self._known_parts(label)
+        if parts is None:
+            parts, start = [], 0
+            for left, right in [*_cuts(label, _PLUS), (label, "")]:
+                part = self._bare(label[start:len(left)])
+                parts += self._known_parts(part) or [part]
+                start = len(label) - len(right)
+            if not all(self._knows(part) or re.search(r"[^\W\d_]", part) for part in parts):
+                parts = [label]                 # 05 is no name
+        return [part for part in parts if part]
 
     def canonical(self, label, dose=""):
         """'ctrl+B_A' -> 'A+B'; 'control' when only controls are named; '' for a missing label."""
-        tokens = [t for t in self.tokens(label) if t not in MISSING]
+        return self._condition([label], dose)
+
+    def _condition(self, labels, dose=""):
+        """The canonical condition of a cell's labels, one of each label column, and its dose."""
+        several = [self.tokens(label) for label in labels if label not in MISSING]
+        tokens = [token for some in several for token in some if token not in MISSING]
         if not tokens:
             return ""
         dose = re.sub(r"(?<=\d[eE])\+", "", dose)  # 1e+06 is one number, 1+1 (GEARS) one dose for each token
         doses = dose.split("+")
-        doses = doses if len(doses) == len(tokens) else [dose.replace("+", "/")] * len(tokens)
+        if len(doses) != len(tokens):
+            doses = [dose.replace("+", "/")] * len(tokens)
         perturbations = set()
         for token, d in zip(tokens, doses):
             if self.is_control(token):
                 self.seen_controls.add(token)
             else:
-                # (+)-JQ1: '+' joins perturbations and '@' starts the covariates, nothing else does
-                name = token.replace("+", "plus").replace("@", "at")
-                perturbations.add(f"{name}:{d}" if d else name)
-        return "+".join(sorted(perturbations)) or CONTROL
+                perturbations.add(perturbation_name(token) + (f":{d}" if d else ""))
+        condition = "+".join(sorted(perturbations)) or CONTROL
+        if max(len({t for t in some if not self.is_control(t)}) for some in several) > 1:
+            self.split["+".join(label for label in labels if label)] = condition
+        return condition
 
     def apply(self, labels, doses=None):
         """labels: k Columns, of which a cell's are joined; doses: a Column or None. Returns a Column of canonical
         conditions, {canonical: first spelling in sorted order}."""
         keys, codes = _combine(labels + ([doses] if doses else []))
-        keys = [("+".join(t for t in key[:len(labels)] if t), *key[len(labels):]) for key in keys]
-        names, spelling = [self.canonical(*key) for key in keys], {}
-        for (label, *_), name in sorted(zip(keys, names)):
+        keys = [(key[:len(labels)], *key[len(labels):]) for key in keys]
+        names, spelling = [self._condition(*key) for key in keys], {}
+        for label, name in sorted(("+".join(t for t in key[0] if t), name) for key, name in zip(keys, names)):
             if name not in ("", CONTROL):
                 spelling.setdefault(name, label)
         return _distinct(names, codes), spelling
 
+    def notes(self):
+        """What these rules guessed about the labels they were applied to, and how to undo it."""
+        notes, usual = [], {word.lower() for word in CONTROL_LABELS}
+        marked = sorted(token for token in self.seen_controls if token.lower() not in usual)
+        if marked and not self.declared:
+            notes.append(f"took {len(marked)} numbered labels for controls: {_listed(marked)} (--control-label NAME "
+                         "takes that label alone, 'NAME*' all that begin so)")
+        if self.split and not self.separator:
+            label, name = min(self.split.items(), key=lambda item: (item[0] == item[1], item))
+            notes.append(f"read {len(self.split):,} labels as several perturbations, such as {label} as "
+                         f"{' and '.join(name.split('+'))} (--separator none takes each label whole)")
+        return notes
 
-def _find_labels(obs, config, path, genes, control_required, perturbed_required):
-    """The label column(s), as name and Columns: --pert-key, or the first candidate that can be used."""
-    def lacks(labels):
-        """What keeps these labels from being used, or None."""
-        rules = LabelRules(_every(labels), genes, config.control_label)
-        values = set(rules.apply(labels)[0].values) - {""}
-        if control_required and not rules.seen_controls & (rules.explicit or rules.seen_controls):
-            return "no control label"
-        return "only control cells" if perturbed_required and values == {CONTROL} else None
 
+def _find_labels(obs, config, path, symbols, control_required, perturbed_required, notes):
+    """The label column(s), --pert-key or the first candidate that can be used: name, Columns, and a maker of LabelRules
+    for a list of genes. Where no label is a control, one that is a gene's name too may be, or another column tells."""
+    columns = _columns(obs)
+    keys = [key for key in PERT_KEYS if key in columns]
     if config.pert_key:
-        keys = [config.pert_key] if config.pert_key in obs else [k.strip() for k in config.pert_key.split(",")]
-        found = [(",".join(keys), [_required_column(obs, k, "--pert-key", path) for k in keys])]
-    else:
-        found = [(key, [_column(obs, key)]) for key in PERT_KEYS if key in obs]
-    usable = [(key, labels) for key, labels in found if not lacks(labels)]
+        keys = [config.pert_key]
+    candidates = []
+    for key in keys:
+        parts = [key] if key in columns else [part.strip() for part in key.split(",")]
+        candidates.append((",".join(parts), [_required_column(obs, part, "--pert-key", path) for part in parts]))
+    marked, marker = _control_cells(obs, columns, config, path)
+    ways = ["label", "gene", "marker"]
+    if config.control_label or not control_required:
+        ways = ["marker" if marker else "label"]
+    for way in ways:
+        if way == "marker" and marker:
+            candidates = [(key, _mark(labels, marked)) for key, labels in candidates]
+
+        def make_rules(genes, labels):
+            genes = [g for g in genes if way != "gene" or not is_control_label(g)]
+            declared = CONTROL if marker and config.control_label else config.control_label
+            return LabelRules(_every(labels), genes, declared, config.separator)
+        usable = []
+        for key, labels in candidates:
+            rules = make_rules(symbols, labels)
+            condition = rules.apply(labels)[0]
+            found = set(condition.values) - {""}
+            named = not rules.declared or any(map(rules.is_declared, rules.seen_controls))
+            if (CONTROL in found and named or not control_required) and (found != {CONTROL} or not perturbed_required):
+                usable.append((key, labels, condition))
+        if usable:
+            break
     if usable:
-        first, *others = [(key, labels, LabelRules(_every(labels), genes, config.control_label).apply(labels)[0])
-                          for key, labels in usable]
-        for key, labels, condition in others:
-            if any(a != b for a, b in _combine([condition, first[2]])[0]):
-                raise DataError(f"{path}: obs columns {first[0]} ({_some(first[1])}) and {key} ({_some(labels)}) "
-                                "disagree on the conditions; choose one with --pert-key")
-        return first[:2]
-    if not found and not perturbed_required:
-        return "(no label column: every cell a control)", [Column([CONTROL], np.zeros(_length(obs), np.int64))]
-    listing = "; ".join(f"{k} ({_some([_column(obs, k)])})" for k in _columns(obs)[:12])
+        key, labels, condition = usable[0]
+        for other, columns, its_condition in usable[1:]:
+            if any(a != b for a, b in _combine([its_condition, condition])[0]):
+                raise DataError(f"{path}: obs columns {key} ({_some(labels)}) and {other} ({_some(columns)}) disagree "
+                                "on the conditions; choose one with --pert-key")
+        if way == "gene":
+            notes.append("took a label for the control that is a gene's name too, since no other label is one "
+                         "(--control-label names another)")
+        if way == "marker" and not config.control_label:
+            notes.append(f"took the {int(marked.sum()):,} cells with {marker} for controls, since no label is one "
+                         f"(--control-label {marker}, or another)")
+        return key, labels, lambda genes: make_rules(genes, labels)
+    if not candidates and not perturbed_required:
+        labels = [Column([CONTROL], np.zeros(_length(obs), np.int64))]
+        notes.append("took every cell for a control, since there is no label column (--pert-key)")
+        return "(no label column)", labels, lambda genes: LabelRules([CONTROL], genes)
+    listing = "; ".join(f"{k} ({_some([_column(obs, k)])})" for k in columns[:12]) or "no columns"
     advice = "Name the column with --pert-key and its control value with --control-label"
-    if not found:
-        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has "
-                        f"{listing or 'no columns'}. {advice}")
-    name, labels = found[0]
-    if lacks(labels) == "only control cells":
+    if not candidates:
+        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has {listing}. "
+                        f"{advice}")
+    name, labels = candidates[0]
+    if set(make_rules(symbols, labels).apply(labels)[0].values) - {""} == {CONTROL}:
         raise DataError(f"{path}: column {name} has only control cells; nothing is perturbed. {advice}")
-    asked = f"--control-label '{config.control_label}' is" if config.control_label else \
-        f"the known control labels ({', '.join(CONTROL_LABELS)}) are"
+    asked = f"the known control labels ({', '.join(CONTROL_LABELS)}) are"
+    if config.control_label:
+        asked = f"--control-label '{config.control_label}' is"
     raise DataError(f"{path}: no control cells: {asked} not among the values of {name} ({_some(labels)}); "
-                    f"obs has {listing}. {advice}")
+                    f"obs has {listing}. {advice}, or the control cells with --control-label COLUMN=VALUE")
+
+
+def _control_cells(obs, columns, config, path):
+    """(n,) bool: the cells that an obs column marks as controls, and that column as COLUMN=VALUE, or ''. The column is
+    the one of --control-label, or one that is usual."""
+    name, equals, value = config.control_label.partition("=")
+    if equals and name in columns:
+        usual = {name: (value.lower(),)}
+    else:
+        usual = CONTROL_COLUMNS if not config.control_label else {}
+    for key, wanted in usual.items():
+        if key in columns:
+            column = _column(obs, key)
+            values = {v.lower() for v in column.values}
+            marked = np.array([v.lower() in wanted for v in column.values])[column.codes]
+            is_one = equals or "0" in wanted or values <= {"true", "false", "1", "0", ""}
+            if is_one and marked.any() and not marked.all():
+                return marked, f"{key}={column.values[column.codes[np.argmax(marked)]]}"
+            if equals:
+                raise DataError(f"{path}: --control-label {config.control_label}: {int(marked.sum())} of {len(marked)} "
+                                f"cells are controls then; {name} holds {_listed(sorted(set(column.values)))}: choose "
+                                "another value")
+    return None, ""
+
+
+def _mark(labels, marked):
+    """The same label columns with these cells as controls."""
+    out = []
+    for column, value in zip(labels, [CONTROL] + [""] * len(labels)):
+        out.append(_distinct([*column.values, value], np.where(marked, len(column.values), column.codes)))
+    return out
 
 
 def _every(columns):
     """The distinct values of some columns."""
-    return np.array([v for column in columns for v in column.values], dtype=object)
+    return [value for column in columns for value in column.values]
 
 
 def _some(columns):
@@ -690,24 +1026,22 @@ def _some(columns):
     return ", ".join(unique[:4]) + (f", ... {len(unique)} values" if len(unique) > 4 else "")
 
 
-def _gene_names(var, index, config, labels, path):
-    """Gene names: --gene-key, else the index, unless a column holds more of the perturbed genes (Ensembl index)."""
-    if config.gene_key:
-        if config.gene_key not in var:
-            raise DataError(f"{path}: var has no column '{config.gene_key}' (--gene-key); it has "
-                            f"{', '.join(_columns(var)) or 'none'}")
-        names = _column(var, config.gene_key).array()
-    else:
-        tokens = {t for label in _every(labels) for part in _split(label) for t in [part, *part.split("_")]}
-        candidates = [index] + [_column(var, k).array() for k in GENE_KEYS if k in var]
-        names = max(candidates, key=lambda names: len(tokens & set(names)))  # the first of equals: the index
-    return np.where(names == "", index, names)      # a gene without a symbol goes by its identifier
+def _gene_names(names, gene_key, wanted, notes):
+    """Of {column of var: names of the genes}, index first: those of --gene-key, else of the index, unless a column
+    holds more of the wanted names (Ensembl index). A gene without a symbol goes by its identifier."""
+    index = next(iter(names))
+    best = gene_key or max(names, key=lambda key: len(wanted & set(names[key])))    # the first of equals: the index
+    if best not in (index, gene_key):
+        notes.append(f"took gene names from var column {best}, which holds more of the perturbed genes than the index "
+                     f"(--gene-key {index})")
+    return np.where(names[best] == "", names[index], names[best])
 
 
 def _unique(names):
     """Duplicates get -1, -2, ... in order of appearance, skipping names that exist, as anndata does.
     Returns the unique names and the set of names that were duplicated."""
-    taken, counter, out = set(names), {}, []
+    taken = set(names)
+    counter, out = {}, []
     for name in names:
         unique = name
         if name in counter:
@@ -723,16 +1057,20 @@ def _unique(names):
 
 # ------------------------------------------------------------------------------------------------ preprocessing
 
-def _scale(X, config, where, check=True):
+def _scale(X, config, where, notes, check=True):
     """'counts' or 'lognorm', from the declaration or from the values; anything else is a DataError."""
     if config.counts and config.lognorm:
         raise DataError("--counts and --lognorm contradict each other; give one")
-    low, high, integer = np.inf, -np.inf, True
+    low, high = np.inf, -np.inf
+    integer = True
+    stored = outside = 0
     for block in row_blocks(X, np.arange(X.shape[0])):
         values = X[block].data
         if len(values):
             low, high = np.minimum(low, values.min()), np.maximum(high, values.max())  # NaN stays NaN
             integer = integer and np.array_equal(values, np.rint(values))
+            stored += len(values)
+            outside += int((values >= LOG_MAX).sum())
     if low > high:
         raise DataError(f"{where}: every value is zero; choose another --layer")
     if not np.isfinite(low) or not np.isfinite(high):
@@ -740,20 +1078,25 @@ def _scale(X, config, where, check=True):
     if low < 0 and check:
         raise DataError(f"{where}: holds negative values (lowest {low:.3g}): scaled or centred data cannot be used; "
                         "choose the layer with raw counts or log-normalised values with --layer")
+    if low < 0:
+        notes.append(f"holds values below 0, the lowest {low:.3g}, which measured cells cannot have")
+    above = f"{outside:,} of {stored:,} values are above {LOG_MAX:g}, the highest {high:.6g}"
     if config.lognorm:
-        if high >= LOG_MAX or integer:
-            raise DataError(f"{where}: --lognorm, but the values are {'integers' if integer else 'not logarithms'} up "
-                            f"to {high:.6g}, which log1p CP10k cannot be; drop --lognorm")
+        if outside or integer:
+            notes.append(f"--lognorm is taken at its word, but {above if outside else 'the values are integers'}")
         return "lognorm"
-    if config.counts and not integer and high < LOG_MAX:
-        raise DataError(f"{where}: --counts, but the values are not integers and end at {high:.3g}, as log-normalised "
-                        "ones do; drop --counts or choose another --layer")
-    if integer or config.counts:
+    if config.counts:
+        if not integer and not outside:
+            notes.append(f"--counts is taken at its word, but the values are no integers and end at {high:.3g}")
         return "counts"
-    if high >= LOG_MAX:
+    if integer:
+        return "counts"
+    if outside and (check or outside > MOST_OUTSIDE * stored):
         raise DataError(f"{where}: values are not integers and reach {high:.6g}: neither counts nor log-normalised. "
                         "For corrected or normalised counts pass --counts (they are scaled to 10,000 per cell and "
-                        "logged), or choose a --layer")
+                        "logged), for logarithms --lognorm, or choose a --layer")
+    if outside:
+        notes.append(f"{above}: taken for log-normalised values, a few of them out of range (--counts if they are not)")
     if high < LOG_LOG_MAX and check:
         raise DataError(f"{where}: values end at {high:.3g}, lower than log1p CP10k does: log1p was applied twice, or "
                         "the data are scaled. Choose another --layer, or pass --lognorm if they are right as they are")
@@ -793,11 +1136,24 @@ def gene_statistics(dataset, most=100_000):
     var = np.maximum(square / len(rows) - mean ** 2, 0)
     varies = torch.from_numpy(var > 1e-12 * np.maximum(mean, 1e-6) ** 2).to(dataset.device)
     mean, var = (torch.from_numpy(a.astype(np.float32)).to(dataset.device) for a in (mean, var))
-    std, corr = torch.where(varies, var, 1).sqrt(), mean.new_zeros(len(mean), len(mean))
-    for block in row_blocks(X, rows):
-        z = (torch.from_numpy(X[block].toarray()).to(dataset.device) - mean) / std
-        corr.addmm_(z.T, z)
+    std = torch.where(varies, var, 1).sqrt()
+    corr = mean.new_zeros(len(mean), len(mean))
+    with full_precision():
+        for block in row_blocks(X, rows):
+            z = (torch.from_numpy(X[block].toarray()).to(dataset.device) - mean) / std
+            corr.addmm_(z.T, z)
     return mean, var, corr / len(rows) * (varies & varies[:, None])
+
+
+@contextlib.contextmanager
+def full_precision():
+    """Matrix products in full float32 (no TF32), whatever a method has set for its model."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def training_effects(dataset):
@@ -820,7 +1176,10 @@ def detected_cells(X, rows):
 
 
 def keep_columns(X, keep):
-    """Drop columns of a CSR matrix in place (keep: boolean (G,)), without a second copy of the matrix."""
+    """Drop columns of a matrix in place (keep: boolean (G,)), without a second copy of it."""
+    if isinstance(X, StoredRows):
+        X.keep[X.keep] = keep
+        return X
     column = np.cumsum(keep, dtype=np.int32) - 1
     indptr, end = np.zeros_like(X.indptr), 0
     for block in row_blocks(X, np.arange(X.shape[0])):
@@ -953,15 +1312,15 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of
         raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, FILE.json or "
                         "obs:COLUMN")
     split = {part: [] for part in PARTS}
-    for condition in conditions:
-        mine = [(c, v) for c, v in groups if c == condition]
-        parts = [next((p for p in ("test", "val") if c in held[p] or group_name(c, v) in held[p]), "train")
-                 for c, v in mine]
-        if len(set(parts)) == 1:
-            split[parts[0]].append(condition)
-        else:
-            for (c, v), part in zip(mine, parts):
-                split[part].append(group_name(c, v))
+    members = {condition: {part: [] for part in PARTS} for condition in conditions}
+    for condition, covariate in groups:
+        group = group_name(condition, covariate)
+        part = next((p for p in ("test", "val") if held[p] & {condition, group}), "train")
+        members[condition][part].append(group)
+    for condition, names in members.items():
+        filled = [part for part in PARTS if names[part]]
+        for part in filled:
+            split[part] += names[part] if len(filled) > 1 else [condition]
     for part, use in (("test", "to predict"), ("train", "to learn from")):
         if not split[part]:
             raise DataError(f"--split {name}: no {part} condition, nothing {use}; this file has {len(conditions)} "
@@ -985,7 +1344,7 @@ def _transfer(groups, rng):
     where = {c: v for c, v in where.items() if len(v) > 1}
     if not where:
         raise DataError("--split transfer: no perturbation was measured in two covariates "
-                        f"({', '.join(covariates[:5])}); choose another --covariates or --split")
+                        f"({_listed(covariates)}); choose another --covariates or --split")
     pairs = {}
     if len(where) < 4:          # few perturbations, many covariates (Kang): hold 30% of the covariates out for each
         for condition, present in where.items():
@@ -997,7 +1356,8 @@ def _transfer(groups, rng):
         val, test = flat[:len(flat) // 2], flat[len(flat) // 2:]
     else:
         cap = max(1, int(0.3 * len(where)))
-        for condition in [sorted(where)[i] for i in rng.permutation(len(where))]:
+        names = sorted(where)
+        for condition in [names[i] for i in rng.permutation(len(names))]:
             free = [v for v in where[condition] if len(pairs.get(v, [])) < cap]
             if free:
                 pairs.setdefault(free[rng.randint(len(free))], []).append(condition)
@@ -1009,7 +1369,7 @@ def _transfer(groups, rng):
 def _split_file(name, groups, canonical):
     """A user's split: {"train", "val", "test"} or {"test"} alone; names in any order and control form."""
     try:
-        content = json.loads(Path(name).read_text())
+        content = json.loads(Path(name).read_text(encoding="utf-8-sig"))
         given = {PART_ALIAS.get(part, part): names for part, names in content.items()}
         given = {part: given[part] for part in PARTS if part in given}
         if "test" not in given or not all(isinstance(names, list) and all(isinstance(c, str) for c in names)
@@ -1018,7 +1378,8 @@ def _split_file(name, groups, canonical):
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"--split {name}: cannot be read as a split ({error}); it needs "
                         '{"train": [...], "val": [...], "test": [...]} or {"test": [...]}') from None
-    present, conditions = {group_name(*g) for g in groups}, {c for c, _ in groups}
+    conditions = {condition for condition, _ in groups}
+    present = {group_name(*group) for group in groups} | conditions
     chosen = {}
     for part, names in given.items():
         for entry in names:
@@ -1029,7 +1390,7 @@ def _split_file(name, groups, canonical):
             if condition == CONTROL:
                 continue        # controls are shared by all parts, as in the split files of GEARS
             key = condition + at + covariate
-            if key not in present | conditions:
+            if key not in present:
                 raise DataError(f"--split {name}: {part} condition '{entry}' has no cells in the data; remove it from "
                                 "the split file")
             if chosen.setdefault(key, part) != part:
@@ -1044,7 +1405,7 @@ def _split_file(name, groups, canonical):
         missing = sorted(group_name(*g) for g in groups if group_name(*g) not in chosen and g[0] not in chosen)
         if missing:
             raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part "
-                            f'({", ".join(missing[:5])}); list them, or leave "train" out: the rest then trains')
+                            f'({_listed(missing)}); list them, or leave "train" out: the rest then trains')
     return {part: {k for k, p in chosen.items() if p == part} for part in ("val", "test")}
 
 
@@ -1075,7 +1436,8 @@ class Dataset:
     """
 
     def __init__(self, cells, split, config, device="cpu"):
-        self.source, self.split, self.config, self.device = cells, split, config, torch.device(device)
+        self.source, self.split = cells, split
+        self.config, self.device = config, torch.device(device)
         self.file_scale = cells.scale
         pairs = cells.pairs
         rank = sorted(range(len(pairs)), key=lambda i: (pairs[i][0] != CONTROL, pairs[i]))
@@ -1116,31 +1478,33 @@ class Dataset:
         self.eval_genes = np.sort(np.argsort(-mean, kind="stable")[:n])
         silent = [p for p, i in zip(self.perturbations, self.pert_gene) if i < 0]
         if silent:
-            some = ", ".join(silent[:4] + ["..."] * (len(silent) > 4))
             self.source.notes.append(f"{len(silent)} of {len(self.perturbations)} perturbations are no gene of the "
-                                     f"panel ({some}): each gets an embedding of its own")
+                                     f"panel ({_listed(silent, 4)}): each gets an embedding of its own")
 
     def prepare_sampling(self):
-        """Index of every group, training controls only, and the dense matrix when it fits --cache-gb, on the device."""
+        """Index of every group, training controls only, and the dense matrix when it fits --cache-gb, on the device.
+        Where the matrix is not resident the index is on the CPU (`where`), so that drawing rows waits for nothing."""
         n, G = self.X.shape
-        rows = [self.control_rows["train"][self.covariate[i]] if c == CONTROL else self.rows[g]
-                for i, (g, c) in enumerate(zip(self.groups, self.condition))]
-        size = np.array([len(r) for r in rows])
-        self._index = torch.from_numpy(np.concatenate(rows)).to(self.device)
-        self._size = torch.from_numpy(size).to(self.device)
-        self._start = torch.from_numpy(np.cumsum(size) - size).to(self.device)
-        where = {self.covariate[i]: i for i, c in enumerate(self.condition) if c == CONTROL}
-        self._control = torch.tensor([where[v] for v in self.covariate], device=self.device)
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32  # log1p CP10k in fp16: 3 decimal digits
-        self.dense = None
+        self.dense, self.where = None, torch.device("cpu")
         if not self.config.backed and n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
+            self.where = self.device
             self.dense = torch.empty((n, G), dtype=dtype, device=self.device)
             for block in row_blocks(self.X, np.arange(n)):
                 self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)
+        rows = [self.control_rows["train"][self.covariate[i]] if c == CONTROL else self.rows[g]
+                for i, (g, c) in enumerate(zip(self.groups, self.condition))]
+        size = np.array([len(r) for r in rows])
+        self._index = torch.from_numpy(np.concatenate(rows)).to(self.where)
+        self._size = torch.from_numpy(size).to(self.where)
+        self._start = torch.from_numpy(np.cumsum(size) - size).to(self.where)
+        control = {self.covariate[i]: i for i, c in enumerate(self.condition) if c == CONTROL}
+        self._control = torch.tensor([control[v] for v in self.covariate], device=self.where)
 
     def draw(self, groups, n, generator=None):
-        """Rows of n cells, with replacement, from each group: groups (C,) long -> (C * n,) long on the device."""
-        u = torch.rand(len(groups), n, generator=generator, device=self.device, dtype=torch.float64)
+        """Rows of n cells, with replacement, from each group: groups (C,) long -> (C * n,) long, both on `where`."""
+        groups = groups.to(self.where)
+        u = torch.rand(len(groups), n, generator=generator, device=self.where, dtype=torch.float64)
         offset = (u * self._size[groups, None]).long()
         return self._index[self._start[groups, None] + offset].flatten()
 
@@ -1149,21 +1513,24 @@ class Dataset:
         if self.dense is not None:
             x = self.dense.index_select(0, rows)
         else:
-            x = torch.from_numpy(self.X[rows.cpu().numpy()].toarray()).to(self.device)
+            x = torch.from_numpy(self.X[rows.cpu().numpy()].toarray())
+            if self.device.type == "cuda":          # a pinned batch is copied while the host goes on
+                x = x.pin_memory()
+            x = x.to(self.device, non_blocking=True)
         return (x if genes is None else x.index_select(1, genes)).float()
 
     def sample(self, groups, n, generator=None, genes=None):
         """n cells of each group (index, or (C,) long), uniformly with replacement: rows (C * n,), values (C * n, G').
 
-        Deterministic under a seeded torch.Generator on the data's device. Control groups give training controls.
+        Deterministic under a seeded torch.Generator on `where`. Control groups give training controls.
         """
-        groups = torch.as_tensor(groups, device=self.device).reshape(-1)
+        groups = torch.as_tensor(groups, device=self.where).reshape(-1)
         rows = self.draw(groups, n, generator)
         return rows, self.gather(rows, genes)
 
     def controls_for(self, groups):
-        """Index of the control group (same covariates) of each group: (C,) long -> (C,) long."""
-        return self._control[groups]
+        """Index of the control group (same covariates) of each group: (C,) long -> (C,) long on `where`."""
+        return self._control[groups.to(self.where)]
 
     def cells(self, group, genes=None):
         """All real cells of a group as float32 (n, G'), genes: column indices or None for all."""
@@ -1190,8 +1557,8 @@ class Dataset:
         """The plain facts of this data set that a model needs to predict."""
         trained = sorted({p for g in self.part("train") for p in g.partition("@")[0].split("+")})
         keys = self.config.covariate_keys
-        values = zip(*(v.split(",", len(keys) - 1) for v in set(self.covariate))) if keys else ()
-        covariates = {key: sorted(set(v)) for key, v in zip(keys, values)}
+        values = zip(*(covariate_values(name, len(keys)) for name in set(self.covariate)))
+        covariates = {key: sorted(set(of_key)) for key, of_key in zip(keys, values)}
         mean = gene_moments(self.X, self.fit_rows)[0] / len(self.fit_rows)
         highest = np.zeros(len(self.genes), dtype=np.float32)
         for block in row_blocks(self.X, self.fit_rows):
@@ -1219,7 +1586,8 @@ class Rows:
 
 class _Populations(Mapping):
     def __init__(self, dataset, groups, genes):
-        self.dataset, self.names, self.genes = dataset, groups, genes
+        self.dataset, self.names = dataset, groups
+        self.genes = genes
 
     def __getitem__(self, group):
         return self.dataset.cells(group, self.genes)
@@ -1275,7 +1643,8 @@ class Panel:
         levels = [(column, value) for column, values in self.covariates.items() for value in values]
         out = torch.zeros(len(groups), len(levels))
         for i, group in enumerate(groups):
-            for column, value in zip(self.covariates, group.partition("@")[2].split(",", len(self.covariates) - 1)):
+            values = covariate_values(group.partition("@")[2], len(self.covariates))
+            for column, value in zip(self.covariates, values):
                 if (column, value) in levels:
                     out[i, levels.index((column, value))] = 1
                 elif strict:
@@ -1300,13 +1669,16 @@ def pick_rows(x, n, seed):
 def read_controls(path, config, panel):
     """({covariate: (n, G)} control cells of a user's file, log1p CP10k, on a model's genes, and the columns (M,) of the
     genes that it lacks, which are at their training mean. A file without labels is all control cells."""
-    cells = read_cells(path, config, perturbed_required=False)
+    cells = read_cells(path, config, perturbed_required=False, genes=panel.genes)
+    for note in cells.notes:
+        print(f"note: {path}: {note}")
     lognormalise(cells)
     column = match_genes(cells.genes, panel.genes)
     missing = np.flatnonzero(column < 0)
     if 2 * len(missing) > len(column):
         raise DataError(f"--controls {path}: lacks {len(missing):,} of the model's {len(column):,} genes "
-                        f"({', '.join(panel.genes[i] for i in missing[:5])}); genes are matched by name: check --gene-key")
+                        f"({_listed(panel.genes[i] for i in missing)}); genes are matched by name: choose the var "
+                        "column that holds these names with --gene-key")
     controls = {}
     for i, (condition, covariate) in sorted(enumerate(cells.pairs), key=lambda pair: pair[1]):
         if condition == CONTROL:
@@ -1341,7 +1713,7 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     if not keep.all():
         lost = sorted({v for _, v in cells.pairs} - with_control)
         cells.notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control "
-                           f"cells ({', '.join(lost[:4])})")
+                           f"cells ({_listed(lost, 4)})")
         cells.take(keep)
     groups = sorted(pair for pair in cells.pairs if pair[0] != CONTROL)
     if not groups or not with_control:
@@ -1378,8 +1750,15 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
 
 
 def path_of(config):
-    """The file of --data; the demo's has two cell types where covariates are asked for."""
-    return demo_file(cell_types=2 if config.covariates else 1) if config.data == "demo" else config.data
+    """The file of --data; the demo's has two cell types where covariates are asked for, and lies in runs/, or beside
+    --out where runs/ cannot be written."""
+    if config.data != "demo":
+        return config.data
+    folder = Path("runs")
+    beside = Path(getattr(config, "out", "") or folder / "demo").parent
+    if not folder.is_dir() and not os.access(".", os.W_OK) or folder.is_dir() and not os.access(folder, os.W_OK):
+        folder = beside
+    return demo_file(2 if config.covariates else 1, folder)
 
 
 def load_run(config, device="cpu"):
@@ -1538,8 +1917,8 @@ def write_populations(path, pred, controls, panel, columns, covariates, method):
     labels = [group.partition("@") for group, x in cells.items() for _ in range(len(x))]
     obs = {"condition": np.array([condition for condition, _, _ in labels], dtype=object)}
     keys = DataConfig(covariates=covariates).covariate_keys
-    for i, key in enumerate(keys):          # at most as many pieces as keys: a cell type may hold a comma
-        obs[key] = np.array([covariate.split(",", len(keys) - 1)[i] for _, _, covariate in labels], dtype=object)
+    for i, key in enumerate(keys):
+        obs[key] = np.array([covariate_values(name, len(keys))[i] for _, _, name in labels], dtype=object)
     X = np.concatenate(list(cells.values())).astype(np.float32)
     write_h5ad(path, X, obs, [panel.genes[i] for i in columns], {"method": method, "scale": "log1p CP10k"})
 
@@ -1658,27 +2037,37 @@ def demo_file(cell_types=1, folder="runs"):
 
 # ------------------------------------------------------------------------------------------------ prior knowledge
 
-def _text_lines(path, flag):
-    """(number, line) of a text file: plain, .gz, or the first member of a .zip; empty lines are left out."""
+def _records(path, flag, parse, wanted, header=False):
+    """parse(line) of every line of a text file: plain, .gz, or the first member of a .zip; empty lines are left out.
+
+    A line for which parse raises ValueError is an error that says what is `wanted`; the first line may be a header.
+    """
     try:
         if path.endswith(".zip"):
             archive = zipfile.ZipFile(path)
-            handle = io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8")
+            handle = io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8-sig")
         else:
-            handle = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8")
+            handle = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig")
         with handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
+            lines = [line.rstrip("\r\n") for line in handle]
     except (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, IndexError) as error:
         raise DataError(f"{flag} {path}: cannot be read as text ({error}); check the path, or download it "
                         "again") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = parse(line)
+            except ValueError:
+                if header and number == 1:
+                    continue
+                raise DataError(f"{flag} {path}: line {number}: expected {wanted}, found '{line[:40]}'; mend or remove "
+                                "it") from None
+            yield record
 
 
 def read_vectors(path, flag):
     """{NAME: (p,) float32} of an .npz (names, emb), a .pt ({name: tensor}) or a .tsv/.csv (name, numbers). Vectors of
     zeros, which some files hold for what they do not know, are left out. Pickled objects are not loaded."""
-    names, rows = [], []
     if path.endswith((".npz", ".pt")):
         try:
             if path.endswith(".npz"):
@@ -1693,20 +2082,18 @@ def read_vectors(path, flag):
             raise DataError(f"{flag} {path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' "
                             "and 'emb' (.npz) or a dict {name: 1-d tensor} (.pt), no pickled objects") from None
     else:
-        for number, line in _text_lines(path, flag):
-            name, *values = line.split("," if path.endswith((".csv", ".csv.gz")) else "\t")
-            try:
-                row = np.array(values, dtype=np.float32)
-                if len(row) == 0 or (rows and len(row) != len(rows[0])):
-                    raise ValueError
-            except ValueError:
-                if number == 1:                 # a header
-                    continue
-                raise DataError(f"{flag} {path}: line {number}: expected a name and {len(rows[0]) if rows else 'some'} "
-                                f"numbers, found {len(values)} fields after '{name[:20]}'; mend or remove it") from None
-            names.append(name)
-            rows.append(row)
-        rows = np.array(rows)
+        separator = "," if path.endswith((".csv", ".csv.gz")) else "\t"
+        lengths = set()
+
+        def vector(line):
+            name, *values = line.split(separator)
+            row = np.array(values, dtype=np.float32)
+            if len(row) == 0 or len(lengths | {len(row)}) > 1:
+                raise ValueError
+            lengths.add(len(row))
+            return name, row
+        pairs = list(_records(path, flag, vector, "a name and numbers, as many as in the other lines", header=True))
+        names, rows = [name for name, _ in pairs], np.array([row for _, row in pairs])
     if len(rows) == 0 or not np.isfinite(rows).all():
         raise DataError(f"{flag} {path}: holds {'NaN or infinite values' if len(rows) else 'no vectors'}; remove them")
     return {str(name).upper(): row for name, row in zip(names, rows) if row.any()}
@@ -1715,40 +2102,34 @@ def read_vectors(path, flag):
 def read_edges(path, info=""):
     """{(GENE, GENE)} of STRING's protein.links (with its protein.info) or of lines gene, gene[, score], separated by
     blanks, tabs or commas. Kept: no score, or at least 700 of 1,000 (0.7 where scores end at 1; paper 2.1)."""
-    symbol, edges = {}, set()
-    for number, line in _text_lines(info, "--ppi-info") if info else ():
-        identifier, *name = line.split("\t")
-        if not name:
-            raise DataError(f"--ppi-info {info}: line {number}: expected a protein and its name, separated by a tab; "
-                            "mend or remove it")
-        symbol[identifier] = name[0]
-    for number, line in _text_lines(path, "--ppi"):
-        pair = line.replace(",", " ").split()
-        try:
-            score = float(pair[2]) if len(pair) == 3 else 1.0
-            if len(pair) not in (2, 3):
-                raise ValueError
-        except ValueError:
-            if number == 1:                     # a header
-                continue
-            raise DataError(f"--ppi {path}: line {number}: expected gene, gene and perhaps a score, found "
-                            f"'{line[:40]}'; mend or remove it") from None
+    def protein(line):
+        identifier, name, *_ = line.split("\t")
+        return identifier, name
+
+    def edge(line):
+        first, second, *score = line.replace(",", " ").split()
+        if len(score) > 1:
+            raise ValueError
+        return first, second, float(score[0]) if score else 1.0
+    symbol = {}
+    if info:
+        symbol = dict(_records(info, "--ppi-info", protein, "a protein and its name, separated by a tab"))
+    edges = set()
+    for first, second, score in _records(path, "--ppi", edge, "gene, gene and perhaps a score", header=True):
         if score >= (700 if score > 1 else 0.7):
-            edges.add(tuple(symbol.get(name, name).upper() for name in pair[:2]))
+            edges.add((symbol.get(first, first).upper(), symbol.get(second, second).upper()))
     return edges
 
 
 def read_gmt(path):
     """{pathway: {GENE}} of a GMT file: name, description, genes, separated by tabs."""
-    sets = {}
-    for number, line in _text_lines(path, "--pathways"):
-        name, *rest = line.split("\t")
-        genes = {gene.strip().upper() for gene in rest[1:]} - {""}
+    def pathway(line):
+        name, _, *genes = line.split("\t")
+        genes = {gene.strip().upper() for gene in genes} - {""}
         if not genes:
-            raise DataError(f"--pathways {path}: line {number}: expected a name, a description and genes, separated by "
-                            f"tabs, found {1 + len(rest)} fields; mend or remove it")
-        sets[name] = genes
-    return sets
+            raise ValueError
+        return name, genes
+    return dict(_records(path, "--pathways", pathway, "a name, a description and genes, separated by tabs"))
 
 
 # ------------------------------------------------------------------------------------------------ runs of a method
@@ -1758,7 +2139,7 @@ CHECKPOINT_SECONDS = 300                                # between two checkpoint
 FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "compile", "resume", "cache_gb", "backed"}
 PREDICTING = {"ckpt", "out", "predict", "controls", "cells", "all_genes", "dtype", "seed"} | FREE_ON_RESUME
-UNITS = ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm")    # of the user's own --controls
+UNITS = ("layer", "pert_key", "control_label", "separator", "gene_key", "counts", "lognorm")  # of the user's --controls
 
 
 @dataclass
@@ -1818,14 +2199,17 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
         config = cls(**state["config"] | kept)
     if bool(config.ckpt) != any(getattr(config, use[2:]) for use in uses):
         raise DataError(f"--ckpt FILE and {' or '.join(uses)} belong together; to go on with a run use --resume")
+    least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2}
     for f in fields(cls):
         value = getattr(config, f.name)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-        least = 1 if f.name in ("steps", "batch_size", "cells") else 2 if f.name == "eval_cells" else 0
-        if any(v < least for v in numbers) or (f.name == "lr" and value == 0):
-            raise DataError(f"--{f.name.replace('_', '-')} {value}: must "
-                            + (f"be at least {least}" if least else "be positive" if f.name == "lr" else
-                               "not be negative"))
+        flag = f"--{f.name.replace('_', '-')} {value}"
+        if f.name in least and value < least[f.name]:
+            raise DataError(f"{flag}: must be at least {least[f.name]}")
+        if f.name == "lr" and value <= 0:
+            raise DataError(f"{flag}: must be positive")
+        if any(v < 0 for v in numbers):
+            raise DataError(f"{flag}: must not be negative")
     return config, state
 
 
@@ -1879,6 +2263,13 @@ def claim(folder):
     _claims.append(handle)                      # file systems without locks: nothing is claimed
 
 
+def mend(log):
+    """Cut off the end of a log's last line that was not written whole."""
+    whole = log.read_bytes() if log.exists() else b""
+    if whole and not whole.endswith(b"\n"):
+        log.write_bytes(whole[:whole.rfind(b"\n") + 1])
+
+
 def open_run(config, state, device, say, main=True):
     """Dataset and panel of a run. The folder is checked and claimed, what is known before training written to it (by
     the main process of several); a resumed run must find the genes, conditions and parts that it had."""
@@ -1893,6 +2284,7 @@ def open_run(config, state, device, say, main=True):
                             "or remove it")
         with writing(out):
             claim(out)
+            mend(out / "log.jsonl")
     dataset = load_run(config, device)
     panel = dataset.panel()
     for note in dataset.source.notes:
@@ -1926,8 +2318,8 @@ def open_prediction(config, state, panel, names, device):
     if config.controls:
         controls, missing = read_controls(config.controls, config, panel)
         if len(missing):
-            print(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are at "
-                "their training mean, and not in the prediction")
+            print(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are "
+                  "at their training mean, and not in the prediction")
             columns = np.setdiff1d(columns, missing)
     else:
         dataset = load_run(config, device)
@@ -1941,30 +2333,42 @@ def open_prediction(config, state, panel, names, device):
             covariate = ""                      # the test conditions, carried to other cells
         if covariate and covariate not in controls:
             raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; there are "
-                            f"{', '.join(sorted(controls))}")
+                            f"{_listed(sorted(controls), 20)}; choose one of them, or leave it out")
         for value in [covariate] if covariate else sorted(controls):
             sizes[group_name(condition, value)] = config.cells
     untrained = sorted({p for g in sizes for p in g.partition("@")[0].split("+")} - set(panel.trained))
     if untrained:
-        print(f"note: {', '.join(untrained[:5])}{', ...' if len(untrained) > 5 else ''}: in no training condition")
+        print(f"note: {_listed(untrained)}: in no training condition")
     return sizes, controls, columns
 
 
 def asked_conditions(texts, names):
-    """[(condition, covariate)] of --predict, in canonical spelling; names: what the model knows."""
+    """[(condition, covariate)] of --predict, canonical, in any spelling that files may have: A_B, B|A, (+)-JQ1.
+    names: the perturbations that the model knows. Raises DataError for others, and for controls."""
+    pieces = {piece for text in texts for piece in {text} | _pieces(text.partition("@")[0])}
+    known = {piece for piece in pieces if perturbation_name(piece) in names}
+    rules = LabelRules((), known)
     asked = []
     for text in texts:
-        condition, _, covariate = text.partition("@")
-        parts = sorted({p for p in condition.split("+") if p in names or not is_control_label(p)})
-        for name in parts:
-            if name not in names:
-                close = difflib.get_close_matches(name, names, 3)
-                advice = f"did you mean {', '.join(close)}" if close else "check its spelling"
-                raise DataError(f"--predict {text}: the model does not know '{name}', which was not in its training "
+        label, _, covariate = text.partition("@")
+        if perturbation_name(text) in names:                    # a name with '@' in it
+            label, covariate = text, ""
+        if not label.strip():
+            raise DataError(f"--predict '{text}': an empty name; give conditions such as A, A+B or A@covariates")
+        tokens = [token for token in rules.tokens(label.strip()) if not rules.is_control(token)]
+        for token in tokens:
+            if perturbation_name(token) not in names:
+                pieces = [piece for piece in _JOINT.split(token) if piece]
+                if any(piece in known for piece in pieces):     # of A_B, the one that is not known
+                    token = next(piece for piece in [*pieces, token] if piece not in known)
+                lower = {name.lower(): name for name in names}
+                close = difflib.get_close_matches(perturbation_name(token).lower(), lower, 3)
+                advice = f"did you mean {', '.join(lower[name] for name in close)}" if close else "check its spelling"
+                raise DataError(f"--predict {text}: the model does not know '{token}', which was not in its training "
                                 f"file; {advice}")
-        if not parts:
+        if not tokens:
             raise DataError(f"--predict {text}: names no perturbation; control cells are real, not predicted")
-        asked.append(("+".join(parts), covariate))
+        asked.append(("+".join(sorted(set(map(perturbation_name, tokens)))), covariate))
     return asked
 
 
@@ -2082,8 +2486,9 @@ def _shown(value):
     """A default as it would be typed."""
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
-    return {True: "on", False: "off", None: "auto", "": "''"}.get(value, value) if not isinstance(value, (int, float)) \
-        or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return f"{value:g}"
+    return {"True": "on", "False": "off", "None": "auto", "": "''"}.get(str(value), value)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2111,7 +2516,11 @@ def clean_errors():
     try:
         yield
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split("\n"), file=sys.stderr)   # one line, whatever a label or a path holds
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({str(error).split('. ')[0]}); lower --batch-size, or the sizes that the method "
+              "has flags for (--gene-subset, --recompute, --hvg)", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:               # gloo and NCCL, where another process of a run has died
         partner = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
@@ -2127,27 +2536,47 @@ def clean_errors():
     except BrokenPipeError:                     # the reader of our output (head, less) has gone
         sys.stderr.close()
         sys.exit(1)
+    finally:
+        while _claims:
+            _claims.pop().close()
 
 
 def describe(data, split=""):
     """What `python data.py FILE` prints, as one JSON-serialisable object. cells and genes are those of the file, before
     quality control; conditions, controls and parts are counted after it."""
-    cells, per = data.source, {}
+    cells = data.source
+    size = {}
     for group, condition in zip(data.groups, data.condition):
-        per[condition] = per.get(condition, 0) + len(data.rows[group])
-    controls, orders = per.pop(CONTROL), [order(c) for c in per]
-    sizes = {"min": min(per.values()), "median": float(np.median(list(per.values()))), "max": max(per.values())}
-    facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "conditions": len(per),
-             "singles": orders.count(1), "doubles": orders.count(2), "more": sum(o > 2 for o in orders),
-             "controls": controls, "pert_key": cells.pert_key, "control_labels": cells.controls,
+        size[condition] = size.get(condition, 0) + len(data.rows[group])
+    controls = size.pop(CONTROL)
+    orders = [order(condition) for condition in size]
+    sizes = list(size.values())
+    facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "scale": data.file_scale,
+             "conditions": len(size), "singles": orders.count(1), "doubles": orders.count(2),
+             "more": sum(n > 2 for n in orders), "pert_key": cells.pert_key, "controls": controls,
+             "control_labels": cells.controls,
+             "cells_per_condition": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
              "covariates": {key: len(set(cells.obs(key))) for key in data.config.covariate_keys},
-             "cells_per_condition": sizes, "scale": data.file_scale, "perturbations": len(data.perturbations),
-             "perturbed_genes_in_panel": int((data.pert_gene >= 0).sum()), "panel_genes": len(data.genes),
-             "notes": cells.notes}
+             "panel_genes": len(data.genes), "perturbations": len(data.perturbations),
+             "perturbed_genes_in_panel": int((data.pert_gene >= 0).sum())}
     if split:
         facts["split"] = {part: {"conditions": len(data.split[part]),
                                  "cells": sum(len(data.rows[g]) for g in data.part(part))} for part in PARTS}
-    return facts
+    return facts | {"notes": cells.notes}
+
+
+def _print_facts(facts):
+    """The console form of describe(): a fact a line."""
+    rows = {key.replace("_", " "): value for key, value in facts.items() if key not in ("split", "notes")}
+    rows |= facts.get("split", {})
+    for key, value in rows.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {number:,g}" for name, number in value.items()) or "none"
+        elif isinstance(value, list):
+            value = _listed(value)
+        print(f"{key:<25} {value:,}" if isinstance(value, int) else f"{key:<25} {value}")
+    for note in facts["notes"]:
+        print(f"note: {note}")
 
 
 def main(argv=None):
@@ -2160,54 +2589,35 @@ def main(argv=None):
                         help="additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN")
     parser.add_argument("--fold", type=int, default=0, help="which fold of the split")
     parser.add_argument("--folds", type=int, default=10, help="number of folds of --split cv")
-    demo = parser.add_argument_group("demo")
-    for flag, meaning in (("--cells", "number of cells"), ("--genes", "number of genes"),
-                          ("--cell-types", "number of cell types"), ("--seed", "random seed")):
-        demo.add_argument(flag, type=int, default=None, help=meaning)
-    add_flags(parser.add_argument_group("data"), DataConfig)
-    args = vars(parser.parse_args(argv))
-    simulation = {k: args[k] for k in ("cells", "genes", "cell_types", "seed") if args[k] is not None}
+    for name in ("cells", "genes", "cell-types", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help="of the demo")
+    add_flags(parser, DataConfig)
+    args = parser.parse(argv)
+    file, out = args["file"], args["out"]
+    split = args["split"]
+    simulation = {name: args[name] for name in ("cells", "genes", "cell_types", "seed") if name in args}
     with clean_errors():
-        if args["file"] == "demo":
-            out = args["out"] or "demo.h5ad"
-            simulate(out, **simulation)
-            print(f"wrote {out}")
+        if file == "demo":
+            simulate(out or "demo.h5ad", **simulation)
+            print(f"wrote {out or 'demo.h5ad'}")
             return
         if simulation:
             flag = next(iter(simulation)).replace("_", "-")
             raise DataError(f"--{flag}: belongs to 'python data.py demo'; remove it")
-        if args["out"] and Path(args["out"]).resolve() == Path(args["file"]).resolve():
-            raise DataError(f"--out {args['out']}: is the input itself and would be lost; choose another name")
+        if out and Path(out).resolve() == Path(file).resolve():
+            raise DataError(f"--out {out}: is the input itself and would be lost; choose another name")
         config = DataConfig(**{f.name: args[f.name] for f in fields(DataConfig) if f.name in args})
-        data = load(args["file"], config, args["split"], args["fold"], args["folds"])
-        facts = describe(data, args["split"])
+        data = load(file, config, split, args["fold"], args["folds"])
+        facts = describe(data, split)
         if args["json"]:
             print(json.dumps(facts))
         else:
-            print_facts(facts)
-        if args["out"]:
-            write_prepared(args["out"], data)
+            _print_facts(facts)
+        if out:
+            write_prepared(out, data)
             n, G = data.X.shape
-            print(f"wrote {args['out']}: log1p CP10k, {n:,} cells x {G:,} genes, grouped by condition",
+            print(f"wrote {out}: log1p CP10k, {n:,} cells x {G:,} genes, grouped by condition",
                   file=sys.stderr if args["json"] else sys.stdout)
-
-
-def print_facts(facts):
-    """The console form of describe()."""
-    per = facts["cells_per_condition"]
-    print(f"{facts['file']}: {facts['cells']:,} cells x {facts['genes']:,} genes, {facts['scale']}")
-    print(f"conditions  {facts['conditions']} ({facts['singles']} singles, {facts['doubles']} doubles, {facts['more']} "
-          f"of more) in obs column {facts['pert_key']}")
-    print(f"controls    {facts['controls']:,} cells labelled {', '.join(facts['control_labels'])}")
-    print(f"cells       {per['min']} to {per['max']} per condition, median {per['median']:g}")
-    if facts["covariates"]:
-        print("covariates  " + ", ".join(f"{k} ({n} values)" for k, n in facts["covariates"].items()))
-    print(f"panel       {facts['panel_genes']:,} genes; {facts['perturbed_genes_in_panel']} of "
-          f"{facts['perturbations']} perturbations are genes of it")
-    for part, n in facts.get("split", {}).items():
-        print(f"{part:<11} {n['conditions']} conditions, {n['cells']:,} cells")
-    for note in facts["notes"]:
-        print(f"note        {note}")
 
 
 if __name__ == "__main__":

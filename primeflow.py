@@ -4,81 +4,62 @@ A network predicts the velocity that turns Gaussian noise into a cell, all genes
 (multi-hot) and the covariates (one-hot). Control cells are training targets too, with an empty perturbation; they are
 never the source. Each gene is a position of a U-Net: its encoded value plus a learned identity. In a fifth of the
 training cells the condition is replaced by a learned null vector, so that sampling can exaggerate the condition:
-v = v_null + w (v_condition - v_null). The MLP, PCA and optimal transport ablations are flags.
+v = v_null + w (v_condition - v_null). The MLP, PCA and optimal transport ablations are flags. On small data the MLP is
+better than the U-Net at a tenth of its time, best with the flow started at control cells: --preset demo is that.
 
 Paper: "PRiMeFlow: capturing complex expression heterogeneity in perturbation response modelling" (P; the numbers of
 its tables count those of its appendix E). An official repository exists under a licence that asks for rights in
 return: nobody who wrote this file has looked at it. The U-Net follows the paper's description of OpenAI's
 guided-diffusion (MIT), called GD; protocol and optimiser where the paper is silent are PerturBench's.
 
-    python primeflow.py                                         demo data, laptop size, 1.5 minutes on 2 cores
+    python primeflow.py                                         demo data, laptop size, half a minute
     torchrun --nproc-per-node 4 primeflow.py --data sciplex.h5 --covariates cell_type      the paper: table 1
     torchrun --nproc-per-node 4 primeflow.py --data norman.h5 --preset norman              the paper: table 2
     python primeflow.py --data sciplex.h5 --covariates cell_type --accumulate 16           one GPU, the same batch
     python primeflow.py --data sciplex.h5 --covariates cell_type --accumulate 16 --resume  go on after Ctrl-C or a crash
-    python primeflow.py --ckpt runs/X/ckpt.pt --predict TF1@type2 TF1+TF2 --guidance 3 --cells 500 --out pred.h5ad
-Ablations, with the hyper-parameters of tables 3 to 8 (--mlp-layers: value, condition, time, decoder); on the demo add
---lr 1e-3 --batch-size 64 --steps 3000, whose schedule is otherwise the U-Net's (MLP: l2 3.46, without 5.51):
-    PRiMeFlow-MLP, transfer   --velocity mlp --accumulate 1 --batch-size 512 --hidden 3072 --mlp-layers 1 1 3 2
-                              --dropout 0 --p-null 0 --guidance 1 --sigma .01 --lr 3.71e-5 --weight-decay 4.05e-7
-    PRiMeFlow-MLP, Norman     --velocity mlp --accumulate 1 --batch-size 1024 --hidden 2048 --mlp-layers 2 3 5 1
-                              --p-null .1 --path trigonometric --sigma .1 --lr 8.56e-6 --weight-decay 9.58e-7
-    FM-PCA, transfer          --velocity mlp --space pca --accumulate 1 --batch-size 1024 --hidden 3072 --dropout .2
-                              --mlp-layers 2 3 4 4 --p-null .4 --path trigonometric --sigma .1 --lr 8.18e-5
-                              --weight-decay 1.28e-10
-    FM-PCA, Norman            --velocity mlp --space pca --accumulate 1 --batch-size 2048 --hidden 1792 --dropout .2
-                              --mlp-layers 4 2 2 4 --p-null .4 --path trigonometric --sigma .01 --lr 1.73e-4
-                              --weight-decay 6.75e-6
-    FM-PCA-OT                 the same and --coupling ot --ot-cells 128 (Norman 256); close to CellFlow
+    python primeflow.py --ckpt runs/X/ckpt.pt --predict TF1@type2 TF1+TF2 --cells 500 --out pred.h5ad
+Ablations: --velocity mlp (PRiMeFlow-MLP), with --space pca (FM-PCA), and --coupling ot (FM-PCA-OT, close to CellFlow;
+--ot-cells 128, Norman 256). The paper's values (tables 3 to 6), with --accumulate 1:
+             --hidden  --mlp-layers  --batch-size  --dropout  --p-null  --path         --sigma  --lr     --weight-decay
+    MLP        3072      1 1 3 2          512         0         0       linear          .01     3.71e-5    4.05e-7
+      Norman   2048      2 3 5 1         1024        .1        .1       trigonometric   .1      8.56e-6    9.58e-7
+    FM-PCA     3072      2 3 4 4         1024        .2        .4       trigonometric   .1      8.18e-5    1.28e-10
+      Norman   1792      4 2 2 4         2048        .2        .4       trigonometric   .01     1.73e-4    6.75e-6
 
-Deviations from paper (P) or guided-diffusion (GD), and what P leaves open. "Loss" is the mean training loss of steps
-151 to 200 on a 60-gene demo, one run each: 2.68 with width 32, two levels, two groups, value scale 2, lr 1e-2,
-identities of N(0, 1).
+Deviations from paper (P) or guided-diffusion (GD), and what P leaves open (numbers: README, experiments):
  1. Value and identity of a gene are added. P's equation 3, which says how, is lost in the text at hand.
- 2. The identity starts at N(0, 0.02): at N(0, 1) it drowns the value. Loss 2.64 at 0.2, 2.57 at 0.05; with three
-    levels 2.53 at 0.05, 2.51 at 0.02.
- 3. The sinusoid encodes 10 x expression (--value-scale) and 1000 t; P gives no frequencies. Loss 2.67 at 10.
- 4. FiLM (scale-shift norm) is on, as in GD's scripts; off in its class. Condition and time add up before it, as GD adds
-    its class. Attention stands at the deepest level, which is P's downsample factor 16 with five levels. GD's K has a
-    bias, which the softmax cancels: ours has none.
+ 2. The identity starts at N(0, 0.02): at N(0, 1) it drowns the value.
+ 3. The sinusoid encodes 10 x expression (--value-scale) and 1000 t; P gives no frequencies.
+ 4. FiLM is on, as in GD's scripts; off in its class. Condition and time add up before it. GD's K has a bias, which the
+    softmax cancels: ours has none. Attention stands at P's downsample factor 16, the deepest of five levels.
  5. The null is one learned vector for the whole condition, covariates included. Zeroing the multi-hot would be control.
- 6. Predictions are clamped at 0 (--no-clamp): raises the mean of nearly silent genes a little.
- 7. P gives no schedule: constant rate (--warmup, --cosine), the last model predicts (--ema), 100,000 steps.
- 8. Highly variable genes come from training and control cells, scanpy's 'seurat', all covariates together; P takes
+ 6. P gives no schedule: constant rate (--warmup, --cosine), the last model predicts (--ema), 100,000 steps.
+ 7. Highly variable genes come from training and control cells, scanpy's 'seurat', all covariates together; P takes
     4,000 by 'seurat_v3' per covariate and adds DE genes that were chosen on the test pairs too.
- 9. MLP: --mlp-layers counts linear layers, of the decoder the hidden ones: were table 4's one layer all of it, nothing
-    would mix cell, condition and time. PCA: 50 components over one scale, chosen so that their mean
-    variance is the noise's (whitening was not tried). OT: targets are perturbed cells, controls the source; conditions
-    are drawn by their cells; P's "unbalanced" with tau 1 is ordinary Sinkhorn; the entropy is CellFlow's.
-10. Convolutions run on (B, C, L): on a CPU 1.3 to 2.5 times as fast as channels-last, and 0.7 to 1.8 times, by shape,
-    as one matrix product over unfolded neighbours, whose input takes three times the memory. Not measured on GPUs.
+ 8. MLP: --mlp-layers counts linear layers, of the decoder the hidden ones: were table 4's one layer all of it, nothing
+    would mix cell, condition and time. PCA: 50 components over one scale, so that their mean variance is the noise's.
+ 9. OT: targets are perturbed cells, conditions drawn by their cells; P's "unbalanced" with tau 1 is ordinary Sinkhorn.
+10. Convolutions run on (B, C, L), the fastest layout on CPUs; not measured on GPUs.
 11. A perturbation that no training condition holds has an untrained input; a gene that the file never perturbs has
     none, and is refused. The order of the genes matters to a convolution: all genes are generated, in training's order.
-The demo does not show P's advantage of the U-Net. Test l2 (e_distance), one run each. U-Net, 254 s of CPU: 4.96 (1.64),
-not with today's preset but lr 3e-3, 1,800 steps, identities of N(0, 1), 50 cells per condition. The others, 100 cells,
-3,000 steps of 64 cells, lr 1e-3: MLP 3.46 (0.97), 41 s; --space pca --path trigonometric --sigma .1 3.47 (0.80), 42 s;
-that and --coupling ot 3.45 (0.88), 88 s. Guidance 3 makes all of them worse: l2 above 10.
+12. Ours, off in the paper's presets: --coupling control (P starts at control cells for OT alone), --standardise,
+    --effect-readout, --control-profile, --balanced: small data do not teach what they state.
 """
 import contextlib
 import copy
 import datetime
-import difflib
+import itertools
 import json
 import math
 import os
-import platform
-import resource
 import signal
 import sys
 import time
 import typing
-import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
-import scipy
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -89,44 +70,22 @@ import data
 import metrics
 from data import DataError
 
-METHOD = "primeflow"
+METHOD = Path(__file__).stem
 
 
 @dataclass
-class Config(data.DataConfig):
-    """Every default is written here: the paper's covariate transfer. PRESETS lists what --preset demo changes."""
-    # run: the same flags in all four methods
-    data: str = "demo"              # AnnData file (.h5ad, .h5), or demo
+class Config(data.RunConfig):
+    """The paper's covariate transfer; PRESETS lists what --preset norman and demo change."""
     split: str = "transfer"         # additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN
-    fold: int = 0                   # which of the seeded splits
-    folds: int = 10                 # number of folds of --split cv
-    seed: int = 0                   # weights, batches and samples; the split depends on --fold alone
-    preset: typing.Literal["", "demo", "paper", "norman"] = ""  # size; '' is demo for --data demo and paper otherwise
-    out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --predict: the file to write
-    steps: int = 100_000            # length of the schedule (500 epochs of sci-Plex, PerturBench's limit)
-    stop_at: int = 0                # end at this step as Ctrl-C does; --resume goes on
-    time_limit: float = 0           # end after so many minutes as Ctrl-C does; 0 is no limit
-    batch_size: int = 54            # cells per forward pass and process (paper; --accumulate passes make a step)
+    steps: int = 100_000            # 500 epochs of sci-Plex, PerturBench's limit
+    batch_size: int = 54            # cells per forward pass and process (paper); --accumulate passes make a step
     lr: float = 5e-5                # Adam (paper)
-    eval_every: int = 0             # score the validation conditions every so many steps; 0 never
-    eval_cells: int = 1000          # cells generated per condition: as many as it really has, at most this
-    device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
-    dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it
-    compile: bool | None = None     # torch.compile; default on for CUDA, off for CPU
-    resume: bool = False            # go on with the run in its folder
-    ckpt: str = ""                  # with --predict: the checkpoint to use
-    predict: tuple[str, ...] = ()   # conditions to predict: A A+B A+B+C, with covariates A@cov1,cov2
-    controls: str = ""              # with --predict: AnnData file with your own control cells
-    cells: int = 500                # with --predict: cells per condition
-    all_genes: bool = False         # with --predict: every gene of the panel, not only the evaluation genes
-    # data
     hvg: int = 4000                 # paper and PerturBench, per covariate; the perturbed genes are added
     eval_genes: int = 0             # genes that are evaluated: PerturBench scores all
     control_split: str = "0.5,0.25,0.25"  # controls' shares in train,val,test (PerturBench)
-    # method
     velocity: typing.Literal["unet", "mlp"] = "unet"        # mlp: PRiMeFlow-MLP (ablation)
     space: typing.Literal["genes", "pca"] = "genes"         # pca: the flow runs in principal components (ablation)
-    coupling: typing.Literal["independent", "ot"] = "independent"  # ot: control cells as source, matched (ablation)
+    coupling: typing.Literal["independent", "control", "ot"] = "independent"  # source: noise, controls, matched ones
     width: int = 256                # D, base channels of the U-Net; features of value and time (paper)
     multipliers: tuple[int, ...] = (1, 2, 2, 4, 4)  # channels per level, in D; a level halves the genes (paper)
     blocks: int = 2                 # residual blocks per level (paper)
@@ -142,8 +101,10 @@ class Config(data.DataConfig):
     sigma: float = 0.0              # noise added on the path (paper)
     ot_cells: int = 128             # cells per condition in a coupling; --batch-size is a multiple (paper, table 7)
     ot_epsilon: float = 1.0         # entropy, in units of the mean cost (CellFlow)
-    ot_tau_a: float = 1.0           # marginal of the controls: tau = rho / (rho + epsilon), 1 is exact (paper)
-    ot_tau_b: float = 1.0           # marginal of the perturbed cells (paper)
+    effect_readout: bool = False    # a linear map from the condition to the genes is added to the velocity (ours)
+    standardise: bool = False       # centre covariates on their controls, divide by the gene's deviation (ours)
+    control_profile: bool = False   # a covariate is known by the similarity of its controls, not by its name (ours)
+    balanced: bool = False          # draw conditions alike, not by their cells (ours)
     accumulate: int = 4             # forward passes per step (paper)
     clip: float = 5.0               # largest norm of the gradient; 0 does not clip (paper)
     weight_decay: float = 0.0       # of Adam, as L2 (paper)
@@ -153,44 +114,42 @@ class Config(data.DataConfig):
     recompute: bool = False         # recompute activations in the backward pass: slower, far less memory
     guidance: tuple[float, ...] = (1.0, 3.0, 5.0)  # w; the first is the method, the others are further rows (paper)
     ode_steps: int = 100            # K, Euler (paper)
-    clamp: bool = True              # no negative expression in predictions (ours)
 
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    if config.width < 2 or config.width % 2 or not config.multipliers or min(config.multipliers) < 1:
-        raise DataError(f"--width {config.width}: must be even and positive, and --multipliers positive")
-    deepest = config.width * config.multipliers[-1]
-    if config.velocity == "unet" and (config.heads < 1 or deepest % config.heads):
-        raise DataError(f"--heads {config.heads}: must divide the {deepest} channels of the deepest level")
-    if config.velocity == "unet" and (config.groups < 1 or config.width % config.groups):
-        raise DataError(f"--groups {config.groups}: must divide --width {config.width}")
-    if len(config.mlp_layers) != 4 or min(config.mlp_layers) < 1 or config.hidden < 1:
-        raise DataError("--mlp-layers takes four positive numbers: value, condition, time, decoder; --hidden is "
-                        "positive")
+    if config.width < 2 or config.width % 2:
+        raise DataError(f"--width {config.width}: must be even and positive")
+    if config.velocity == "unet":
+        deepest = config.width * config.multipliers[-1]
+        if config.heads < 1 or deepest % config.heads:
+            raise DataError(f"--heads {config.heads}: must divide the {deepest} channels of the deepest level")
+        if config.groups < 1 or config.width % config.groups:
+            raise DataError(f"--groups {config.groups}: must divide --width {config.width}")
+    if config.standardise and config.space == "pca":
+        raise DataError("--space pca: components are of expression as it is; add --no-standardise")
+    if len(config.mlp_layers) != 4:
+        raise DataError("--mlp-layers takes four numbers: value, condition, time, decoder")
     if config.coupling == "ot" and (config.ot_cells < 1 or config.batch_size % config.ot_cells):
         raise DataError(f"--batch-size {config.batch_size}: must be a multiple of --ot-cells {config.ot_cells}")
-    if config.ot_epsilon <= 0 or not 0 < config.ot_tau_a <= 1 or not 0 < config.ot_tau_b <= 1:
-        raise DataError("--ot-epsilon must be positive, --ot-tau-a and --ot-tau-b above 0 and at most 1")
     if any(w != 1 for w in config.guidance) and config.p_null == 0:
         raise DataError(f"--guidance {' '.join(map(str, config.guidance))}: without --p-null the null condition is not "
                         "trained; use --guidance 1")
-    if min(config.blocks, config.pcs, config.accumulate, config.ode_steps) < 1:
-        raise DataError("--blocks, --pcs, --accumulate and --ode-steps must be positive")
-    if not all(0 <= p < 1 for p in (config.dropout, config.ema, config.p_null)):
-        raise DataError("--dropout, --ema and --p-null must be at least 0 and below 1")
-    if min(config.sigma, config.clip, config.weight_decay, config.warmup) < 0 or config.value_scale <= 0:
-        raise DataError("--sigma, --clip, --weight-decay and --warmup must not be negative, --value-scale positive")
+    if min(config.blocks, config.hidden, config.pcs, config.accumulate, config.ode_steps, *config.multipliers,
+           *config.mlp_layers) < 1 or min(config.value_scale, config.ot_epsilon) == 0:
+        raise DataError("--blocks, --hidden, --pcs, --accumulate, --ode-steps, --multipliers, --mlp-layers, "
+                        "--value-scale and --ot-epsilon must be positive")
+    if max(config.dropout, config.ema, config.p_null) >= 1:
+        raise DataError("--dropout, --ema and --p-null must be below 1")
 
 
 PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4), batch_size=100), "demo": dict(
-    steps=1500, batch_size=32, accumulate=1, lr=1e-2, warmup=50, cosine=True, ema=0.99, hvg=0, eval_genes=1000,
-    control_split="", width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1, dropout=0.0, hidden=256,
-    mlp_layers=(2, 2, 2, 2), ot_cells=16, guidance=(1.0, 3.0), ode_steps=10, eval_cells=100)}
-SAMPLING = {"guidance", "ode_steps", "clamp"}   # flags that --ckpt may change
-# times the number of processes is what a step sees
-PER_PROCESS = ("batch_size",)
-SINKHORN_ITERATIONS = 100               # at epsilon 1 both marginals then hold to 1e-6
+    steps=1500, batch_size=64, accumulate=1, lr=3e-3, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
+    control_split="", velocity="mlp", hidden=256, mlp_layers=(2, 2, 2, 2), dropout=0.2, coupling="control", sigma=1.0,
+    standardise=True, effect_readout=True, control_profile=True, balanced=True, p_null=0.0, guidance=(1.0,),
+    ode_steps=10, eval_cells=100, width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1, ot_cells=16)}
+SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
+other_use = None                        # what --ckpt is for besides --predict
 
 
 def variants(config):
@@ -364,51 +323,74 @@ class MLPVelocity(nn.Module):
 
 
 class Space(nn.Module):
-    """The coordinates of the flow: log1p expression of the G genes, or S principal components over one scale, chosen
-    so that their mean variance is that of the noise."""
+    """The coordinates of the flow: log1p expression of the G genes, as it is or standardised; or S principal components
+    over one scale, chosen so that their mean variance is that of the noise.
+
+    profiles (V, G) are the mean control cells of the V combinations of covariates: origin of their cells when
+    standardised, and what --control-profile compares."""
 
     def __init__(self, config, panel):
         super().__init__()
         G = len(panel.genes)
-        self.pca = config.space == "pca"
+        self.pca, self.standardise = config.space == "pca", config.standardise
         self.size = min(config.pcs, G) if self.pca else G
+        self.covariates = [",".join(values) for values in itertools.product(*panel.covariates.values())]
+        self.register_buffer("profiles", torch.zeros(len(self.covariates), G))
+        self.register_buffer("trained", torch.zeros(len(self.covariates), dtype=torch.bool))  # has perturbed cells
+        self.register_buffer("deviation", torch.ones(G))
         if self.pca:
             self.register_buffer("mean", torch.zeros(G))
             self.register_buffer("loadings", torch.zeros(G, self.size))
             self.register_buffer("scale", torch.ones(()))
 
     def fit(self, dataset):
-        """PCA of training cells and training controls."""
-        if not self.pca:
-            return
+        """From training cells and training controls."""
         X, rows = dataset.X, dataset.fit_rows
-        if len(rows) <= self.size:
-            raise DataError(f"--pcs {self.size}: there are {len(rows)} training cells; use fewer components")
-        basis = metrics.fit_pca(lambda: (X[block].toarray() for block in data.row_blocks(X, rows)), self.size)
-        self.mean.copy_(torch.from_numpy(basis.mean))
-        self.loadings.copy_(torch.from_numpy(basis.loadings.copy()))
-        self.scale.copy_(standard_deviation(dataset, self, rows).square().mean().sqrt())
+        for covariate, controls in dataset.control_rows["train"].items():
+            mean = data.gene_moments(X, controls)[0] / len(controls)
+            self.profiles[self.covariates.index(covariate)] = torch.from_numpy(mean)
+        for group in dataset.part("train"):
+            self.trained[self.covariates.index(group.partition("@")[2])] = True
+        total, square = data.gene_moments(X, rows)
+        variance = np.maximum(square / len(rows) - (total / len(rows)) ** 2, 0)
+        self.deviation.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=0.01))        # a silent gene stays silent
+        if self.pca:
+            if len(rows) <= self.size:
+                raise DataError(f"--pcs {self.size}: there are {len(rows)} training cells; use fewer components")
+            basis = metrics.fit_pca(lambda: (X[block].toarray() for block in data.row_blocks(X, rows)), self.size)
+            self.mean.copy_(torch.from_numpy(basis.mean))
+            self.loadings.copy_(torch.from_numpy(basis.loadings.copy()))
+            self.scale.fill_(math.sqrt(variance.sum() * basis.explained.mean()))         # root mean eigenvalue
 
-    def encode(self, x):
-        """(n, G) log1p CP10k -> (n, S)."""
-        return (x - self.mean) @ self.loadings / self.scale if self.pca else x
+    def encode(self, x, profile):
+        """x (n, G) log1p CP10k, profile (n or 1, G) the mean control cells of their covariates -> (n, S)."""
+        if self.pca:
+            return (x - self.mean) @ self.loadings / self.scale
+        return (x - profile) / self.deviation if self.standardise else x
 
-    def decode(self, z):
-        """(n, S) -> (n, G) log1p CP10k."""
-        return z * self.scale @ self.loadings.T + self.mean if self.pca else z
+    def decode(self, z, profile):
+        """z (n, S), profile (n or 1, G) -> (n, G) log1p CP10k."""
+        if self.pca:
+            return z * self.scale @ self.loadings.T + self.mean
+        return z * self.deviation + profile if self.standardise else z
 
+    def profile(self, covariate, control):
+        """Mean control cell (1, G): of training, or, where training lacks the covariate, of the given cells (n, G)."""
+        if covariate in self.covariates:
+            return self.profiles[self.covariates.index(covariate)][None]
+        return control.mean(dim=0, keepdim=True)
 
-@torch.no_grad()
-def standard_deviation(dataset, space, rows):
-    """(S,) float64, of some cells in the space."""
-    if space.pca:
-        total = square = 0.0
-        for block in data.row_blocks(dataset.X, rows):
-            z = space.encode(torch.from_numpy(dataset.X[block].toarray()).to(dataset.device)).double()
-            total, square = total + z.sum(0), square + z.square().sum(0)
-    else:
-        total, square = (torch.from_numpy(a).to(dataset.device) for a in data.gene_moments(dataset.X, rows))
-    return (square / len(rows) - (total / len(rows)).square()).clamp(min=0).sqrt()
+    def similarity(self, profile):
+        """profile (1, G) -> (V,): a one-hot for a covariate that has perturbed training cells; another one is a mixture
+        of those, weighted by exp(-4 (d / median d)^2), d the distance of the mean control cells."""
+        known = self.profiles[self.trained]
+        distance = (profile - self.profiles).norm(dim=1)
+        same = (distance == 0) & self.trained
+        if same.any():
+            return same.float()
+        unit = torch.pdist(known).median() if len(known) > 1 else 1.0
+        near = -4 * (distance / unit).square()
+        return torch.softmax(near.masked_fill(~self.trained, -torch.inf), dim=0)
 
 
 class PRiMeFlow(nn.Module):
@@ -416,25 +398,32 @@ class PRiMeFlow(nn.Module):
 
     def __init__(self, config, panel):
         super().__init__()
-        self.width, self.space = config.width, Space(config, panel)
-        columns = len(panel.perturbations) + sum(map(len, panel.covariates.values()))
-        if config.velocity == "unet":                                    # GD: two layers, no dropout
-            E, n_condition, n_time, drop = 4 * config.width, 2, 2, 0.0
+        self.width, self.control_profile = config.width, config.control_profile
+        self.space = Space(config, panel)
+        covariates = sum(map(len, panel.covariates.values()))
+        columns = len(panel.perturbations) + (len(self.space.covariates) if self.control_profile else covariates)
+        if config.velocity == "unet":
             self.net = UNetVelocity(self.space.size, config)
+            E = 4 * config.width                                         # GD: two layers, no dropout
+            self.time = mlp([config.width, E, E])
+            self.condition = mlp([columns, E, E])
         else:
-            E, (_, n_condition, n_time, _), drop = config.hidden, config.mlp_layers, config.dropout
             self.net = MLPVelocity(self.space.size, config)
-        self.time, self.condition = mlp([config.width] + [E] * n_time, drop), mlp([columns] + [E] * n_condition, drop)
+            E, (_, n_condition, n_time, _) = config.hidden, config.mlp_layers
+            self.time = mlp([config.width] + [E] * n_time, config.dropout)
+            self.condition = mlp([columns] + [E] * n_condition, config.dropout)
         self.null = nn.Parameter(torch.zeros(E))
+        self.effect = zeroed(nn.Linear(columns, self.space.size, bias=False)) if config.effect_readout else None
 
-    def time_embedding(self, t):
-        """(n,) times in [0, 1] -> (n, E)."""
-        return self.time(sinusoid(1000 * t[:, None], self.width).squeeze(-1))
+    def conditioning(self, t, hidden):
+        """t (n,) in [0, 1], hidden (n or 1, E) of the condition -> (n, F), what the net takes."""
+        return self.net.conditioning(self.time(sinusoid(1000 * t[:, None], self.width).squeeze(-1)), hidden)
 
     def forward(self, x, t, c, drop):
         """x (B, S), t (B,), c (B, columns) condition, drop (B,) bool: where the null replaces it -> (B, S)."""
-        h = torch.where(drop[:, None], self.null, self.condition(c).float())
-        return self.net(x, self.net.conditioning(self.time_embedding(t), h))
+        hidden = torch.where(drop[:, None], self.null, self.condition(c).float())
+        v = self.net(x, self.conditioning(t, hidden))
+        return v if self.effect is None else v + self.effect(c * ~drop[:, None]).float()
 
 
 # -------------------------------------------------------------------------------- losses
@@ -447,97 +436,90 @@ def path(t, kind):
     return a, b, -math.pi / 2 * b, math.pi / 2 * a
 
 
-def flow_loss(net, x0, x1, t, c, drop, eps, config):
-    """Mean squared error of the velocity, over cells and coordinates. x0, x1 (B, S), t (B,), eps (B, S) or None."""
+def flow_loss(net, x0, x1, t, c, drop, config):
+    """Mean squared error of the velocity, over cells and coordinates. x0, x1 (B, S), t (B,),
+    c (B, columns), drop (B,)."""
     a, b, da, db = path(t[:, None], config.path)
     x_t = a * x0 + b * x1
-    x_t = x_t if eps is None else x_t + config.sigma * eps
+    if config.sigma:
+        x_t = x_t + config.sigma * torch.randn_like(x_t)
     return (net(x_t, t, c, drop) - (da * x0 + db * x1)).square().mean()
 
 
-def gaussian_reference(source, target, config, steps=2000):
-    """The least loss if all coordinates were independent Gaussians of standard deviations source, target (S,): float.
-
-    That is the mean over time of Var(u) - Cov(u, x_t)^2 / Var(x_t), u the velocity; pi/2 target for the linear path
-    from unit noise. Above it a network has learned nothing; below it, it may still be poor.
-    """
-    s, r, total = source.double().square(), target.double().square(), 0.0
-    for t in (torch.arange(steps, dtype=torch.float64, device=s.device) + 0.5) / steps:
-        a, b, da, db = path(t, config.path)
-        variance = (a**2 * s + b**2 * r + config.sigma**2).clamp(min=1e-300)
-        total = total + (da**2 * s + db**2 * r - (a * da * s + b * db * r) ** 2 / variance).mean()
-    return (total / steps).item()
-
-
-def sinkhorn_plan(cost, epsilon, tau_a=1.0, tau_b=1.0, iterations=SINKHORN_ITERATIONS):
+def sinkhorn_plan(cost, epsilon, iterations=100):
     """Entropic optimal transport plans between uniform marginals, in the log domain: (C, n, m) -> (C, n, m).
 
-    epsilon is in units of the mean cost. tau < 1 relaxes a marginal: tau = rho / (rho + epsilon), rho the weight of its
-    KL divergence. The number of iterations is fixed, so that nothing waits for the device.
+    epsilon is in units of the mean cost; at 1 both marginals hold to 1e-6 after 100 iterations. Their number is fixed,
+    so that nothing waits for the device.
     """
     n, m = cost.shape[1:]
     cost = cost / (epsilon * cost.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))
     g = cost.new_zeros(len(cost), m)
     for _ in range(iterations):
-        f = -tau_a * (torch.logsumexp(g[:, None] - cost, dim=2) - math.log(m))          # (C, n)
-        g = -tau_b * (torch.logsumexp(f[:, :, None] - cost, dim=1) - math.log(n))       # (C, m)
+        f = math.log(m) - torch.logsumexp(g[:, None] - cost, dim=2)                     # (C, n)
+        g = math.log(n) - torch.logsumexp(f[:, :, None] - cost, dim=1)                  # (C, m)
     return torch.exp(f[:, :, None] + g[:, None] - cost) / (n * m)
 
 
 @torch.no_grad()
-def couple(x0, x1, u, config):
-    """Pairs drawn from each condition's transport plan, as many as cells: x0, x1 (C, n, S), u (C, n) uniform -> both
-    (C n, S). Squared Euclidean cost; float32 under autocast too."""
+def couple(x0, x1, epsilon):
+    """Pairs drawn from each condition's transport plan, as many as cells: x0, x1 (C, n, S) -> both (C n, S). Squared
+    Euclidean cost; float32 under autocast too."""
     with torch.autocast(x0.device.type, enabled=False):
         cost = torch.cdist(x0.float(), x1.float()).square()
-        plan = sinkhorn_plan(cost, config.ot_epsilon, config.ot_tau_a, config.ot_tau_b)
-    n = x1.shape[1]
+        plan = sinkhorn_plan(cost, epsilon)
+    C, n = x1.shape[:2]
     mass = plan.flatten(1).double().cumsum(1)                            # (C, n n)
-    pair = torch.searchsorted(mass, u.double() * mass[:, -1:]).clamp(max=n * n - 1)
-    i, j = pair // n, pair % n                                           # (C, n)
-    return tuple(torch.take_along_dim(x, k[..., None], dim=1).flatten(0, 1) for x, k in ((x0, i), (x1, j)))
+    u = torch.rand(C, n, dtype=mass.dtype, device=mass.device)
+    pair = torch.searchsorted(mass, u * mass[:, -1:]).clamp(max=n * n - 1)
+    source = torch.take_along_dim(x0, (pair // n)[..., None], dim=1)     # (C, n, S)
+    target = torch.take_along_dim(x1, (pair % n)[..., None], dim=1)
+    return source.flatten(0, 1), target.flatten(0, 1)
 
 
 # -------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
-def sample(model, x, c, guidance, config, velocity=None):
+def sample(velocity, model, x, c, guidance, config):
     """Carry x (B, S) from t=0 to t=1 in K Euler steps of v_null + w (v_condition - v_null), w the guidance.
 
     x is noise (encoded control cells with --coupling ot), c (columns,) the condition of all of them. The conditioning
-    of all steps is computed at once; null and condition are one batch; w = 1 needs no null. Returns (B, S) float32.
+    of all steps is computed at once; w = 1 needs no null. velocity: model.net.forward, compiled or not. Returns (B, S)
+    float32.
     """
-    K, B, velocity = config.ode_steps, len(x), velocity or model.net
-    time = model.time_embedding(torch.arange(K, dtype=x.dtype, device=x.device) / K)
-    hidden = [model.condition(c[None]).float()] + ([model.null[None]] if guidance != 1 else [])
-    rows = torch.stack([model.net.conditioning(time, h) for h in hidden], dim=1)         # (K, 1 or 2, F)
-    for row in rows:
-        if guidance == 1:
-            v = velocity(x, row)
-        else:
-            v, null = velocity(torch.cat([x, x]), row.repeat_interleave(B, dim=0)).chunk(2)
-            v = null + guidance * (v - null)
+    K = config.ode_steps
+    t = torch.arange(K, dtype=x.dtype, device=x.device) / K
+    conditioned = model.conditioning(t, model.condition(c[None]).float())        # (K, F)
+    null = model.conditioning(t, model.null[None])
+    effect = 0.0 if model.effect is None else model.effect(c[None]).float()      # (1, S)
+    for i in range(K):
+        v = velocity(x, conditioned[i:i + 1]) + effect
+        if guidance != 1:
+            v_null = velocity(x, null[i:i + 1])
+            v = v_null + guidance * (v - v_null)
         x = x + v / K
     return x
 
 
-def condition_vector(group, panel):
-    """(columns,) float32: multi-hot of the perturbations (none for control), then a one-hot per covariate column."""
-    condition = group.partition("@")[0]
-    names = [] if condition == data.CONTROL else condition.split("+")
-    hot = torch.from_numpy(np.isin(panel.perturbations, names).astype(np.float32))
-    return torch.cat([hot, panel.one_hot([group])[0]])
+def condition_vector(group, model, panel, profile):
+    """(columns,) of a group, on the device of profile (1, G), its mean control cell: multi-hot of its perturbations,
+    then a one-hot per covariate column or, with --control-profile, the similarity to known covariates."""
+    names = group.partition("@")[0].split("+")
+    hot = torch.from_numpy(np.isin(panel.perturbations, names).astype(np.float32)).to(profile.device)
+    if model.control_profile:
+        return torch.cat([hot, model.space.similarity(profile)])
+    return torch.cat([hot, panel.one_hot([group])[0].to(profile.device)])
 
 
-def known(panel, config):
-    """Names that can be predicted, and those among them whose embedding no training condition has reached."""
-    return set(panel.perturbations), set(panel.perturbations) - set(panel.trained)
+def known(panel):
+    """Names that can be predicted."""
+    return set(panel.perturbations)
 
 
 def load_model(config, panel, saved):
     """The model that predicts, from what a checkpoint has saved."""
     model = PRiMeFlow(config, panel)
-    model.load_state_dict(saved.get("ema", saved["model"]))
+    model.load_state_dict(saved["ema"])
     return model
 
 
@@ -545,216 +527,123 @@ def load_model(config, panel, saved):
 def generate(model, run, group, control, columns, seed, guidance=None):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), as many as control cells (n, G) log1p CP10k, for
     columns (E,) of the panel, ascending: (n, E) float32. All genes are generated, in the order of training, and the
-    columns cut out. The values of the control cells are used by --coupling ot alone."""
+    columns cut out. The values of the control cells matter where they are the source, or their covariate is new."""
     config, S = run.config, model.space.size
     w = config.guidance[0] if guidance is None else guidance
-    c = condition_vector(group, run.panel).to(run.device)
-    if config.coupling == "ot":
-        x = model.space.encode(torch.from_numpy(control).to(run.device))
-    else:
+    control = torch.from_numpy(control).to(run.device)
+    profile = model.space.profile(group.partition("@")[2], control)
+    c = condition_vector(group, model, run.panel, profile)
+    if config.coupling == "independent":
         generator = torch.Generator(run.device).manual_seed(seed)
         x = torch.randn(len(control), S, generator=generator, device=run.device)         # the same for any chunks
-    per_cell = 4 * (24 * S * config.width if config.velocity == "unet" else 8 * (S + config.hidden))   # bytes
-    per_cell *= 1 if w == 1 else 2
-    room = 16e9 if run.device.type == "cuda" else 1.2e9
-    out, columns = [], torch.as_tensor(columns, device=run.device)
-    for part in x.split(int(min(1000, max(1, room // per_cell)))):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-            z = sample(model, part, c, w, config, run.compiled(model.net.forward))
-        cells = model.space.decode(z).index_select(1, columns)
-        out.append((cells.clamp(min=0) if config.clamp else cells).cpu())
+    else:
+        x = model.space.encode(control, profile)
+    widest = 24 * S * config.width if config.velocity == "unet" else 8 * (S + config.hidden)
+    most = min(1000, max(1, data.room(run.device) // (4 * widest)))      # cells at once
+    columns, out = torch.as_tensor(columns, device=run.device), []
+    for part in x.tensor_split(math.ceil(len(x) / most)):
+        with run.autocast():
+            z = sample(run.compiled(model.net.forward), model, part, c, w, config)
+        out.append(model.space.decode(z, profile).index_select(1, columns).cpu())
     return torch.cat(out).numpy()
 
 
 # -------------------------------------------------------------------------------- training
 
 def train(run, state):
-    """Train to --steps and return the model that predicts; Ctrl-C and --stop-at save and end the program before."""
-    config, dataset, panel, ot = run.config, run.dataset, run.panel, run.config.coupling == "ot"
+    """Train to --steps and return the model that predicts."""
+    config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
+    A, B, ot = config.accumulate, config.batch_size, config.coupling == "ot"
+    n = config.ot_cells if ot else 1                                     # cells of a group in a batch
 
     # model, optimiser, schedule; a resumed run takes them over, the PCA included
     torch.manual_seed(config.seed)
-    model = PRiMeFlow(config, panel).to(run.device)
+    model = PRiMeFlow(config, panel).to(device)
     if not state:
         model.space.fit(dataset)
-    ema = copy.deepcopy(model) if config.ema else None
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
+    ema = copy.deepcopy(model) if config.ema else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def rate(step):                                                      # factor on --lr
         warm = min(1.0, (step + 1) / (config.warmup + 1))
         return warm * (0.5 + 0.5 * math.cos(math.pi * step / config.steps)) if config.cosine else warm
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    sampler = torch.Generator(run.device).manual_seed(config.seed)
-    torch.manual_seed(config.seed + run.rank)                            # dropout differs between processes
-    saved = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"ema": ema} if ema else {})
-    start, seconds = restore(run, state, saved, sampler)
-    net, predictor, space, S = run.wrap(model), ema or model, model.space, model.space.size
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    begin, net, space = run.resume(state, parts, cells=A * B), run.wrap(model), model.space
 
-    # training cells: perturbed and control alike, but controls are no targets where they are the source
-    condition = torch.stack([condition_vector(g, panel) for g in dataset.groups]).to(run.device)     # (groups, columns)
-    group_of = np.zeros(dataset.X.shape[0], dtype=np.int64)
-    for i, g in enumerate(dataset.groups):
-        group_of[dataset.rows[g]] = i
-    controls = np.concatenate(list(dataset.control_rows["train"].values()))
-    cells = np.setdiff1d(dataset.fit_rows, controls) if ot else dataset.fit_rows
-    source = standard_deviation(dataset, space, controls) if ot else torch.ones(S, device=run.device)
-    reference = gaussian_reference(source, standard_deviation(dataset, space, dataset.fit_rows), config)
-    cells, group_of = torch.from_numpy(cells).to(run.device), torch.from_numpy(group_of).to(run.device)
-    run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(cells):,} training cells, "
-            f"{len(panel.genes):,} genes; loss of independent Gaussians {reference:.4f}")
+    # training groups: covariate, condition, chance to be drawn; controls are no targets where they are the source
+    covariate = torch.tensor([space.covariates.index(v) for v in dataset.covariate], device=device)
+    condition = torch.stack([condition_vector(g, model, panel, space.profiles[v][None])
+                             for g, v in zip(dataset.groups, covariate.tolist())])       # (groups, columns)
+    cells = {g: len(dataset.rows[g]) for g in dataset.part("train")}
+    if config.coupling == "independent":
+        cells |= {data.group_name(data.CONTROL, v): len(rows) for v, rows in dataset.control_rows["train"].items()}
+    share = torch.tensor([float(cells.get(g, 0)) for g in dataset.groups], device=device)
+    if config.balanced:
+        share = share.sign()
+    run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(cells.values()):,} training cells, "
+            f"{len(panel.genes):,} genes")
 
-    A, B, W = config.accumulate, config.batch_size, run.world
-    N, n = A * W * B, config.ot_cells                                    # cells per step, over all processes
-    progress, recent = Progress(run, start, seconds, N), None
-    for step in range(start + 1, config.steps + 1):
-        # batch: every process draws all of it and keeps its share, so that N processes equal one with N times the batch
-        rows = cells[torch.randint(len(cells), (N // n if ot else N,), generator=sampler, device=run.device)]
-        if ot:                                                           # n cells of the condition of each, n controls
-            group = group_of[rows]
-            rows = dataset.draw(group, n, sampler)
-            source_rows = dataset.draw(dataset.controls_for(group), n, sampler)
-            u = torch.rand(N // n, n, generator=sampler, device=run.device)
-        else:
-            noise = torch.randn(N, S, generator=sampler, device=run.device)
-        eps = torch.randn(N, S, generator=sampler, device=run.device) if config.sigma else None
-        t = torch.rand(N, generator=sampler, device=run.device)
-        drop = torch.rand(N, generator=sampler, device=run.device) < config.p_null
-
-        # forward in bf16 where chosen, loss in fp32; processes exchange gradients in the last pass only
+    for step in range(begin + 1, config.steps + 1):
+        run.start(step)
         optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        total = torch.zeros((), device=device)
         for a in range(A):
-            mine = slice((a * W + run.rank) * B, (a * W + run.rank + 1) * B)
-            x1, c = space.encode(dataset.gather(rows[mine])), condition[group_of[rows[mine]]]
-            if ot:
-                x0 = space.encode(dataset.gather(source_rows[mine]))
-                pairs = x0.unflatten(0, (-1, n)), x1.unflatten(0, (-1, n))
-                x0, x1 = couple(*pairs, u[mine.start // n:mine.stop // n], config)
+            # batch: n cells of each of B / n groups, which are drawn by their cells or alike
+            group = torch.multinomial(share, B // n, replacement=True)
+            each = group.repeat_interleave(n, output_size=B)
+            profile = space.profiles[covariate[each]]                     # (B, G)
+            x1, c = space.encode(dataset.gather(dataset.draw(group, n)), profile), condition[each]
+            if config.coupling == "independent":
+                x0 = torch.randn_like(x1)
             else:
-                x0 = noise[mine]
-            with net.no_sync() if W > 1 and a < A - 1 else contextlib.nullcontext():
-                with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-                    loss = flow_loss(net, x0, x1, t[mine], c, drop[mine], None if eps is None else eps[mine], config)
+                x0 = space.encode(dataset.gather(dataset.draw(dataset.controls_for(group), n)), profile)
+            if ot:
+                x0, x1 = couple(x0.unflatten(0, (-1, n)), x1.unflatten(0, (-1, n)), config.ot_epsilon)
+            t, drop = torch.rand(B, device=device), torch.rand(B, device=device) < config.p_null
+
+            # forward in bf16 where chosen, loss in fp32; processes exchange gradients in the last pass only
+            with net.no_sync() if run.world > 1 and a < A - 1 else contextlib.nullcontext():
+                with run.autocast():
+                    loss = flow_loss(net, x0, x1, t, c, drop, config)
                 (loss / A).backward()
             total = total + loss.detach() / A
         if config.clip:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip, foreach=True)
         optimizer.step()
         schedule.step()
-        if ema:
-            follow(ema, model, config.ema)
-        recent = total if recent is None else recent.lerp(total, 0.01)
+        if config.ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config.ema)
 
-        # console, log, validation, checkpoint; none of it touches the random state
-        progress.update(step, loss=total)
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            progress.note(step, validate(run, predictor))
-        if (stop := progress.should_stop(step)) or step == config.steps or progress.checkpoint_due():
-            progress.check_finite(step)
-            save_checkpoint(run, step, progress.seconds(), saved, sampler)
-        if stop and step < config.steps:
-            progress.stopped(step)
-    run.deafen()
-    if recent is not None:
-        run.say(f"loss {recent.item():.4f} over the last steps; independent Gaussians {reference:.4f}")
-    return predictor.eval()
+        if config.eval_every and step % config.eval_every == 0:
+            run.validate(step, ema)
+        run.finish(step, parts, loss=total)                              # log line, checkpoint, Ctrl-C
+    return ema.eval()
 
 
-# ------------------------------------------------------------------ plumbing, the same in all four methods
-
-FREE_ON_RESUME = {"device", "out", "stop_at", "time_limit", "eval_every", "eval_cells", "compile", "resume", "cache_gb",
-                  "backed"}
-PREDICTING = {"predict", "controls", "cells", "all_genes"}
-FREE_ON_PREDICT = {"ckpt", "out", "data", "device", "dtype", "compile", "seed", "eval_cells", *PREDICTING, *SAMPLING,
-                   *(f.name for f in fields(data.DataConfig))}
-CHECKPOINT_MINUTES = 5
-CHECKPOINT_VERSION = 1
-
-
-def parse_config(argv=None):
-    """Command line -> Config, stored checkpoint (or None) and which of ACTIONS to do with it (or None). A new run
-    starts from the preset, --resume and --ckpt from what was stored. Unknown flags, and flags that contradict what was
-    stored, are errors."""
-    parser = data.Parser(prog=f"{METHOD}.py", description=__doc__)
-    data.add_flags(parser, Config)
-    typed = parser.parse(argv)
-    preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
-    config, state = Config(**PRESETS[preset] | typed), None
-    if config.data == "demo" and config.split == "transfer":
-        config.covariates = config.covariates or "cell_type"             # the demo has it then
-    name = [METHOD, Path(config.data).stem, Path(config.split).stem.replace(":", "_"), f"f{config.fold}-s{config.seed}"]
-    config.out = config.out or "runs/" + "-".join(name)
-    action = None
-    if config.ckpt or PREDICTING & set(typed):
-        action = next((name for name in ACTIONS if name in typed), None)
-        if not config.ckpt or not action:
-            raise DataError(f"--ckpt FILE and --{' or --'.join(ACTIONS)} belong together; to continue a run use "
-                            "--resume")
-        state, free = load_checkpoint(config.ckpt), FREE_ON_PREDICT
-        # the user's own file of controls has columns and units of its own
-        units = ("layer", "pert_key", "control_label", "gene_key", "counts", "lognorm")
-        own = {name: getattr(data.DataConfig, name) for name in units} if config.controls else {}
-        stored = own | {"out": "pred.h5ad"} | typed
-    elif config.resume:
-        ckpt = Path(config.out, "ckpt.pt")
-        if not ckpt.exists():
-            raise DataError(f"--resume: {ckpt} does not exist; start without --resume, or name the run's folder, --out")
-        state, free = load_checkpoint(ckpt), FREE_ON_RESUME
-        stored = {"stop_at": 0, "time_limit": 0.0} | typed | {"out": config.out}
-    if state:
-        for name in set(typed) - free:
-            if state["config"][name] != typed[name]:
-                raise DataError(f"--{name.replace('_', '-')} {typed[name]}: this run was started with "
-                                f"{state['config'][name]}; drop the flag, or start another run with --out")
-        config = Config(**state["config"] | stored)
-        if config.resume and 0 < config.stop_at <= state["step"]:
-            raise DataError(f"--stop-at {config.stop_at}: the run is at step {state['step']} already; stop later")
-    if min(config.steps, config.batch_size, config.cells) < 1 or config.lr <= 0 or config.eval_cells < 2:
-        raise DataError("--steps, --batch-size, --lr and --cells must be positive, --eval-cells at least 2")
-    if min(config.seed, config.stop_at, config.time_limit, config.eval_every) < 0:
-        raise DataError("--seed, --stop-at, --time-limit and --eval-every must not be negative")
-    check(config)
-    return config, state, action
-
+# ---------------------------------------------------------------- run section, the same text in all four methods
 
 class Run:
-    """Configuration, device, precision, processes and folder of this run; later its dataset and panel."""
+    """What is not the method: device, precision, processes, random numbers, the log line, the checkpoint."""
 
     def __init__(self, config):
-        self.config, self.out, self._compiled, self.dataset, self.panel = config, Path(config.out), {}, None, None
+        self.config, self.out = config, Path(config.out)
+        self.device = data.pick_device(config.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.began, self.signal, self.handlers = self.rank == 0, time.perf_counter(), 0, {}
-        name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        except RuntimeError:
-            raise DataError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
+        self.signal, self.capped, self.trained, self.functions = 0, 0, 0.0, {}
         cuda = self.device.type == "cuda"
-        if self.device.type not in ("cpu", "cuda"):
-            raise DataError(f"--device {name}: not supported; use cpu, cuda or cuda:N")
-        if cuda and self.device.index >= torch.cuda.device_count():
-            raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and cuda and torch.cuda.is_bf16_supported(False))
         self.compile = cuda if config.compile is None else config.compile
-        if cuda:
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        if self.world > 1:
-            # the others wait while the first process validates
+        if self.world > 1:                      # the others wait while the first process validates
             dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
 
-    def listen(self):
-        """Until deafen(), Ctrl-C and the SIGTERM of a cluster that wants its machine back end training after a step."""
-        if not self.handlers and not self.signal:
-            self.handlers = {s: signal.signal(s, self.interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    def say(self, text, end="\n"):
+        if self.rank == 0:
+            print(text, end=end, flush=True)
 
-    def interrupt(self, number, _):
-        self.signal = number
-        self.deafen()                           # a second one ends at once
-
-    def deafen(self):
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def wrap(self, model):
         """The model to call in training: distributed over processes, compiled if asked."""
@@ -764,355 +653,137 @@ class Run:
         return torch.compile(model) if self.compile else model
 
     def compiled(self, function):
-        """A function compiled once, for sampling, which runs it many times."""
-        return self._compiled.setdefault(function.__qualname__, torch.compile(function)) if self.compile else function
+        """A function of sampling, compiled once if asked."""
+        if self.compile:
+            return self.functions.setdefault(function.__qualname__, torch.compile(function))
+        return function
 
-    def say(self, text):
-        if self.main:
-            print(text, flush=True)
+    def resume(self, state, parts, stage="training", steps=0, cells=0):
+        """Begin a stage of training, from a checkpoint of it if there is one; returns the last step that was done.
+        steps: of the stage (0: --steps); cells: per step and process (0: --batch-size)."""
+        self.stage, self.steps = stage, steps or self.config.steps
+        self.cells = (cells or self.config.batch_size) * self.world
+        for name, part in parts.items() if state else ():
+            part.load_state_dict(state["parts"][name])
+        self.before = state["seconds"] if state else self.trained
+        self.began = self.logged = self.saved = time.perf_counter()
+        self.sums, self.counted, self.due, self.shown = 0.0, 0, self.began + data.FIRST_LINE, False
+        self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        return state["step"] if state else 0
 
-    def write_json(self, name, content):
-        if self.main:
-            with data.atomic(self.out / name) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n")
+    def interrupt(self, number, _):
+        self.signal = number
+        self.say("\nsaving after this step")
+        signal.signal(number, self.handlers[number])                     # a second one ends at once
 
+    def start(self, step):
+        """Before a step: its random numbers follow from (seed, stage, step, process); a checkpoint needs none."""
+        torch.manual_seed(data.seed_of(self.config.seed, self.stage, step, self.rank))
 
-class Progress:
-    """Status line, log.jsonl and the clock. Losses stay on the device between log lines: no sync in a step.
-
-    The steps of a stage go from first + 1 to last; the main stage's from 1 to --steps, those of a stage before it
-    (name 'pretraining step') end at 0."""
-
-    def __init__(self, run, start, seconds, cells_per_step, first=0, last=None, name="step"):
-        self.run, self.cells, self.before, self.name = run, cells_per_step, seconds, name
-        self.first, self.steps = first, run.config.steps if last is None else last
-        self.every = max(1, min(100, (self.steps - first) // 100))
-        self.began = self.last = self.saved = time.perf_counter()
-        self.last_step, self.sums, self.log = start, torch.zeros(()), run.out / "log.jsonl"
-        if run.main and self.log.exists():      # lines written after the checkpoint will be written again
-            lines = [x for x in self.log.read_text().splitlines() if x.endswith("}") and json.loads(x)["step"] <= start]
-            with data.atomic(self.log) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
-        run.listen()
-
-    def seconds(self):
-        """Seconds of training so far, over all resumed parts."""
-        return self.before + time.perf_counter() - self.began
-
-    def note(self, step, values):
-        if not self.run.main:
-            return
-        try:
-            with open(self.log, "a") as handle:
-                handle.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise DataError(f"{self.log}: cannot be written ({error.strerror}); free some space and go on with "
-                            "--resume") from None
-
-    def update(self, step, **losses):
-        self.sums = self.sums + torch.stack([v.detach() for v in losses.values()])
-        if step % self.every and step != self.steps:
-            return
-        n, now = step - self.last_step, time.perf_counter()
-        self.check_finite(step)
-        means = dict(zip(losses, (self.sums / n).tolist()))              # the only sync
-        speed = n * self.cells / (now - self.last)
-        self.sums, self.last, self.last_step = torch.zeros_like(self.sums), now, step
-        self.note(step, means | {"cells_per_s": round(speed, 1), "seconds": round(self.seconds(), 4)})
-        left = data.clock((self.steps - step) * self.cells / speed)
-        losses = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-        line = f"{self.name} {step - self.first}/{self.steps - self.first}  {losses}  {speed:,.0f} cells/s  " \
-            f"{data.clock(self.seconds())} elapsed  {left} left"
-        if self.run.main and sys.stdout.isatty():
-            print(f"\r{line}\033[K", end="\n" if step == self.steps else "", flush=True)
-        elif (step - self.first) % (10 * self.every) == 0 or step == self.steps:
-            self.run.say(line)
-
-    def check_finite(self, step):
-        """Before a log line and before a checkpoint: a diverged model is never saved over a good one."""
-        if not torch.isfinite(self.sums).all():
-            good = self.run.out / "ckpt.pt"
-            raise DataError(f"training diverged before step {step}: the loss is not finite. " + (
-                f"{good} holds the last good checkpoint; " if good.exists() else "")
-                + "start again with a lower --lr and another --out")
-
-    def should_stop(self, step):
-        """A signal, --time-limit or --stop-at reached. Several processes agree on the first two every few steps."""
-        limit = 60 * self.run.config.time_limit
-        stop = self.run.signal or (1 if limit and time.perf_counter() - self.run.began > limit else 0)
-        if self.run.world > 1:
-            if step % min(10, self.every):      # torchrun kills what has not ended after 30 seconds
-                return 0 < step == self.run.config.stop_at
-            flag = torch.tensor([self.run.signal, stop], device=self.run.device)
+    def finish(self, step, parts, **losses):
+        """After a step: now and then a log line, a line on the console and a checkpoint; all three at the end of the
+        stage and on a signal. Until then the losses stay on the device."""
+        self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
+        self.counted += 1
+        agree = self.world == 1 or step % 10 == 0                        # all processes end at the same step
+        if self.world > 1 and agree:
+            flag = torch.tensor(self.signal, device=self.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.run.signal, stop = flag.tolist()
-        return stop > 0 or 0 < step == self.run.config.stop_at
-
-    def checkpoint_due(self):
-        if due := time.perf_counter() - self.saved >= 60 * CHECKPOINT_MINUTES:
+            self.signal = flag.item()
+        stop, now = self.signal and agree, time.perf_counter()
+        last = stop or step == self.steps
+        show, save = last or now > self.due, last or now > self.saved + data.CHECKPOINT_SECONDS
+        if not show and not save and step % max(1, min(100, self.steps // 100)):
+            return
+        values = dict(zip(losses, (self.sums / self.counted).tolist()))  # the only wait for the device
+        if not all(map(math.isfinite, values.values())):
+            raise DataError(f"training diverged before step {step}: the loss is not finite. Start again with a lower "
+                            f"--lr and another --out; if there is a checkpoint in {self.out}, it is from before")
+        seconds = (now - self.logged) / self.counted                     # per step
+        values["cells_per_s"] = round(self.cells / seconds, 1)
+        self.trained = self.before + now - self.began
+        self.log(step, values)
+        if show:
+            self.say(data.status(self, step, values, seconds), "\n" if last or not sys.stdout.isatty() else "")
+            self.shown, self.due = True, now + data.NEXT_LINE
+        if save and self.rank == 0:
+            data.save_checkpoint(self, METHOD, step, parts)
             self.saved = time.perf_counter()
-        return due
+        self.sums, self.counted, self.logged = 0.0, 0, time.perf_counter()
+        if last:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        if stop:
+            self.say(f"stopped at step {step} of {self.steps} ({self.stage}); go on with: python {METHOD}.py --out "
+                     f"{self.out} --resume")
+            sys.exit(128 + self.signal)
 
-    def stopped(self, step):
-        """After the checkpoint of an unfinished run: say how to go on, and end."""
-        self.run.deafen()
-        start = f"torchrun --nproc-per-node {self.run.world}" if self.run.world > 1 else "python"
-        self.run.say(f"\nstopped at {self.name} {step - self.first} of {self.steps - self.first}; go on with: {start} "
-                     f"{METHOD}.py --out {self.run.out} --resume")
-        sys.exit(128 + self.run.signal if self.run.signal else 0)
+    def log(self, step, values):
+        if self.rank == 0:
+            stage = {} if self.stage == "training" else {"stage": self.stage}
+            with data.writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **stage, "seconds": round(self.trained, 4), **values}) + "\n")
 
-
-@torch.no_grad()
-def follow(ema, model, decay):
-    """One step of the average of a model's weights."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-
-def save_checkpoint(run, step, seconds, saved, sampler):
-    """One dict of tensors and plain types, written beside the old checkpoint and renamed over it."""
-    if not run.main:
-        return
-    rng = {"torch": torch.get_rng_state(), "sampler": sampler.get_state()}
-    if run.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(run.device)
-    state = {"method": METHOD, "version": CHECKPOINT_VERSION, "config": asdict(run.config), "step": step, "rng": rng,
-             "seconds": seconds, "panel": asdict(run.panel), "split": run.dataset.split, "world": run.world,
-             "saved": {name: part.state_dict() for name, part in saved.items()}}
-    with data.atomic(run.out / "ckpt.pt") as temporary:
-        torch.save(state, temporary)
+    def validate(self, step, model):
+        """Scores of the validation conditions, for console and log; training's random numbers are not touched."""
+        if self.rank == 0 and self.dataset.part("val"):
+            model.eval()
+            cells = predict(self, model, self.dataset.sizes("val", min(self.config.eval_cells, 100)),
+                            self.dataset.control_cells("val"), self.panel.eval_genes)
+            model.train()
+            scores = metrics.quick_score(self.dataset, cells, "val", self.config.seed)
+            self.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            self.log(step, {"val": scores})
 
 
-def load_checkpoint(path):
-    """A checkpoint of this method, or a DataError that says what else it is."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        method, version = state["method"], state.get("version")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such checkpoint; it is called ckpt.pt in a run's folder") from None
-    except Exception as error:                  # torch.load raises many types on damaged files
-        raise DataError(f"{path}: no checkpoint, or damaged ({type(error).__name__}); give a run's ckpt.pt") from None
-    if method != METHOD:
-        raise DataError(f"{path}: is a checkpoint of {method}, not of {METHOD}; run {method}.py")
-    if version != CHECKPOINT_VERSION:
-        raise DataError(f"{path}: is a checkpoint of version {version}, this program reads {CHECKPOINT_VERSION}; "
-                        "train again")
-    return state
-
-
-def restore(run, state, saved, sampler):
-    """Load a checkpoint into its parts and the random states; returns the step and the seconds to go on from."""
-    if not state:
-        return 0, 0.0
-    for name, part in saved.items():
-        part.load_state_dict(state["saved"][name])
-    rng, step = state["rng"], state["step"]
-    if rng["sampler"].numel() == sampler.get_state().numel():
-        sampler.set_state(rng["sampler"])
-    else:                                       # saved on another kind of device: the batches differ from here on
-        sampler.manual_seed(run.config.seed + step)
-    torch.manual_seed(run.config.seed + run.rank + run.world * step)     # dropout of the other processes
-    if run.main:
-        torch.set_rng_state(rng["torch"])
-        if run.device.type == "cuda" and "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], run.device)
-    return step, state["seconds"]
-
-
-def seed_of(group, seed):
-    """A seed per group, so that a prediction does not depend on what else is predicted."""
-    return zlib.crc32(f"{group} {seed}".encode())
-
-
-def predict_part(run, model, part, most, **options):
-    """{group: (n, E)}: every condition of a part, as many cells as it really has (at most `most`), from controls.
-
-    Each process predicts its share of the conditions; the first gets all, the others none."""
-    out, names, began = {}, run.dataset.part(part), time.perf_counter()
-    groups = names[run.rank::run.world]
-    for i, group in enumerate(groups):
-        seed, n = seed_of(group, run.config.seed), min(len(run.dataset.rows[group]), most)
-        control = run.dataset.control_rows[part][group.partition("@")[2]]
-        control = run.dataset.X[data.pick_rows(control, n, seed)].toarray()
-        out[group] = generate(model, run, group, control, run.panel.eval_genes, seed, **options)
-        if sys.stdout.isatty() and run.main:
-            left = data.clock((time.perf_counter() - began) / (i + 1) * (len(groups) - i - 1))
-            print(f"\rpredicted {i + 1}/{len(groups)} {part} conditions  {left} left\033[K", end="", flush=True)
-    if run.world > 1:
-        shares = [None] * run.world if run.main else None
-        dist.gather_object(out, shares)
-        out = {group: cells for share in shares or () for group, cells in share.items()}
-    return {group: out[group] for group in names if group in out}
-
-
-def score(run, pred, part, control, **options):
-    """metrics.evaluate on the evaluation genes, against the real cells of the part."""
-    real = run.dataset.populations(part, run.panel.eval_genes)
-    return metrics.evaluate(pred, real, control, run.panel.eval_names(), seed=run.config.seed, **options)
-
-
-def validate(run, model):
-    """Scores of the validation conditions, for the console and the log."""
-    if not run.dataset.part("val"):
-        return {}
-    model.eval()
-    pred = predict_part(run, model, "val", min(run.config.eval_cells, 100))
-    model.train()
-    if not run.main:
-        return {}
-    control = run.dataset.controls("val", run.panel.eval_genes)
-    result = score(run, pred, "val", control, keys=["l2", "pearson_delta", "e_distance"], floors=False)["aggregate"]
-    run.say("\nvalidation  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items() if v is not None))
-    return {"val": result}
-
-
-def evaluate(run, model, seconds):
-    """Predict and score every test condition; write pred.h5ad and metrics.json; print the table."""
-    config, began = run.config, time.perf_counter()
-    preds = {name: predict_part(run, model, "test", config.eval_cells, **options)
-             for name, options in variants(config).items()}
-    if not run.main:
-        return
-    pred = preds.pop("")
-    control = run.dataset.controls("test", run.panel.eval_genes)
-    data.write_populations(run.out / "pred.h5ad", pred, control, run.panel.eval_names(), config.covariates, METHOD)
-    train = run.dataset.populations("train", run.panel.eval_genes)
-    result = score(run, pred, "test", control, train=train)
-    rows = metrics.result_rows(result, METHOD)
-    for name, cells in preds.items():
-        other = score(run, cells, "test", control, train=train, floors=False)
-        result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
-        at = 1 + max(i for i, (row, _) in enumerate(rows) if row.startswith(METHOD))
-        rows.insert(at, (METHOD + name, other["aggregate"]))
-    took = time.perf_counter() - began
-    memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, np, scipy, h5py)}
-    run.write_json("metrics.json", {
-        "method": METHOD, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
-        "seconds": round(seconds + took, 1), "peak_memory_mb": round(memory), "config": asdict(config),
-        "versions": versions, **result})
-    print(f"\n{len(pred)} test conditions, {len(run.panel.eval_genes):,} genes; trained in {data.clock(seconds)}, "
-          f"evaluated in {data.clock(took)}, peak memory {memory:,.0f} MB; files in {run.out}\n")
-    print(metrics.format_table(rows))
-    for note in result["info"]["notes"]:
-        print(f"note: {note}")
-
-
-def predict(run, state):
-    """--predict: cells of any conditions, from the control cells of --data or of --controls, written to --out."""
-    config, panel = run.config, run.panel
-    if run.out.exists():
-        raise DataError(f"--out {run.out}: exists; choose another name, or remove it")
-    if run.world > 1:
-        raise DataError("--predict runs in one process; start it with python")
-    names, untrained = known(panel, config)
-    asked = []
-    for text in config.predict:
-        condition, _, covariate = text.partition("@")
-        parts = sorted({p for p in condition.split("+") if p in names or not data.is_control_label(p)})
-        for name in parts:
-            if name not in names:
-                close = difflib.get_close_matches(name, names, 3)
-                advice = f"did you mean {', '.join(close)}" if close else "check its spelling"
-                raise DataError(f"--predict {text}: the model does not know '{name}', which was not in its training "
-                                f"file; {advice}")
-            if name in untrained:
-                run.say(f"note: '{name}' was in no training condition: its embedding is untrained")
-        if not parts:
-            raise DataError(f"--predict {text}: names no perturbation; control cells are real, not predicted")
-        asked.append(("+".join(parts), covariate))
-    control = own_controls(run)
-    for condition, covariate in asked:
-        if covariate and covariate not in control:
-            raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; there are "
-                            f"{', '.join(sorted(control))}")
-    model = load_model(config, panel, state["saved"]).to(run.device).eval()
-    columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
-    pred = {}
-    for condition, covariate in asked:
-        for value in [covariate] if covariate else sorted(control):
-            group = data.group_name(condition, value)
-            seed = seed_of(group, config.seed)
-            start = data.pick_rows(control[value], config.cells, seed)
-            pred[group] = generate(model, run, group, start, columns, seed)
-            run.say(f"predicted {group}: {config.cells:,} cells, {len(columns):,} genes")
-    control = {v: x[:, columns] for v, x in control.items()}
-    data.write_populations(run.out, pred, control, [panel.genes[i] for i in columns], config.covariates, METHOD)
-    run.say(f"wrote {run.out}: predicted cells and the control cells, log1p CP10k")
-
-
-def own_controls(run):
-    """{covariate: (n, G)} control cells on the panel's genes, of --controls or of the training file."""
-    if run.config.controls:
-        return data.read_controls(run.config.controls, run.config, run.panel.genes)
-    dataset = data.load_run(run.config, run.device)
-    if list(dataset.genes) != run.panel.genes:
-        raise DataError(f"{run.config.data}: gives other genes than the model was trained on; it has changed. Name the "
-                        "training file with --data, or your own control cells with --controls")
-    return dataset.controls("test")
-
-
-def start_or_resume(run, state):
-    """Load the data, check that a resumed run still has the same, write what is known before training."""
-    config, out = run.config, run.out
-    unfinished = ("config.json", "split.json", "log.jsonl")  # what a run leaves that ended before its first checkpoint
-    others = [p.name for p in out.iterdir() if p.name not in unfinished] if out.is_dir() else []
-    if run.main and not state and (others or out.is_file()):
-        raise DataError(f"{out}: already holds {', '.join(others[:3]) or 'a file'}; go on with --resume, choose "
-                        "another --out, or remove it")
-    run.say(f"{METHOD} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; {run.device}, "
-            f"{'bf16' if run.bf16 else 'tf32' if run.device.type == 'cuda' else 'fp32'}"
-            f"{', compiled' if run.compile else ''}; folder {out}")
-    run.dataset = dataset = data.load_run(config, run.device)
-    run.panel = dataset.panel()
-    for note in dataset.source.notes:
-        run.say(f"note: {note}")
-    if state and (asdict(run.panel), dataset.split) != (state["panel"], state["split"]):
-        raise DataError(f"--resume: {config.data} and --split {config.split} no longer give the genes, conditions and "
-                        f"parts of the run in {out}: a file has changed; restore it, or start another run with --out")
-    if state and run.world != state["world"]:   # the batch of all processes together stays what it was
-        for name in PER_PROCESS:
-            total = state["config"][name] * state["world"]
-            if total % run.world:
-                raise DataError(f"--resume: the run in {out} had --{name.replace('_', '-')} {state['config'][name]} in "
-                                f"each of {state['world']} processes; {run.world} processes cannot share {total}")
-            setattr(config, name, total // run.world)
-        check(config)
-    test = {p for g in dataset.part("test") for p in g.partition("@")[0].split("+")}
-    if untrained := sorted(known(run.panel, config)[1] & test):
-        run.say(f"note: {len(untrained)} test perturbations were in no training condition "
-                f"({', '.join(untrained[:5])}): their embeddings are untrained")
-    dataset.prepare_sampling()
-    run.write_json("config.json", asdict(config))
-    run.write_json("split.json", dataset.split)
+def predict(run, model, sizes, controls, columns, **options):
+    """Cells {group: (n, E)} of the groups {group: n}, from control cells {covariate: (m, G)}, for columns (E,) of the
+    panel: for validation, test and --predict. No group's cells depend on the others."""
+    out = {}
+    for group, n in sizes.items():
+        seed = data.seed_of(group, run.config.seed)
+        start = data.pick_rows(controls[group.partition("@")[2]], n, seed)
+        cells = generate(model, run, group, start, columns, seed, **options)
+        out[group], capped = data.as_measured(cells, run.panel, columns)
+        run.capped += capped
+        if sys.stdout.isatty():
+            run.say(f"\rpredicted {len(out)} of {len(sizes)} conditions\033[K", "\n" if len(out) == len(sizes) else "")
+    return out
 
 
 def main(argv=None):
-    """Command line: train and evaluate a run, go on with one, or predict from one."""
+    """Command line: train and score a run, go on with one, or use its checkpoint."""
     with data.clean_errors():
-        config, state, action = parse_config(argv)
+        config, state = data.parse_run(METHOD, __doc__, Config, PRESETS, SAMPLING, argv)
+        check(config)
         run = Run(config)
-        if action:
+        if config.ckpt and not config.predict:
+            return other_use(run, state)
+        if config.ckpt:
             run.panel = data.Panel(**state["panel"])
-            return ACTIONS[action](run, state)
-        try:
-            start_or_resume(run, state)
-            began = time.perf_counter()
-            model = train(run, state)
-            evaluate(run, model, (state["seconds"] if state else 0) + time.perf_counter() - began)
-        except RuntimeError as error:
-            if run.world == 1 or not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise
-            raise DataError(f"process {run.rank}: another process of this run has ended; go on from the last "
-                            f"checkpoint in {run.out} with --resume") from None
-        finally:
-            run.deafen()
-            if run.world > 1:
-                dist.destroy_process_group()
+            sizes, controls, columns = data.open_prediction(config, state, run.panel, known(run.panel), run.device)
+            model = load_model(config, run.panel, state["parts"]).to(run.device).eval()
+            cells = predict(run, model, sizes, controls, columns)
+            data.write_populations(run.out, cells, controls, run.panel, columns, config.covariates, METHOD)
+            return run.say(f"wrote {run.out}: {len(cells)} predicted conditions and the control cells, log1p CP10k")
+        if data.finished(config, state):
+            return metrics.show(run.out)
+        run.say(f"{METHOD} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
+                f"{config.preset}, {config.steps:,} steps; {run.device}, {'bf16' if run.bf16 else 'fp32'}"
+                f"{', compiled' if run.compile else ''}; folder {run.out}")
+        run.dataset, run.panel = data.open_run(config, state, run.device, run.say, run.rank == 0)
+        model = train(run, state)
+        if run.world > 1:
+            dist.destroy_process_group()
+        if run.rank == 0:
+            sizes, controls = run.dataset.sizes("test", config.eval_cells), run.dataset.control_cells("test")
+            rows = {name: predict(run, model, sizes, controls, run.panel.eval_genes, **options)
+                    for name, options in variants(config).items()}
+            data.write_populations(run.out / "pred.h5ad", rows[""], controls, run.panel, run.panel.eval_genes,
+                                   config.covariates, METHOD)
+            metrics.report(run, METHOD, rows)
 
-# ------------------------------------------------------------------ end of plumbing
-
-ACTIONS = {"predict": predict}          # what --ckpt can be used for, by the flag that asks for it
+# ---------------------------------------------------------------- end of the run section
 
 if __name__ == "__main__":
     main()

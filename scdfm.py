@@ -28,9 +28,12 @@ Deviations (numbers that back them: README, experiments):
  8. Evaluation genes have the highest means in training control cells; C picks variable genes on the test cells.
  9. The model that predicts is the last one; C selects on its test set.
 10. --conditions-per-batch takes the MMD within each condition and averages; 1 in P and C.
-11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots for
-    triples, values clamped at 512, output at 0.
-12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop.
+11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots
+    for triples, values clamped at 512; output at 0 and at the training maximum of the gene (data.as_measured).
+12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop: a learned vector.
+13. --effect-readout and --precondition (demo): the flow starts as that of a Gaussian per gene shifted by a
+    linear effect per perturbation, and the network learns the rest. Small data do not teach it the table of effects.
+14. Every process draws its own batch and gene subset, from (seed, step, process).
 """
 import copy
 import datetime
@@ -60,7 +63,7 @@ METHOD = Path(__file__).stem
 @dataclass
 class Config(data.RunConfig):
     """The paper's configuration; PRESETS lists what --preset demo changes."""
-    steps: int = 100_000            # paper A.4.3
+    steps: int = 100_000            # length of the schedule (paper A.4.3)
     batch_size: int = 96            # target cells per step and process (paper; official run.sh 48)
     lr: float = 5e-5                # Adam (paper)
     hvg: int = 5000                 # paper A.4.1
@@ -72,6 +75,8 @@ class Config(data.RunConfig):
     knn: int = 30                   # co-expression neighbours per gene; 0 removes the mask (ablation)
     mmd_weight: float = 0.5         # lambda of eq. 4 (official gamma); 0 removes the MMD (ablation)
     differential: bool = True       # differential attention (eq. 8-9); off is plain attention (ablation)
+    effect_readout: bool = False    # a linear effect per perturbation and gene, from zero (ours; paper: none)
+    precondition: bool = False      # the network learns what a Gaussian per gene leaves (ours; paper: none)
     conditions_per_batch: int = 1   # the MMD is taken within each; paper 1
     lr_min: float = 1e-6            # end of the cosine (paper)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none, as in the paper
@@ -108,13 +113,17 @@ def variants(config):
 
 # -------------------------------------------------------------------------------- model
 
-def coexpression_graph(dataset, k):
-    """Boolean (G, G): per gene the k genes of highest |Pearson| over training and control cells, symmetrised by union,
-    and self loops (eq. 7). A gene without variance keeps only its self loop."""
-    corr = data.gene_statistics(dataset)[2].abs().fill_diagonal_(-1)
+def statistics(dataset, k):
+    """Of training and control cells: the co-expression graph, boolean (G, G), which holds for each gene the k genes of
+    highest |Pearson|, symmetrised by union, and self loops (eq. 7; a gene without variance keeps only its self loop;
+    None for k = 0), and the mean and variance of each gene (2, G)."""
+    mean, variance, corr = data.gene_statistics(dataset)
+    if k == 0:
+        return None, torch.stack([mean, variance])
+    corr = corr.abs().fill_diagonal_(-1)
     strength, neighbour = corr.topk(min(k, len(corr) - 1), dim=1)        # (G, k)
     graph = torch.zeros_like(corr, dtype=torch.bool).scatter_(1, neighbour, strength > 0)
-    return (graph | graph.T).fill_diagonal_(True)
+    return (graph | graph.T).fill_diagonal_(True), torch.stack([mean, variance])
 
 
 class GeneEncoder(nn.Module):
@@ -240,13 +249,15 @@ class Context(typing.NamedTuple):
     inject: list            # per layer (B, 1, d), the perturbation's half of its injection
     control: list           # per layer, keys and values of the control cells
     decoder: torch.Tensor   # (B, 1, d), the perturbation's half of the last injection
+    effect: torch.Tensor    # (B, S), the perturbation's effect on each gene by the readout, or 0
+    moments: torch.Tensor   # (2, S), mean and variance of each gene
 
 
 class ScDFM(nn.Module):
     """Velocity field v(x_t | t, control, perturbation) over S gene tokens (eq. 6-13)."""
 
-    def __init__(self, config, panel, graph=None):
-        """graph (G, G) bool, or None to load one with the weights."""
+    def __init__(self, config, panel, graph=None, moments=None):
+        """graph (G, G) bool, moments (2, G) mean and variance of each gene, or None to load them with the weights."""
         super().__init__()
         d, G, self.n_layers = config.width, len(panel.genes), config.layers
         graph = torch.zeros(G, G, dtype=torch.bool) if graph is None and config.knn else graph
@@ -259,6 +270,13 @@ class ScDFM(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.inject = Injection(d)
         self.decoder = nn.Sequential(nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, 1))
+        P, self.precondition, self.effects = len(panel.trained), config.precondition, None
+        self.register_buffer("moments", torch.zeros(2, G) if moments is None else moments)
+        if config.effect_readout:                                        # row P, of all that is not trained, stays 0
+            self.effects = nn.Embedding(P + 1, G, padding_idx=P)
+            nn.init.zeros_(self.effects.weight)
+            self.register_buffer("effect_row", torch.full((tokens,), P))
+            self.effect_row[slots(panel.trained, panel)[0][:, 0]] = torch.arange(P)
         nn.init.zeros_(self.modulate.weight)                             # the Zero of adaLN-Zero
         nn.init.zeros_(self.modulate.bias)
 
@@ -274,20 +292,34 @@ class ScDFM(nn.Module):
 
         def per_cell(e):                                                 # (C, d) -> (B, 1, d)
             return e.repeat_interleave(B // C, dim=0, output_size=B)[:, None]
-        gene = embedded[:S]
+        gene, effect = embedded[:S], torch.zeros((), device=control.device)
+        if self.effects is not None:
+            effect = self.effects(self.effect_row[tokens]).sum(1)[:, genes]      # (C, S)
+            effect = effect.repeat_interleave(B // C, dim=0, output_size=B)
         h_c = self.value_control(control.clamp(max=512)[..., None]) + gene       # eq. 6: (B, S, d)
         return Context(gene, [per_cell(layer.inject.e(e)) for layer in self.layers],
-                       [layer.cross_block.attention.cache(h_c) for layer in self.layers], per_cell(self.inject.e(e)))
+                       [layer.cross_block.attention.cache(h_c) for layer in self.layers], per_cell(self.inject.e(e)),
+                       effect, self.moments[:, genes])
 
-    def velocity(self, x, modulation, context):
-        """x (B, S), modulation (B or 1, L, 12, d) -> velocity (B, S) float32."""
+    def velocity(self, x, t, modulation, context):
+        """x (B, S), t (B or 1,), modulation (B or 1, L, 12, d) of these times -> velocity (B, S) float32."""
         h = self.value(x.clamp(max=512)[..., None]) + context.gene               # eq. 6
         for i, layer in enumerate(self.layers):
             h = layer(h, modulation[:, i], context.inject[i], context.control[i])
-        return self.decoder(self.inject(h, context.decoder)).squeeze(-1).float()     # eq. 13
+        v = self.decoder(self.inject(h, context.decoder)).squeeze(-1).float()    # eq. 13
+        if self.precondition:
+            mean, variance = context.moments
+            return v + gaussian_velocity(x, t[:, None], mean + context.effect, variance)
+        return v + context.effect
 
     def forward(self, x, t, control, genes, tokens, weight):
-        return self.velocity(x, self.modulation(t), self.context(control, genes, tokens, weight))
+        return self.velocity(x, t, self.modulation(t), self.context(control, genes, tokens, weight))
+
+
+def gaussian_velocity(x, t, mean, variance):
+    """E[x1 - x0 | x_t = x] on the linear path from N(0, 1) to N(mean, variance): x (B, S), t (B or 1, 1) -> (B, S)."""
+    slope = (t * variance - (1 - t)) / (t ** 2 * variance + (1 - t) ** 2).clamp(min=1e-6)
+    return mean + slope * (x - t * mean)
 
 
 def timestep_embedding(t):
@@ -343,10 +375,11 @@ def sample(velocity, model, x, control, genes, tokens, weight, config):
     model.velocity, compiled or not. Returns (B, S) float32.
     """
     context, K = model.context(control, genes, tokens, weight), config.ode_steps
-    modulation = model.modulation(torch.linspace(0, 1, 2 * K + 1, device=control.device))  # step borders and middles
+    t = torch.linspace(0, 1, 2 * K + 1, device=control.device)           # borders and middles of the steps
+    modulation = model.modulation(t)
 
     def v(x, i):
-        return velocity(x, modulation[i:i + 1], context)
+        return velocity(x, t[i:i + 1], modulation[i:i + 1], context)
     for i in range(0, 2 * K, 2):
         k1 = v(x, i)
         if config.ode == "euler":
@@ -423,8 +456,8 @@ def train(run, state):
 
     # model, optimiser, schedule; a resumed run takes them over, the graph included
     torch.manual_seed(config.seed)
-    graph = coexpression_graph(dataset, config.knn) if config.knn and not state else None
-    model = ScDFM(config, panel, graph).to(device)
+    graph, moments = (None, None) if state else statistics(dataset, config.knn)
+    model = ScDFM(config, panel, graph, moments).to(device)
     ema = copy.deepcopy(model) if config.ema else model
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, config.lr_min)
@@ -433,7 +466,7 @@ def train(run, state):
 
     # training conditions: index of their group, and their slots, once
     names = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in names], device=device)
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
     tokens, weight = (a.to(device) for a in slots([g.partition("@")[0] for g in names], panel))
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} training conditions, {G:,} genes "
             f"({S:,} per step)")
@@ -441,11 +474,12 @@ def train(run, state):
     for step in range(begin + 1, config.steps + 1):
         # batch: b cells of each of C conditions, their controls, a gene subset, times and noise
         run.start(step)
-        pick = torch.randint(len(group), (C,), device=device)
+        pick = torch.randint(len(group), (C,), device=dataset.where)
         genes = torch.randperm(G, device=device)[:S]
         x1 = dataset.gather(dataset.draw(group[pick], b), genes)                             # (B, S)
         control = dataset.gather(dataset.draw(dataset.controls_for(group[pick]), b), genes)
         t, x0 = torch.rand(C * b, device=device), torch.randn(C * b, S, device=device)
+        pick = pick.to(device)
 
         # forward in bf16 where chosen, loss in fp32
         with run.autocast():

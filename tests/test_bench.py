@@ -1,216 +1,76 @@
-"""bench.py: baselines on cases whose answer is known, runs that are interrupted, other tools' predictions, misuse."""
+"""bench.py: baselines on cases whose answer is known, the table, runs that are interrupted, other tools, misuse.
+
+Most runs here are of a stub: a script that takes the flags of a method and copies a run that a fixture has made.
+"""
 import csv
+import itertools
 import json
-import re
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cdist
+from scipy.stats import wilcoxon
 
 import bench
 import data
 import metrics
-from conftest import METHODS, ROOT, TINY
-from test_runs import error, ok
+from conftest import ROOT
 
 NAMES = [f"P{i}" for i in range(8)]
-PAIRS = [f"{a}+{b}" for i, a in enumerate(NAMES) for b in NAMES[i + 1:]]
-RUN = "scdfm " + " ".join(f for f in TINY["scdfm"] if f not in ("--split", "additive", "--eval-cells", "8", "--preset", "demo"))
+PAIRS = ["+".join(pair) for pair in itertools.combinations(NAMES, 2)]
 
+STUB = """
+import json, shutil, signal, sys, time
+from pathlib import Path
 
-@pytest.fixture
-def additive():
-    """Effects of 8 singles and their pairs: exactly additive. (train, Y, test, truth)"""
-    rng = np.random.default_rng(0)
-    effect = rng.normal(size=(8, 30))
-    both = {p: sum(effect[NAMES.index(n)] for n in p.split("+")) for p in PAIRS}
-    train, test = NAMES + PAIRS[:20], PAIRS[20:]
-    Y = np.concatenate([effect, [both[p] for p in PAIRS[:20]]])
-    return train, Y, test, np.array([both[p] for p in test])
+given = sys.argv[1:]
+out = Path(given[given.index("--out") + 1])
+if "--resume" in given:
+    args = json.loads((out / "args.json").read_text())
+else:
+    args = given
+    out.mkdir(parents=True)
+    (out / "args.json").write_text(json.dumps(args))
+if "--fail" in args:
+    sys.exit("error: --fail: as asked")
+if "--wait" in args and "--resume" not in given:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    (out / "ckpt.pt").touch()
+    try:
+        time.sleep(100)
+    except KeyboardInterrupt:
+        sys.exit(130)
+fold, seed = (args[args.index(flag) + 1] for flag in ("--fold", "--seed"))
+shutil.copytree(Path(__file__).parent / f"f{fold}-s{seed}", out, dirs_exist_ok=True)
+"""
 
+SPEED_STUB = """
+import json, sys, time
+from pathlib import Path
 
-# ------------------------------------------------------------------------------------------------ baselines
+def of(flag):
+    return sys.argv[sys.argv.index(flag) + 1]
 
-def test_ridge_and_latent_additive_are_exact_on_additive_data(additive):
-    train, Y, test, truth = additive
-    np.testing.assert_allclose(bench.ridge(train, Y, test, 1e-9), truth, atol=1e-6)
-    np.testing.assert_allclose(bench.latent_additive(train, Y, test, 8), truth, atol=1e-8)
-    assert np.abs(bench.latent_additive(train, Y, test, 2) - truth).max() > 0.5      # too few components
-    assert np.abs(bench.ridge(train, Y, test, 100.0) - truth).max() > 0.5            # too much shrinkage
-
-
-def test_unseen_perturbations_get_the_mean_effect(additive):
-    train, Y, _, _ = additive
-    singles, effect = train[:8], Y[:8]
-    for predicted in (bench.ridge(singles, effect, ["NEW"], 1e-9), bench.latent_additive(singles, effect, ["NEW"], 8)):
-        np.testing.assert_allclose(predicted[0], effect.mean(0), atol=1e-6)
-
-
-def test_cross_validation_finds_the_right_hyperparameters(additive):
-    train, Y, test, truth = additive
-    noisy = Y + np.random.default_rng(1).normal(0, 0.05, Y.shape)
-    options = bench.tune(bench.ridge, bench.GRIDS["ridge"][1], train, noisy, test)
-    errors = [np.square(bench.ridge(train, noisy, test, **o) - truth).sum() for o in bench.GRIDS["ridge"][1]]
-    assert errors[bench.GRIDS["ridge"][1].index(options)] < 1.5 * min(errors) < max(errors) / 10
-    assert bench.tune(bench.latent_additive, bench.GRIDS["latent_additive"][1], train, Y, test)["k"] >= 8
-
-
-def test_linear_recovers_a_planted_low_rank_map():
-    """Effects b + G W p of genes that are their own perturbations: singles never seen, and doubles, are predicted."""
-    rng = np.random.default_rng(0)
-    genes = [f"G{i}" for i in range(60)]
-    embedding = {g: rng.normal(size=4) for g in genes}
-    E = np.stack(list(embedding.values()))
-    G = (E - E.mean(0)) / E.std(0)
-    W, b = rng.normal(size=(4, 4)), rng.normal(size=60)
-    effect = {g: b + G @ W @ G[i] for i, g in enumerate(genes)}
-    train, test = genes[:30], ["G40", "G50", "G40+G50", "G1+G55"]
-    truth = np.array([sum(effect[p] for p in t.split("+")) for t in test])
-    options = dict(lam=1e-9, k=4, control=np.zeros(60), genes=genes, embedding=embedding)
-    predicted = bench.linear(train, np.array([effect[g] for g in train]), test, **options)
-    np.testing.assert_allclose(predicted, truth, atol=1e-5)
-    few = bench.linear(train[:3], np.array([effect[g] for g in train[:3]]), test, **options)     # cannot know W
-    assert np.abs(few - truth).max() > 1
-
-
-def test_linear_with_its_own_embedding_beats_the_mean():
-    """Genes of one program have the same PCA row; a perturbation of its members has the same effect."""
-    rng = np.random.default_rng(0)
-    genes = [f"G{i}" for i in range(40)]
-    program = np.arange(40) % 2
-    effect = np.where(program[:, None] == program, 1.0, -0.5) + rng.normal(0, 0.05, (40, 40))   # (perturbed, gene)
-    train, test = list(range(0, 20)), list(range(20, 40))
-    options = dict(lam=0.1, k=2, control=np.full(40, 2.0), genes=genes)
-    predicted = bench.linear([genes[i] for i in train], effect[train], [genes[i] for i in test], **options)
-    assert np.square(predicted - effect[test]).mean() < 0.05 * np.square(effect[train].mean(0) - effect[test]).mean()
-
-
-def test_nearest_neighbour_finds_the_twin():
-    rng = np.random.default_rng(0)
-    genes = [f"G{i}" for i in range(20)]
-    vectors = rng.normal(size=(10, 5))
-    embedding = {g: vectors[i % 10] + rng.normal(0, 0.01, 5) for i, g in enumerate(genes)}      # G3 and G13 are twins
-    options = dict(k=5, control=np.zeros(20), genes=genes, embedding=embedding)
-    Y = rng.normal(size=(10, 20))
-    found = bench.twins(genes[:10], Y, genes[10:], **options)
-    np.testing.assert_array_equal(found, np.arange(10))
-    np.testing.assert_array_equal(bench.nearest(genes[:10], Y, genes[10:], **options), Y)
-    cells = [f"{g}@{c}" for g in genes[:10] for c in ("a", "b")]                                # the twin of the same cell type
-    assert bench.twins(cells, np.repeat(Y, 2, 0), ["G13@b", "G14@a"], **options).tolist() == [7, 8]
-
-
-def test_baseline_cells_have_the_predicted_mean_and_never_see_test_cells(tmp_path):
-    data.simulate(tmp_path / "a.h5ad", cells=900, genes=40)
-    dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(), "additive")
-    before = {name: bench.baseline_populations(name, dataset, bench.fit_baseline(name, dataset)[0], 20, 0) for name in bench.GRIDS}
-    for rows in (dataset.rows[g] for part in ("test", "val") for g in dataset.part(part)):
-        for r in rows:
-            dataset.X.data[dataset.X.indptr[r]:dataset.X.indptr[r + 1]] = 7.0
-    for name in bench.GRIDS:
-        after = bench.baseline_populations(name, dataset, bench.fit_baseline(name, dataset)[0], 20, 0)
-        assert list(after) == dataset.part("test")
-        assert all(np.array_equal(before[name][g], after[g]) and len(after[g]) <= 20 for g in after), name
-
-
-# ------------------------------------------------------------------------------------------------ the whole program
-
-def rows_of(folder):
-    rows = json.loads((folder / "bench.json").read_text())["rows"]
-    return {name: {k: v for k, v in row.items() if k not in ("seconds", "peak_memory_mb")} for name, row in rows.items()}
-
-
-@pytest.fixture(scope="module")
-def whole(demo, run, tmp_path_factory):
-    """An uninterrupted bench of two tiny methods: (folder, console output)."""
-    folder = tmp_path_factory.mktemp("bench") / "b"
-    out = ok(run("bench.py", "--data", demo, "--preset", "demo", "--eval-cells", 8, "--methods", RUN, f"{RUN} --knn 0", "--seeds", 0, 1, "--out",
-                 folder))
-    return folder, out
-
-
-def test_the_table_holds_what_the_runs_printed(whole):
-    folder, out = whole
-    rows = rows_of(folder)
-    assert list(rows) == ["control", "mean", "mean_cells", "additive", *bench.GRIDS, RUN, f"{RUN} --knn 0", "replicate"]
-    for name in (RUN, f"{RUN} --knn 0"):
-        results = [json.loads((f / "metrics.json").read_text()) for f in folder.iterdir() if (f / "metrics.json").exists()]
-        mine = [r for r in results if (r["config"]["knn"] == 0) == name.endswith("--knn 0")]
-        assert sorted(r["seed"] for r in mine) == [0, 1]
-        for key in metrics.TABLE_KEYS:
-            values = [r["aggregate"][key] for r in mine]
-            assert rows[name]["mean"][key] == pytest.approx(np.mean(values)) and rows[name]["sd"][key] == pytest.approx(np.std(values, ddof=1))
-        for floor in metrics.FLOORS:                                    # the floors are those of the runs
-            for key in metrics.TABLE_KEYS:
-                values = [r["floors"][floor][key] for r in mine]
-                if None not in values:
-                    assert rows[floor]["mean"][key] == pytest.approx(np.mean(values)), (floor, key)
-        assert rows["replicate"]["mean"]["l2"] == pytest.approx(np.mean([r["replicate"]["l2"] for r in mine]))
-    line = next(line for line in out.splitlines() if line.startswith("ridge"))
-    assert bench.number(rows["ridge"]["mean"]["l2"], rows["ridge"]["sd"]["l2"]) in line
-    assert "LOSES to control or mean" in out                            # 20 steps of training learn nothing
-
-
-def test_files_of_a_bench(whole):
-    folder, _ = whole
-    table = (folder / "bench.md").read_text()
-    assert "**" in table and "<u>" in table and "l2↓" in table and "Wilcoxon" in table
-    with open(folder / "bench.csv") as file:
-        lines = list(csv.DictReader(file))
-    rows = rows_of(folder)
-    assert {line["row"] for line in lines} == set(rows) - {"replicate"}
-    mine = [float(line["l2"]) for line in lines if line["row"] == "ridge"]
-    assert len(mine) == 7 and np.mean(mine) == pytest.approx(rows["ridge"]["mean"]["l2"])
-
-
-def test_paired_tests_are_scipys(whole):
-    from scipy.stats import wilcoxon
-    folder, _ = whole
-    content = json.loads((folder / "bench.json").read_text())
-    test = content["tests"][RUN]["l2"]
-    a, b = (content["rows"][n]["per_condition"] for n in (RUN, test["against"]))
-    assert test["p"] == pytest.approx(wilcoxon([a[g]["l2"] - b[g]["l2"] for g in a]).pvalue) and not test["better"]
-    simple = {n: r["mean"]["l2"] for n, r in content["rows"].items() if r["kind"] in ("floor", "baseline")}
-    assert test["against"] == min(simple, key=simple.get)
-
-
-def test_a_killed_bench_goes_on_to_the_same_table(whole, demo, run, capsys, tmp_path):
-    """Ctrl-C while the second run trains: it saves; the next call continues it, and repeats nothing that is finished."""
-    common = ["--data", demo, "--preset", "demo", "--eval-cells", 8, "--methods", RUN, f"{RUN} --knn 0", "--jobs", 1, "--out"]
-    flags = [*common, tmp_path / "b"]
-    process = subprocess.Popen([sys.executable, str(ROOT / "bench.py"), *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # ignored, if the tests run in the background
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None and len(list((tmp_path / "b").glob("*/log.jsonl"))) < 2:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err, out + err
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "b").glob("*/metrics.json")}
-    assert len(before) == 1 and not (tmp_path / "b" / "bench.json").exists()
-    out = ok(run("bench.py", *flags))
-    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
-    assert "/1]" in out
-    shutil.copytree(whole[0], tmp_path / "uninterrupted")       # has both runs of seed 0, and those of seed 1
-    ok(main(capsys, *common, tmp_path / "uninterrupted"))
-    assert rows_of(tmp_path / "b") == rows_of(tmp_path / "uninterrupted")
-
-
-def test_a_failed_run_is_reported_and_does_not_stop_the_rest(demo, run, tmp_path):
-    done = run("bench.py", "--data", demo, "--preset", "demo", "--eval-cells", 8, "--methods", f"{RUN} --lr -1", RUN, "--no-baselines", "--out",
-               tmp_path / "b")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "FAILED" in done.stderr and "--lr" in done.stderr
-    rows = rows_of(tmp_path / "b")
-    assert RUN in rows and f"{RUN} --lr -1" not in rows and "linear" not in rows
-    assert json.loads((tmp_path / "b" / "bench.json").read_text())["failed"][0]["name"].endswith("--lr -1")
+if "--predict" in sys.argv:
+    time.sleep(int(of("--cells")) / 2000)
+    sys.exit()
+out = Path(of("--out"))
+out.mkdir()
+lines = [{"step": 5, "seconds": 9.0, "cells_per_s": 1.0, "stage": "pretraining"}, {"step": 5, "val": {"l2": 1.0}}]
+for step in range(1, int(of("--steps")) + 1):
+    lines.append({"step": step, "seconds": 3 + 0.02 * step, "cells_per_s": 100.0})
+    if "--no-compile" in sys.argv:
+        import torch
+        torch.ones(500, 500) @ torch.ones(500, 500)
+(out / "log.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+(out / "metrics.json").write_text(json.dumps({"seconds": 9, "peak_memory_mb": 77, "per_condition": {"A": {}}}))
+"""
 
 
 def main(capsys, *flags):
@@ -221,70 +81,409 @@ def main(capsys, *flags):
     return subprocess.CompletedProcess(flags, stop.value.code or 0, done.out, done.err)
 
 
+def ok(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def written(folder, part="rows"):
+    return json.loads((folder / "bench.json").read_text())[part]
+
+
+# ------------------------------------------------------------------------------------------------ baselines
+
+@pytest.fixture
+def additive():
+    """Effects of 8 singles and their pairs: exactly additive. (train, Y, test, truth)"""
+    effect = dict(zip(NAMES, np.random.default_rng(0).normal(size=(8, 30))))
+    effect |= {pair: sum(effect[p] for p in pair.split("+")) for pair in PAIRS}
+    train, test = NAMES + PAIRS[:20], PAIRS[20:]
+    return train, np.array([effect[g] for g in train]), test, np.array([effect[g] for g in test])
+
+
+def test_ridge_and_latent_additive_are_exact_on_additive_data(additive):
+    train, Y, test, truth = additive
+    np.testing.assert_allclose(bench.ridge(train, Y, test, 1e-9), truth, atol=1e-6)
+    np.testing.assert_allclose(bench.latent_additive(train, Y, test, 8), truth, atol=1e-8)
+    assert np.abs(bench.latent_additive(train, Y, test, 2) - truth).max() > 0.5      # too few components
+    assert np.abs(bench.ridge(train, Y, test, 100.0) - truth).max() > 0.5            # too much shrinkage
+
+
+def test_unseen_perturbations_get_the_mean_effect(additive):
+    effect = additive[1][:8]
+    for predicted in (bench.ridge(NAMES, effect, ["NEW"], 1e-9), bench.latent_additive(NAMES, effect, ["NEW"], 8)):
+        np.testing.assert_allclose(predicted[0], effect.mean(0), atol=1e-6)
+
+
+def test_cross_validation_finds_the_right_hyperparameters(additive):
+    train, Y, test, truth = additive
+    grid = bench.GRIDS["ridge"][1]
+    noisy = Y + np.random.default_rng(1).normal(0, 0.05, Y.shape)
+    options = bench.tune(bench.ridge, grid, train, noisy, test)
+    errors = [np.square(bench.ridge(train, noisy, test, **o) - truth).sum() for o in grid]
+    assert errors[grid.index(options)] < 1.5 * min(errors) < max(errors) / 10
+    assert bench.tune(bench.latent_additive, bench.GRIDS["latent_additive"][1], train, Y, test)["k"] >= 8
+
+
+def test_tuning_holds_out_conditions_of_the_tested_kind_and_never_trains_on_them(additive):
+    """Asked for doubles, every double is held out once, no single is; what is held out is not in training."""
+    train, Y, test, _ = additive
+    held = []
+
+    def spy(known, effects, asked):
+        assert not set(known) & set(asked) and len(known) + len(asked) == len(train) == len(effects) + len(asked)
+        held.extend(asked)
+        return np.zeros((len(asked), Y.shape[1]))
+    bench.tune(spy, [{}], train, Y, test)
+    assert sorted(held) == sorted(PAIRS[:20])
+    held.clear()
+    bench.tune(spy, [{}], train, Y, ["A+B+C"])              # no triple to learn from: all count
+    assert sorted(held) == sorted(train)
+
+
+def test_linear_recovers_a_planted_low_rank_map():
+    """Effects count * b + G W p, genes being their own perturbations: unseen singles and doubles are predicted, from
+    singles and doubles."""
+    rng = np.random.default_rng(0)
+    genes = [f"G{i}" for i in range(60)]
+    embedding = {g: rng.normal(size=4) for g in genes}
+    E = np.stack(list(embedding.values()))
+    G = (E - E.mean(0)) / E.std(0)
+    W, b = rng.normal(size=(4, 4)), rng.normal(size=60)
+
+    def effects(groups):
+        return np.array([sum(b + G @ W @ G[genes.index(p)] for p in g.split("+")) for g in groups])
+    train = genes[:20] + [f"{a}+{b}" for a, b in zip(genes[20:30], genes[:10])]
+    test = ["G40", "G50", "G40+G50", "G1+G55"]
+    options = {"lam": 1e-9, "k": 4, "control": np.zeros(60), "genes": genes, "embedding": embedding}
+    np.testing.assert_allclose(bench.linear(train, effects(train), test, **options), effects(test), atol=1e-5)
+    few = bench.linear(train[:3], effects(train[:3]), test, **options)               # cannot know W
+    assert np.abs(few - effects(test)).max() > 1
+
+
+def test_linear_with_its_own_embedding_beats_the_mean():
+    """Genes of one program have the same PCA row; a perturbation of its members has the same effect."""
+    rng = np.random.default_rng(0)
+    genes = [f"G{i}" for i in range(40)]
+    program = np.arange(40) % 2
+    effect = np.where(program[:, None] == program, 1.0, -0.5) + rng.normal(0, 0.05, (40, 40))   # (perturbed, gene)
+    predicted = bench.linear(genes[:20], effect[:20], genes[20:], lam=0.1, k=2, control=np.full(40, 2.0), genes=genes)
+    error = np.square(predicted - effect[20:]).mean()
+    assert error < 0.05 * np.square(effect[:20].mean(0) - effect[20:]).mean()
+
+
+def kernel_options(embedding=None, controls=None):
+    return {"k": 2, "control": np.zeros(20), "genes": [f"G{i}" for i in range(20)], "embedding": embedding,
+            "controls": controls or {}}
+
+
+def test_kernel_transfers_a_perturbation_by_the_distance_of_control_means():
+    """d = 1, 2, 4 from the covariate that is asked for: weights exp(-4 (d / 2)^2). Other perturbations say nothing."""
+    controls = {v: np.full(20, d) / 20 ** 0.5 for v, d in {"here": 0, "near": 1, "far": 2, "away": 4}.items()}
+    train = ["X@away", "Y@near", "X@far", "X@near", "Y@here"]
+    Y = np.random.default_rng(0).normal(size=(5, 20))
+    weight = np.exp([-16, -np.inf, -4, -1, -np.inf])
+    predicted = bench.kernel(train, Y, ["X@here"], **kernel_options(controls=controls))
+    np.testing.assert_allclose(predicted[0], weight / weight.sum() @ Y, atol=1e-12)
+
+
+def test_kernel_finds_the_twin_of_an_unseen_perturbation_in_its_covariate():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(10, 5))
+    embedding = {f"G{i}": vectors[i % 10] + rng.normal(0, 0.01, 5) for i in range(20)}          # G3 and G13 are twins
+    genes = list(embedding)
+    Y = rng.normal(size=(10, 20))
+    weights = bench.kernel_weights(genes[:10], Y, genes[10:], **kernel_options(embedding))
+    E = np.stack(list(embedding.values()))
+    d = cdist(E[10:] / E.std(0), E[:10] / E.std(0))
+    expected = np.exp(-4 * (d / np.median(d, axis=1, keepdims=True)) ** 2)
+    np.testing.assert_allclose(weights, expected / expected.sum(1, keepdims=True), rtol=1e-6)
+    assert weights.argmax(1).tolist() == list(range(10))
+    groups = [f"{g}@{c}" for g in genes[:10] for c in ("a", "b")]
+    weights = bench.kernel_weights(groups, np.repeat(Y, 2, 0), ["G13@b", "G14@a", "G14@c"], **kernel_options(embedding))
+    assert weights[:2].argmax(1).tolist() == [7, 8] and not weights[0, ::2].any() and not weights[1, 1::2].any()
+    np.testing.assert_allclose(weights[2, 8:10], weights[2].max())                  # a covariate without any: all
+
+
+def test_kernel_says_nothing_about_what_it_cannot_relate():
+    Y = np.ones((2, 20))
+    weights = bench.kernel_weights(["G1", "G2"], Y, ["DRUG", "G1+DRUG", "G3:0.5"], **kernel_options())
+    assert weights.any(axis=1).tolist() == [False, False, True]                      # a dose of a gene: the gene's
+    assert not bench.kernel_weights(["D1", "D2"], Y, ["G3"], **kernel_options()).any()
+
+
+def test_kernel_is_absent_where_it_knows_nothing(demo, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "kernel_weights", lambda train, Y, test, **_: np.zeros((len(test), len(train))))
+    out = ok(main(capsys, "--data", demo, "--preset", "demo", "--methods", "none", "--eval-cells", 8,
+                  "--out", tmp_path / "b"))
+    assert "kernel" not in written(tmp_path / "b") and "kernel is left out" in out
+
+
+def test_baseline_cells_are_shifted_controls_of_the_same_covariate(tmp_path):
+    data.simulate(tmp_path / "a.h5ad", cells=900, genes=40, cell_types=2)
+    dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(covariates="cell_type"), "transfer")
+    effects = bench.fit_baseline("kernel", dataset)[0]
+    cells, other = (bench.baseline_populations("kernel", dataset, effects, 20, seed) for seed in (0, 1))
+    groups = dataset.part("test")
+    assert list(cells) == groups and len({bench.covariate(g) for g in groups}) == 2
+    for group, effect in zip(groups, effects):
+        controls = dataset.controls("test", dataset.eval_genes, bench.covariate(group))
+        assert len(cells[group]) == min(len(dataset.rows[group]), 20)
+        distance = np.abs((cells[group] - effect)[:, None] - controls).max(axis=2)
+        assert (distance.min(axis=1) < 1e-5).all()
+        assert not np.array_equal(cells[group], other[group])                        # another seed draws others
+
+
+def test_baselines_never_see_test_cells(tmp_path):
+    data.simulate(tmp_path / "a.h5ad", cells=900, genes=40)
+    dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(), "additive")
+    before = {name: bench.fit_baseline(name, dataset)[0] for name in bench.GRIDS}
+    for group in dataset.part("test") + dataset.part("val"):
+        for r in dataset.rows[group]:
+            dataset.X.data[dataset.X.indptr[r]:dataset.X.indptr[r + 1]] = 7.0
+    for name in bench.GRIDS:
+        assert np.array_equal(before[name], bench.fit_baseline(name, dataset)[0]), name
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+def row(kind, l2, n=2):
+    return {"kind": kind, "mean": {"l2": l2}, "sd": {}, "per_condition": {f"C{i}": {"l2": l2} for i in range(n)}}
+
+
+def test_a_row_is_the_mean_and_the_sd_over_its_runs():
+    runs = [("c", "floor", {"aggregate": {"l2": None}, "n_valid": {}, "per_condition": {}})]
+    for v, b in ((1.0, 2.0), (2.0, None), (9.0, 4.0)):
+        runs.append(("m", "method", {"aggregate": {"l2": v}, "n_valid": {"l2": 2}, "train_seconds": 10 * v,
+                                     "per_condition": {"A": {"l2": v}, "B": {"l2": b}}}))
+    rows = bench.collect(runs)
+    m = rows["m"]
+    assert (m["kind"], m["runs"], m["mean"]["l2"], m["train_seconds"], m["n_valid"]["l2"]) == ("method", 3, 4, 40, 6)
+    assert m["sd"]["l2"] == pytest.approx(np.std([1, 2, 9], ddof=1))
+    assert m["per_condition"] == {"A": {"l2": 4.0}, "B": {"l2": None}}               # undefined for one seed: undefined
+    assert rows["c"]["mean"]["l2"] is rows["c"]["train_seconds"] is None
+
+
+def test_rows_that_print_the_same_share_a_mark():
+    rows = {"a": row("floor", 1.00004), "b": row("baseline", 1.0), "c": row("method", 2.0), "d": row("prediction", 2.0),
+            "e": row("method", 3.0)}
+    assert bench.marks(rows, "l2") == {"a": 0, "b": 0, "c": 1, "d": 1}
+    assert bench.best(rows, "l2") == "b"
+    for r in rows.values():
+        r["mean"] = {"pds": r["mean"]["l2"]}
+    assert bench.marks(rows, "pds") == {"e": 0, "c": 1, "d": 1}                      # the larger the better
+    text = bench.markdown_table(rows, ["pds"])
+    assert "| e | **3.000** |" in text and text.count("<u>2.000</u>") == 2
+
+
+def test_replicate_and_published_rows_do_not_compete():
+    rows = {"control": row("floor", 3.0), "replicate": row("replicate", 1.0, 0), "paper": row("published", 0.5, 0)}
+    assert bench.marks(rows, "l2") == {"control": 0}
+
+
+def test_a_row_that_exists_for_some_conditions_is_not_ranked():
+    rows = {"control": row("floor", 3.0), "additive": row("floor", 0.5, 1), "ridge": row("baseline", 2.0),
+            "kernel": row("baseline", 0.1, 1), "scdfm": row("method", 1.0)}
+    assert bench.marks(rows, "l2") == {"scdfm": 0, "ridge": 1}
+    tests = bench.paired_tests(rows, ["l2"])
+    assert tests["scdfm"]["l2"]["against"] == "ridge" and tests["scdfm"]["l2"]["better"]
+    lines = bench.reading(rows, tests, ["l2"])
+    assert any("additive exists for 1 of 2" in line for line in lines) and "1 of 1 metrics" in lines[0]
+    rows["additive"] = row("floor", 0.5)
+    assert bench.marks(rows, "l2") == {"additive": 0, "scdfm": 1}
+
+
+def test_the_console_table_drops_columns_that_do_not_fit():
+    rows = {"a" * 90: row("method", 1.0) | {"train_seconds": 1234.0, "peak_memory_mb": None}, "b": row("floor", 2.0)}
+    wide, narrow = (bench.format_rows(rows, ["l2", "mse"], width) for width in (1000, 50))
+    assert "train s" in wide and "1,234" in wide and "peak MB" not in wide and "1.000*" in wide
+    assert "2 more columns in bench.md: mse↓, train s" in narrow and max(map(len, narrow.splitlines())) <= 50
+
+
+def test_short_names_stay_apart():
+    long = "scdfm --width 16 --layers 1 --heads 2 --gene-subset 30"
+    names = [f"{long} --knn 0", f"{long} --knn 9", f"{long} --ode-steps 2 --knn 0", "ridge"]
+    short = bench.short_names(names, 20)
+    assert len(set(short.values())) == 4 and short["ridge"] == "ridge"
+    assert short[names[0]].endswith("--knn 0") and short[names[0]].startswith("scdfm") and len(short[names[0]]) == 20
+
+
+def test_published_rows_are_own_methods_and_only_for_their_data():
+    rows = bench.published_rows(bench.Config(data="x/norman.h5", split="additive"))
+    assert rows["scDFM, scDFM table 1"]["l2"] == 1.7043 and rows["scBIG, scBIG table 1"]["l2"] == 3.92
+    for other in (("papalexi.h5", "additive"), ("norman19_devel.h5ad", "additive"), ("norman.h5", "unseen")):
+        assert not bench.published_rows(bench.Config(data=other[0], split=other[1]))
+    for name, keys, values in itertools.chain(*bench.PUBLISHED.values()):
+        method, _, table = name.partition(", ")
+        assert table.startswith(f"{method} table") and len(keys) == len(values) and set(keys) <= set(metrics.KEYS)
+
+
+# ------------------------------------------------------------------------------------------------ the whole program
+
+@pytest.fixture(scope="module")
+def stub(demo, tmp_path_factory):
+    """Path of a script that answers as a method does, for some folds and seeds: controls moved half of the way."""
+    folder = tmp_path_factory.mktemp("stub")
+    (folder / "stub.py").write_text(STUB)
+    for fold, seed in ((0, 0), (0, 1), (1, 1)):
+        dataset = data.load(demo, data.DataConfig(hvg=1000), "additive", fold)
+        cells = {}
+        for g in dataset.part("test"):
+            controls = dataset.controls("test", dataset.eval_genes, "")
+            move = dataset.cells(g, dataset.eval_genes).mean(0) - controls.mean(0)
+            cells[g] = data.pick_rows(controls, 8, seed) + 0.5 * move
+        genes = dataset.eval_genes
+        result = metrics.evaluate(cells, dataset.populations("test", genes), dataset.controls("test", genes),
+                                  [dataset.genes[i] for i in genes], dataset.populations("train", genes), seed=seed,
+                                  keys=[k for k in metrics.KEYS if k not in bench.MMD_RANKS])
+        place = folder / f"f{fold}-s{seed}"
+        place.mkdir()
+        labels = np.repeat(np.array(list(cells), dtype=object), 8)
+        data.write_h5ad(place / "pred.h5ad", np.concatenate(list(cells.values())), {"condition": labels},
+                        [dataset.genes[i] for i in dataset.eval_genes])
+        data.write_json(place / "split.json", dataset.split)
+        variant = {key: result[key] for key in ("aggregate", "n_valid", "per_condition")}
+        data.write_json(place / "metrics.json", {**result, "peak_memory_mb": 100 + fold, "variants": {" w=3": variant}})
+        (place / "log.jsonl").write_text(json.dumps({"step": 9, "seconds": 10 + fold, "cells_per_s": 1}) + "\n")
+    return folder / "stub.py"
+
+
+def flags_of(demo, folder, *methods):
+    return ["--data", demo, "--preset", "demo", "--eval-cells", 8, "--out", folder, "--methods", *methods]
+
+
+def test_the_table_holds_what_the_runs_printed(demo, stub, capsys, tmp_path):
+    """A fork on two folds: its values, and the floors and the replicate that its runs had."""
+    out = ok(main(capsys, *flags_of(demo, tmp_path / "b", stub), "--seeds", 1, "--folds", 0, 1))
+    rows = written(tmp_path / "b")
+    fork = str(stub)
+    assert list(rows) == [*metrics.FLOORS, *bench.GRIDS, fork, f"{fork} w=3", "replicate"]
+    results = [json.loads(path.read_text()) for path in stub.parent.glob("f*-s1/metrics.json")]
+    assert rows[fork]["runs"] == len(results) == 2 and rows[fork]["train_seconds"] == 10.5
+    assert rows[fork]["peak_memory_mb"] == 100.5
+    for key in metrics.TABLE_KEYS:
+        values = [r["aggregate"][key] for r in results]
+        assert rows[fork]["mean"][key] == rows[f"{fork} w=3"]["mean"][key] == pytest.approx(np.mean(values))
+        assert rows[fork]["sd"][key] == pytest.approx(np.std(values, ddof=1))
+        for floor in metrics.FLOORS:
+            values = [r["floors"][floor][key] for r in results]
+            if None not in values:
+                assert rows[floor]["mean"][key] == pytest.approx(np.mean(values)), (floor, key)
+    assert rows["replicate"]["mean"]["l2"] == pytest.approx(np.mean([r["replicate"]["l2"] for r in results]))
+    line = next(line for line in out.splitlines() if line.startswith("ridge"))
+    assert bench.number(rows["ridge"]["mean"]["l2"], rows["ridge"]["sd"]["l2"]) in line
+    table = (tmp_path / "b" / "bench.md").read_text()
+    assert "**" in table and "<u>" in table and "l2↓" in table and "train s" in table and "Wilcoxon" in table
+    with open(tmp_path / "b" / "bench.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["row"] for line in lines} == set(rows) - {"replicate"}
+    found = {line["condition"]: float(line["l2"]) for line in lines if line["row"] == "ridge"}
+    assert found == {g: v["l2"] for g, v in rows["ridge"]["per_condition"].items()}
+    test = written(tmp_path / "b", "tests")[fork]["l2"]
+    simple = {n: r["mean"]["l2"] for n, r in rows.items() if r["kind"] in ("floor", "baseline")}
+    assert test["against"] == min(simple, key=simple.get)
+    a, b = (rows[name]["per_condition"] for name in (fork, test["against"]))
+    assert test["p"] == pytest.approx(wilcoxon([a[g]["l2"] - b[g]["l2"] for g in a]).pvalue)
+
+
+def test_a_method_of_the_repository_runs_and_loses_after_twenty_steps(demo, capsys, tmp_path):
+    name = "scdfm --steps 20 --batch-size 16 --width 16 --layers 1 --heads 2 --gene-subset 30 --ode-steps 2"
+    out = ok(main(capsys, *flags_of(demo, tmp_path / "b", name)))
+    found = written(tmp_path / "b")[name]
+    assert found["train_seconds"] > 0 and found["peak_memory_mb"] > 50 and found["mean"]["l2"] > 0
+    assert "LOSES to control or mean in" in out
+
+
+def test_mmd_ranks_are_computed_only_where_asked(demo, stub, capsys, tmp_path):
+    flags = flags_of(demo, tmp_path / "b", stub)
+    ok(main(capsys, *flags))
+    assert "mmd_rank" not in written(tmp_path / "b")["ridge"]["mean"]
+    ok(main(capsys, *flags, "--keys", "l2", "mmd_rank"))
+    rows = written(tmp_path / "b")
+    assert all(rows[name]["mean"]["mmd_rank"] is not None for name in (str(stub), "ridge"))
+    assert "mmd_pca30_rank" not in rows["ridge"]["mean"]
+
+
+def test_a_killed_bench_goes_on_to_the_same_table(demo, stub, capsys, tmp_path):
+    """Ctrl-C while the second run trains: it saves; the next call continues it, and repeats nothing."""
+    methods = [stub, f"{stub} --wait"]
+    flags = [*flags_of(demo, tmp_path / "b", *methods), "--jobs", 1]
+    process = subprocess.Popen([sys.executable, ROOT / "bench.py", *map(str, flags)], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in background
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and not list((tmp_path / "b").glob("*/ckpt.pt")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, out + err
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "b").glob("*/metrics.json")}
+    assert len(before) == 1 and not (tmp_path / "b" / "bench.json").exists()
+    out = ok(main(capsys, *flags))
+    assert "holds 1 of 2 runs; 1 go on where they stopped, 0 start" in out and "/1]" in out and "resuming" in out
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    rows = written(tmp_path / "b")
+    assert rows[str(stub)] == rows[f"{stub} --wait"]
+
+
+def test_a_failed_run_is_reported_and_does_not_stop_the_rest(demo, stub, capsys, tmp_path):
+    done = main(capsys, *flags_of(demo, tmp_path / "b", f"{stub} --fail", stub), "--no-baselines")
+    assert done.returncode == 1
+    assert "FAILED" in done.stderr and "as asked" in done.stderr
+    rows = written(tmp_path / "b")
+    assert str(stub) in rows and f"{stub} --fail" not in rows and "ridge" not in rows
+    assert written(tmp_path / "b", "failed")[0]["name"].endswith("--fail")
+    for path in (tmp_path / "b").glob("*/split.json"):
+        data.write_json(path, {"train": [], "val": [], "test": ["TF1"]})
+    done = main(capsys, *flags_of(demo, tmp_path / "b", stub), "--no-baselines")
+    assert done.returncode == 2 and "has another split" in done.stderr               # the data changed since
+
+
 def test_other_tools_predictions_and_two_folds(demo, capsys, tmp_path):
-    dataset = data.load(demo, data.DataConfig(hvg=5000), "additive")
-    X = dataset.X.toarray()
-    obs = {"condition": np.array(["control"] * 3 + ["TF1"] * 3, dtype=object)}
-    real = data.read_cells(demo)
-    data.write_h5ad(tmp_path / "oracle.h5ad", X, {"condition": real.condition}, dataset.genes)        # the truth itself
-    done = main(capsys, "--data", demo, "--methods", "none", "--pred", f"ORACLE={tmp_path / 'oracle.h5ad'}", "--folds", 0, 1, "--eval-cells", 8,
-                "--out", tmp_path / "b")
-    ok(done)
-    rows = rows_of(tmp_path / "b")
-    assert rows["ORACLE"]["mean"]["l2"] < 1e-5 and rows["ORACLE"]["runs"] == 2 and rows["ORACLE"]["mean"]["pds"] == 1
-    assert "ORACLE" in (tmp_path / "b" / "bench.md").read_text()
-    data.write_h5ad(tmp_path / "few.h5ad", X[:6], obs, dataset.genes)
-    error(main(capsys, "--data", demo, "--methods", "none", "--pred", f"X={tmp_path / 'few.h5ad'}", "--out", tmp_path / "c"), "test conditions")
-    data.write_h5ad(tmp_path / "narrow.h5ad", X[:, :9], {"condition": real.condition}, dataset.genes[:9])
-    error(main(capsys, "--data", demo, "--methods", "none", "--pred", f"X={tmp_path / 'narrow.h5ad'}", "--out", tmp_path / "c"), "evaluation genes")
+    dataset = data.load(demo, data.DataConfig(), "additive")
+    X, condition = dataset.X.toarray(), data.read_cells(demo).condition
+    files = {"oracle": (X[:, ::-1], condition, dataset.genes[::-1]), "few": (X[:60], condition[:60], dataset.genes),
+             "narrow": (X[:, :9], condition, dataset.genes[:9])}
+    for name, (cells, labels, genes) in files.items():
+        data.write_h5ad(tmp_path / f"{name}.h5ad", cells, {"condition": labels}, genes)
+    flags = flags_of(demo, tmp_path / "b", "none")
+    ok(main(capsys, *flags, "--pred", f"ORACLE={tmp_path / 'oracle.h5ad'}", "--folds", 0, 1))    # the truth itself
+    found = written(tmp_path / "b")["ORACLE"]
+    assert found["mean"]["l2"] < 1e-5 and found["runs"] == 2 and found["mean"]["pds"] == 1
+    for name, words in (("few", "test conditions"), ("narrow", "evaluation genes")):
+        done = main(capsys, *flags_of(demo, tmp_path / "c", "none"), "--pred", f"X={tmp_path / name}.h5ad")
+        assert done.returncode == 2 and words in done.stderr
     assert not (tmp_path / "c").exists()
 
 
-def test_dry_run_prints_commands_and_starts_nothing(demo, capsys, tmp_path):
-    out = ok(main(capsys, "--data", demo, "--methods", "scdfm", "scdfm:no-mmd", "--dry-run", "--out", tmp_path / "b"))
-    assert out.count("python scdfm.py") == 2 and out.count("--mmd-weight 0") == 1 and not (tmp_path / "b").exists()
-    ablation = ["--data", demo, "--methods", "primeflow:mlp", "--dry-run", "--out", tmp_path / "b"]
-    assert "--steps 3000" in ok(main(capsys, *ablation, "--preset", "demo")) and "--steps" not in ok(main(capsys, *ablation))
-    out = ok(main(capsys, "--data", demo, "--methods", "all", "--seeds", 3, 4, "--dry-run", "--out", tmp_path / "b"))
-    assert out.count("--seed 3") == out.count("--seed 4") == len(METHODS) and "--mmd-weight" not in out
+def test_dry_run_prints_commands_and_starts_nothing(demo, stub, capsys, tmp_path):
+    def commands(*flags):
+        return ok(main(capsys, "--data", demo, "--dry-run", "--out", tmp_path / "b", *flags)).splitlines()
+    lines = commands("--methods", "scdfm", "scdfm:no-mmd", "--folds", 0, 3, "--seeds", 1, 2)
+    places = [("--fold 0", "--seed 1"), ("--fold 0", "--seed 2"), ("--fold 3", "--seed 1"), ("--fold 3", "--seed 2")]
+    for line, (fold, seed), method in zip(lines, places * 2, ["--hvg"] * 4 + ["--mmd-weight 0"] * 4, strict=True):
+        assert line.startswith("python scdfm.py") and fold in line and seed in line and method in line
+    assert "--steps 3000" in commands("--methods", "primeflow:mlp", "--preset", "demo")[0]
+    assert "--steps" not in commands("--methods", "primeflow:mlp")[0]
+    lines = commands("--methods", "all", stub)
+    assert [line.split()[1] for line in lines] == ["scdfm.py", "primeflow.py", "scbig.py", "celltarnet.py", str(stub)]
+    for flags, genes in (([], 5000), (["--preset", "demo"], 1000), (["--preset", "demo", "--hvg", 0], 0)):
+        assert f"--hvg {genes} " in commands("--methods", "scdfm", *flags)[0]
+    assert not (tmp_path / "b").exists()
 
 
-def test_a_folder_belongs_to_one_number_of_folds(demo, capsys, tmp_path):
-    out = [ok(main(capsys, "--data", demo, "--split", "cv", "--n-folds", n, "--methods", "scdfm", "--dry-run", "--out", tmp_path / "b"))
-           for n in (3, 4)]
-    assert "--folds 3" in out[0] and "--folds 4" in out[1]
-    folders = [re.search(r"--out (\S+)", text)[1] for text in out]
-    assert folders[0] != folders[1]
-
-
-def test_a_floor_that_exists_for_some_conditions_is_not_ranked():
-    def row(kind, l2, n):
-        return {"kind": kind, "mean": {"l2": l2}, "sd": {}, "per_condition": {f"C{i}": {"l2": l2} for i in range(n)}}
-    rows = {"control": row("floor", 3.0, 2), "additive": row("floor", 0.5, 1), "ridge": row("baseline", 2.0, 2), "scdfm": row("method", 1.0, 2)}
-    assert bench.best_and_second(rows, "l2") == ["scdfm", "ridge"]
-    tests = bench.paired_tests(rows, ["l2"])
-    assert tests["scdfm"]["l2"]["against"] == "ridge" and tests["scdfm"]["l2"]["better"]
-    assert any("additive exists for 1 of 2" in line for line in bench.reading(rows, tests, ["l2"]))
-    rows["additive"] = row("floor", 0.5, 2)
-    assert bench.best_and_second(rows, "l2") == ["additive", "scdfm"]
-
-
-def test_published_numbers_are_marked_and_only_for_their_data():
-    rows = bench.published_rows(bench.Config(data="x/norman.h5", split="additive"))
-    assert rows["scDFM, scDFM table 1"]["l2"] == 1.7043 and rows["scBIG, scBIG table 1"]["l2"] == 3.92
-    assert not bench.published_rows(bench.Config(data="papalexi.h5", split="additive"))
-    assert not bench.published_rows(bench.Config(data="norman19_devel.h5ad", split="additive"))
-    assert not bench.published_rows(bench.Config(data="norman.h5", split="unseen"))
-    for (_, _), published in bench.PUBLISHED.items():
-        assert all(len(keys) == len(values) and set(keys) <= set(metrics.KEYS) for _, keys, values in published)
-
-
-def test_every_method_of_the_repository_is_in_the_list():
-    assert {m for m in bench.METHODS if ":" not in m} == set(METHODS)
+def test_a_folder_belongs_to_one_set_of_flags(demo):
+    def folder(**flags):
+        (job,) = bench.jobs(bench.Config(data=demo, **{"methods": ("scdfm",)} | flags), ROOT)
+        return job.folder
+    folders = [folder(), folder(hvg=70), folder(methods=("scdfm --knn 0",)), folder(methods=("scdfm:paper",)),
+               folder(split="cv", n_folds=3), folder(split="cv", n_folds=4), folder(seeds=(1,)), folder(folds=(1,))]
+    assert len(set(folders)) == len(folders)
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--methods", "gpt5"], ["gpt5", "scdfm"]),
+    (["--methods", "nothing.py"], ["nothing.py", "no script"]),
     (["--keys", "l3"], ["l3", "pearson_delta"]),
     (["--pred", "x.h5ad"], ["NAME=FILE"]),
     (["--pred", "scdfm=x.h5ad"], ["none of ours"]),
@@ -299,47 +498,45 @@ def test_every_method_of_the_repository_is_in_the_list():
     (["--embedding", "nothing.npz"], ["nothing.npz"]),
 ])
 def test_misuse(flags, words, demo, capsys, tmp_path):
-    given = [] if "--data" in flags else ["--data", demo]
-    error(main(capsys, *given, "--out", tmp_path / "b", *(["--methods", "none"] if "--methods" not in flags else []), *flags), *words)
+    done = main(capsys, "--data", demo, "--out", tmp_path / "b", "--methods", "none", *flags)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words), done.stderr
     assert not (tmp_path / "b").exists()
 
 
 def test_flop_count_of_a_known_network():
     """A linear layer and attention, forward and backward, against the formulas."""
-    layer, x = torch.nn.Linear(32, 48), torch.randn(10, 32)
     q = torch.randn(2, 4, 64, 16, requires_grad=True)
     with bench.flop_counter() as counter:
-        layer(x).sum().backward()
+        torch.nn.Linear(32, 48)(torch.randn(10, 32)).sum().backward()
     assert counter.get_total_flops() == 2 * 10 * 32 * 48 * 2             # forward, gradient of the weight
     with bench.flop_counter() as counter:
         torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
     assert counter.get_total_flops() >= 3 * 2 * 2 * (2 * 4 * 64 * 64 * 16)
 
 
-def test_speed_prints_one_json_object_last(run, tmp_path):
-    for name in ("bench.py", "data.py", "metrics.py", "scdfm.py"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    tiny = "scdfm --width 16 --layers 1 --heads 2 --gene-subset 30 --ode-steps 2 --eval-cells 8"
-    out = ok(run("bench.py", "--speed", "--methods", tiny, cwd=tmp_path))
-    result = json.loads(out.strip().splitlines()[-1])
-    (row,) = result["methods"]
-    assert row["ms_per_step"] > 0 and row["gflop_per_step"] > 0 and 0 < row["utilisation"] < 1 and row["sampled_cells_per_s"] > 0
-    assert row["peak_memory_mb"] > 50 and result["evaluate_40x300x1000_s"] > 0 and Path(tmp_path / "runs").exists()
+def test_speed_of_a_script_whose_speed_is_known(demo, capsys, monkeypatch, tmp_path):
+    """20 ms and one product of 500 x 500 matrices per step, 2,000 sampled cells/s; the last line is one JSON object."""
+    (tmp_path / "stub.py").write_text(SPEED_STUB)
+    monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype: 50e9)
+    monkeypatch.setattr(data, "demo_file", lambda: demo)
+    out = ok(main(capsys, "--speed", "--device", "cpu", "--methods", tmp_path / "stub.py"))
+    (found,) = json.loads(out.strip().splitlines()[-1])["methods"]
+    assert found["ms_per_step"] == 20 and found["first_step_s"] == 3.02 and found["cells_per_s"] == 100
+    assert found["gflop_per_step"] == 0.25 and found["utilisation"] == 0.25 and found["peak_memory_mb"] == 77
+    assert 1200 < found["sampled_cells_per_s"] < 2800
 
 
-def test_figures(whole, demo, capsys, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    folder, _ = whole
-    done = main(capsys, "--data", demo, "--preset", "demo", "--eval-cells", 8, "--methods", RUN, f"{RUN} --knn 0", "--seeds", 0, 1, "--out", folder,
-                "--plot")
-    ok(done)
-    for name in ("errors", "ablations", "genes", "pca"):
-        assert (folder / f"{name}.png").stat().st_size > 5000
-
-
-def test_plot_without_matplotlib_says_so(whole, demo, capsys, monkeypatch):
-    folder, _ = whole
+def test_figures_and_what_is_missing_in_them(demo, stub, capsys, monkeypatch, tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    flags = [*flags_of(demo, tmp_path / "b", stub), "--plot", "--pred", f"X={stub.parent / 'f0-s0' / 'pred.h5ad'}"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    out = ok(main(capsys, "--data", demo, "--preset", "demo", "--eval-cells", 8, "--methods", RUN, f"{RUN} --knn 0", "--seeds", 0, 1, "--out", folder,
-                  "--plot"))
-    assert "matplotlib is not installed" in out
+    assert "matplotlib is not installed" in ok(main(capsys, *flags)) and not (tmp_path / "b" / "pca.png").exists()
+    monkeypatch.undo()
+    ok(main(capsys, *flags))
+    for name in ("errors", "ablations", "genes", "pca"):
+        assert (tmp_path / "b" / f"{name}.png").stat().st_size > 5000
+    rows = {"control": row("floor", 3.0), "a": row("method", 2.0), "a:b": row("method", None), "c": row("method", 1.0)}
+    figure = bench.plot_ablations(plt, rows, ["a", "a:b", "c"], dict.fromkeys(rows, "red"))
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, 1.0] and not figure.axes[1].patches
+    plt.close("all")

@@ -1,0 +1,72 @@
+"""Every script on the stand-in GPU of standin.py: nothing left on the CPU, no wait for the device inside a step."""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import data
+from conftest import METHODS, ROOT, TINY
+
+# flags of the ablations, and what else a checkpoint is for
+ABLATIONS = {
+    "scdfm": [["--mmd-weight", "0"], ["--knn", "0", "--no-differential"], ["--no-effect-readout", "--no-precondition"],
+              ["--ode", "rk4"]],
+    "primeflow": [["--velocity", "mlp"], ["--velocity", "mlp", "--space", "pca", "--coupling", "ot", "--ot-cells", "8",
+                                         "--path", "trigonometric", "--sigma", "0.1"], ["--guidance", "1", "3"]],
+    "scbig": [["--clustering", "kmeans"], ["--encoder", "transformer"], ["--corr-weight", "0"]],
+    "celltarnet": [["--prior", "none", "--contrast-weight", "0"], ["--prior", "sparse"], ["--denoise-weight", "0"]],
+}
+OTHER = {"celltarnet": ["--score", "DEMO"], "scbig": ["--analyse"]}
+
+
+@pytest.fixture(scope="module")
+def measured(demo, tmp_path_factory):
+    """{method: what standin.py counted}, all four side by side."""
+    folder, processes = tmp_path_factory.mktemp("standin"), {}
+    cells = data.read_cells(demo)
+    rows = np.flatnonzero(cells.condition == "control")[:20]
+    data.write_h5ad(folder / "own.h5ad", cells.X[rows].toarray()[:, 1:], {}, cells.genes[1:])
+    for method in METHODS:
+        flags = ["--data", demo, *TINY[method], "--steps", "3"]
+        run, ckpt = ["--out", f"{folder}/{method}"], ["--ckpt", f"{folder}/{method}/ckpt.pt"]
+        commands = [flags + run + ["--eval-every", "2"], run + ["--resume", "--eval-cells", "6"],
+                    ckpt + ["--predict", "TF1+TF2", "--cells", "5", "--out", f"{folder}/{method}-p.h5ad"],
+                    ckpt + ["--predict", "test", "--controls", f"{folder}/own.h5ad", "--cells", "5",
+                            "--out", f"{folder}/{method}-q.h5ad"]]
+        for i, ablation in enumerate(ABLATIONS[method]):
+            commands.append(flags + ablation + ["--out", f"{folder}/{method}{i}"])
+        if method in OTHER:
+            other = [demo if flag == "DEMO" else flag for flag in OTHER[method]]
+            commands.append(ckpt + other + ["--out", f"{folder}/{method}-other.h5ad"])
+        (folder / f"{method}.json").write_text(json.dumps(commands))
+        command = [sys.executable, str(ROOT / "tests" / "standin.py"), method, str(folder / f"{method}.json")]
+        processes[method] = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out = {}
+    for method, process in processes.items():
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, method + printed[-2000:] + errors
+        out[method] = json.loads(printed.splitlines()[-1])
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_waits_for_the_device_or_copies(measured, method):
+    assert measured[method]["calls"]["step"] >= 12 and measured[method]["step"] == {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prediction_copies_its_inputs_in_and_its_cells_out_once(measured, method):
+    calls, generated = measured[method]["calls"]["generate"], measured[method]["generate"]
+    assert calls > 50 and generated.get("wait", 0) == 0
+    assert generated["copy out"] == calls               # one chunk each at this size
+    assert generated["copy in"] <= 5 * calls
+
+
+@pytest.mark.parametrize("method, most", [("scdfm", 700), ("primeflow", 700), ("scbig", 1200), ("celltarnet", 1200)])
+def test_launches_of_a_step_do_not_grow(measured, method, most):
+    """Kernels of an uncompiled tiny step, views apart; what the demo's model needs stands in the README."""
+    assert measured[method]["operations"]["step"] / measured[method]["calls"]["step"] < most
