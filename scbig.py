@@ -658,13 +658,22 @@ def ot_partners(z0, z1, u, epsilon):
 
 # -------------------------------------------------------------------------------- sampling
 
+def decode(autoencoder, start, end, control=None):
+    """Cells (n, G) at the latents end (n, D); with the control cells (n, G) that start (n, D) encodes, their residuals
+    are added: what the autoencoder makes of them falls short of them in variance and zeros."""
+    if control is None:
+        return autoencoder.decode(end)
+    cells, controls = autoencoder.decode(torch.cat([end, start])).chunk(2)
+    return cells + (control - controls)
+
+
 @torch.no_grad()
 def sample(integrate, model, control, condition, residual):
     """One perturbed cell per control cell (n, G) log1p CP10k, of one condition (slots() of it): encode, integrate the
     flow, decode. integrate: model.flow.integrate, compiled or not. Returns (n, G) float32, which may be negative."""
-    z = model.autoencoder.encode(control)
-    x = model.autoencoder.decode(integrate(z[None], *model.flow.condition(*condition))[0])
-    return x + control - model.autoencoder.decode(z) if residual else x
+    start = model.autoencoder.encode(control)
+    end = integrate(start[None], *model.flow.condition(*condition))[0]
+    return decode(model.autoencoder, start, end, control if residual else None)
 
 
 def token_names(panel, config):
@@ -879,11 +888,9 @@ def train(run, state):
         z_t = torch.lerp(z0, z1, t[..., None]) + config.sigma * torch.randn_like(z0)
         with run.autocast():
             v, end = net(z_t, t, [a[pick] for a in told], keep, start.unflatten(0, (S, n)), spread)
-            pred = autoencoder.decode(end.flatten(0, 1))                                     # (S n, G)
-            if config.residual:
-                with torch.no_grad():
-                    pred += dataset.gather(rows) - autoencoder.decode(start)
-        flow, pred = (v - (z1 - z0)).square().mean(), pred.unflatten(0, (S, n))
+            control = dataset.gather(rows) if config.residual else None
+            pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
+        flow = (v - (z1 - z0)).square().mean()
         corr = correlation_loss(pred, real, member) if config.corr_weight else zero
         path = pathway_loss(pred, real, model.pathways, 0.1, config.path_iterations) if config.path_weight else zero
         loss = flow + config.corr_weight * corr + config.path_weight * path                  # eq. 9
