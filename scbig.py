@@ -22,7 +22,8 @@ Ablations of table 6: --clustering kmeans or unordered, --encoder transformer, -
 
 Deviations (numbers that back them: README, experiments):
  1. Token k is module k (P). C cuts the genes into runs of 64 that drift off the modules.
- 2. The time features reach 100 t; C's reach 10,000 t, which learns other velocities at just the time points of an ODE.
+ 2. The time features reach 10 t; C's reach 10,000 t: the structure losses, which see the velocity at a few fixed
+    times, then teach it other values at just these.
  3. Structure losses in every step, on 3 conditions of the batch (P); C: an optimiser of its own, now and then.
  4. The pathway transport is solved in the log domain, epsilon relative to the mean cost, gradient by the envelope
     theorem: C's kernel form underflows, so that far predictions have no loss. 100 iterations (P), 50 in C.
@@ -37,8 +38,12 @@ Deviations (numbers that back them: README, experiments):
 12. The model that predicts is the last one; C selects on validation conditions.
 13. Genes that a file of embeddings lacks are fitted from expression by ridge; C draws them at random or takes 0.
 14. Pathways need three genes of the panel, which fits P's 969; C takes those with one.
-15. Ours: priors from training cells where no file is given, no dropout on attention weights, and, off in the paper
-    preset, --ema.
+15. --effect-readout and --residual (demo): a linear effect in the velocity, and generated cells keep what the
+    autoencoder loses of their control cell: 30 conditions teach the network no additivity, and its decoder returns
+    conditional means, without the variance and the zeros of cells.
+16. --schedule cosine, --sigma 0.1, --condition-dropout 0.8, --ema (demo): short training of a small model, whose
+    latents spread less than the paper's noise.
+17. Ours: priors from training cells where no file is given, no dropout on attention weights.
 """
 import copy
 import datetime
@@ -78,7 +83,7 @@ class Config(data.RunConfig):
     ppi_info: str = ""              # STRING protein.info, which names the proteins of --ppi
     pathways: str = ""              # .gmt, .gmt.gz or .gmt.zip (paper: Reactome)
     pert_embeddings: str = ""       # as --gene-embeddings, of perturbed genes or drugs (paper: ESM2, ChemBERTa)
-    schedule: typing.Literal["constant", "cosine"] = "constant"         # of both stages (official); cosine: ours
+    schedule: typing.Literal["constant", "cosine"] = "constant"         # of both stages (official); ours: cosine
     # modules
     clustering: typing.Literal["grc", "kmeans", "unordered"] = "grc"    # the others are ablations
     modules: int = 32               # K (paper)
@@ -108,8 +113,8 @@ class Config(data.RunConfig):
     path_iterations: int = 100      # of its Sinkhorn plan (paper A.1.2; official 50)
     structure_conditions: int = 3   # conditions per structure loss (official)
     structure_cells: int = 64       # cells of each (official)
-    additive: bool = False          # ours: a linear map of the perturbations' sum, from zero, is part of the velocity
-    residual: bool = False          # ours: what the autoencoder loses of a control cell is given to the generated cell
+    effect_readout: bool = False    # a linear map of the perturbations' sum, from zero, in the velocity (ours)
+    residual: bool = False          # what the autoencoder loses of a control cell is given to the generated one (ours)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none (official)
     ode_steps: int = 10             # midpoint steps, in the structure losses and in sampling
     analyse: bool = False           # with --ckpt: write the attention that each module receives, per test condition
@@ -137,9 +142,10 @@ def check(config):
 
 
 PRESETS = {"paper": {}, "demo": dict(
-    steps=500, hvg=1000, batch_size=512, conditions_per_batch=8, lr=1e-3, modules=8, width=64, layers=2, heads=4,
-    inducing=4, latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128, pretrain_lr=2e-3,
-    pretrain_check=200, hidden=256, condition_dropout=0.8, structure_cells=32, ema=0.98, ode_steps=5, eval_cells=100)}
+    steps=500, hvg=1000, batch_size=512, conditions_per_batch=8, lr=1e-3, schedule="cosine", modules=8, width=64,
+    layers=2, heads=4, inducing=4, latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128,
+    pretrain_lr=2e-3, pretrain_check=200, hidden=256, condition_dropout=0.8, effect_readout=True, residual=True,
+    sigma=0.1, structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, eval_cells=100)}
 SAMPLING = {"ode_steps", "analyse"}     # flags that --ckpt may change
 
 
@@ -506,7 +512,7 @@ class Flow(nn.Module):
         self.query = nn.Parameter(torch.randn(d))
         self.kv = nn.Linear(256 if config.dose_key else p, 2 * d, bias=False)
         self.pooled = nn.Linear(d + covariates, 256)
-        self.effect = nn.Parameter(torch.zeros(self.kv.in_features, config.latent)) if config.additive else None
+        self.effect = nn.Parameter(torch.zeros(self.kv.in_features, config.latent)) if config.effect_readout else None
         self.time_mlp = nn.Sequential(nn.Linear(1024, h), nn.SiLU(), nn.Linear(h, h))
         self.state = nn.ModuleList([nn.Linear(config.latent, h), nn.Linear(h, h)])
         self.join_time, self.join_state = nn.Linear(h, h), nn.Linear(h, h, bias=False)
@@ -533,7 +539,7 @@ class Flow(nn.Module):
 
     def time(self, t):
         """(...) times in [0, 1] -> (..., h): their part of the joint layer."""
-        angle = 100 * t[..., None] * torch.exp(-math.log(100) * torch.arange(512, device=t.device) / 512)
+        angle = 10 * t[..., None] * torch.exp(-math.log(10) * torch.arange(512, device=t.device) / 512)
         return self.join_time(self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1)))
 
     def velocity(self, z, told, effect, training=False):
@@ -652,13 +658,22 @@ def ot_partners(z0, z1, u, epsilon):
 
 # -------------------------------------------------------------------------------- sampling
 
+def decode(autoencoder, start, end, control=None):
+    """Cells (n, G) at the latents end (n, D); with the control cells (n, G) that start (n, D) encodes, their residuals
+    are added: what the autoencoder makes of them falls short of them in variance and zeros."""
+    if control is None:
+        return autoencoder.decode(end)
+    cells, controls = autoencoder.decode(torch.cat([end, start])).chunk(2)
+    return cells + (control - controls)
+
+
 @torch.no_grad()
 def sample(integrate, model, control, condition, residual):
     """One perturbed cell per control cell (n, G) log1p CP10k, of one condition (slots() of it): encode, integrate the
     flow, decode. integrate: model.flow.integrate, compiled or not. Returns (n, G) float32, which may be negative."""
-    z = model.autoencoder.encode(control)
-    x = model.autoencoder.decode(integrate(z[None], *model.flow.condition(*condition))[0])
-    return x + control - model.autoencoder.decode(z) if residual else x
+    start = model.autoencoder.encode(control)
+    end = integrate(start[None], *model.flow.condition(*condition))[0]
+    return decode(model.autoencoder, start, end, control if residual else None)
 
 
 def token_names(panel, config):
@@ -863,7 +878,8 @@ def train(run, state):
         z1, z0 = latents[dataset.draw(both, b)].unflatten(0, (2, C, b))
         keep = (torch.rand(C, 256, device=device) >= config.condition_dropout) / (1 - config.condition_dropout)
         chosen = group[pick[spread]]
-        start = latents[dataset.draw(dataset.controls_for(chosen), n)].unflatten(0, (S, n))
+        rows = dataset.draw(dataset.controls_for(chosen), n)
+        start = latents[rows]                                                                # (S n, D)
         real = dataset.gather(dataset.draw(chosen, n)).unflatten(0, (S, n))                  # (S, n, G)
 
         # pairs of control and perturbed latents, a point between them, and the velocity to learn (eq. 6)
@@ -871,8 +887,9 @@ def train(run, state):
         z1 = ot_partners(z0, z1, u, config.ot_epsilon)
         z_t = torch.lerp(z0, z1, t[..., None]) + config.sigma * torch.randn_like(z0)
         with run.autocast():
-            v, end = net(z_t, t, [a[pick] for a in told], keep, start, spread)
-            pred = autoencoder.decode(end.flatten(0, 1)).unflatten(0, (S, n))                # (S, n, G)
+            v, end = net(z_t, t, [a[pick] for a in told], keep, start.unflatten(0, (S, n)), spread)
+            control = dataset.gather(rows) if config.residual else None
+            pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
         flow = (v - (z1 - z0)).square().mean()
         corr = correlation_loss(pred, real, member) if config.corr_weight else zero
         path = pathway_loss(pred, real, model.pathways, 0.1, config.path_iterations) if config.path_weight else zero
@@ -905,11 +922,13 @@ def write_modules(run, model):
     """modules.tsv: every gene with its module, numbered as in the other tables; with --pathways
     modules_enrichment.tsv: which pathways a module holds more of than chance would give it."""
     if run.rank == 0:
-        modules, genes = model.autoencoder.module_of.cpu().numpy(), run.panel.genes
+        genes, modules = run.panel.genes, model.autoencoder.module_of.tolist()
         write_table(run.out / "modules.tsv", ("gene", "module"), zip(genes, modules))
         if run.config.pathways:
-            write_table(run.out / "modules_enrichment.tsv", metrics.ENRICHMENT,
-                        metrics.enrichment(modules, genes, data.read_gmt(run.config.pathways)))
+            named = {k: [gene for gene, module in zip(genes, modules) if module == k] for k in sorted(set(modules))}
+            header = ("module", "pathway", "overlap", "module_genes", "pathway_genes", "p", "p_adjusted")
+            write_table(run.out / "modules_enrichment.tsv", header,
+                        metrics.enrichment(named, data.read_gmt(run.config.pathways), genes))
 
 
 @torch.no_grad()

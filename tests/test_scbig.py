@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import metrics
 import scbig
 from conftest import TINY
 from scbig import Config
@@ -75,48 +74,30 @@ def checkpoint(folder):
 
 # ------------------------------------------------------------------------------------------------ transport
 
-def kernel_sinkhorn(cost, epsilon, iterations, column=None):
-    """The textbook form, which underflows where cost / epsilon is large."""
-    n, m = cost.shape
-    b = np.full(m, 1 / m) if column is None else column
-    K = np.exp(-cost / epsilon)
-    u = np.ones(n)
-    for _ in range(iterations):
-        v = b / (K.T @ u)
-        u = 1 / n / (K @ v)
-    return u[:, None] * K * v
-
-
-def test_sinkhorn_equals_the_kernel_form_where_that_works():
-    rng = np.random.default_rng(0)
-    cost, column = rng.random((3, 7, 5)), rng.dirichlet(np.ones(5))
-    got = scbig.sinkhorn(torch.from_numpy(cost), 0.2, 37, torch.from_numpy(column)).numpy()
-    for c, plan in zip(cost, got):
-        np.testing.assert_allclose(plan, kernel_sinkhorn(c, 0.2, 37, column), rtol=1e-9)
+@pytest.mark.parametrize("far", [1, 30, 1000])
+def test_sinkhorn_equals_the_log_domain(far):
+    """In fp32, with given columns, and with a cell on either side that is far from all others, where the kernel form
+    underflows."""
+    cost = torch.rand(2, 8, 6, generator=torch.Generator().manual_seed(0))
+    cost[0, 2] *= far
+    cost[0, :, 3] *= far
+    column = torch.tensor([0.3, 0.1, 0.2, 0.1, 0.2, 0.1], dtype=torch.float64)
+    kernel, f = -cost.double() / 0.05, torch.zeros(2, 8, 1, dtype=torch.float64)
+    for _ in range(37):
+        g = column.log() - (kernel + f).logsumexp(-2, keepdim=True)
+        f = -math.log(8) - (kernel + g).logsumexp(-1, keepdim=True)
+    got = scbig.sinkhorn(cost, 0.05, 37, column)
+    torch.testing.assert_close(got.double(), (kernel + f + g).exp(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(got.sum(-1), torch.full((2, 8), 1 / 8))
 
 
 def test_sinkhorn_marginals_hold_however_small_epsilon():
     cost = torch.from_numpy(np.random.default_rng(0).random((2, 30, 20)) * 1e4)
-    plan = scbig.sinkhorn(cost, torch.tensor([[[500.0]], [[50.0]]]), 3000)
+    plan = scbig.sinkhorn(cost, torch.tensor([[[500.0]], [[50.0]]]), 1000)
     torch.testing.assert_close(plan.sum(-1), torch.full((2, 30), 1 / 30, dtype=torch.float64))
-    torch.testing.assert_close(plan.sum(-2), torch.full((2, 20), 1 / 20, dtype=torch.float64), rtol=1e-2, atol=0)
-    early = scbig.sinkhorn(cost[:1], 500.0, 3000, tolerance=1e-9)
+    torch.testing.assert_close(plan.sum(-2), torch.full((2, 20), 1 / 20, dtype=torch.float64), rtol=2e-2, atol=0)
+    early = scbig.sinkhorn(cost[:1], 500.0, 1000, tolerance=1e-9)
     torch.testing.assert_close(early, plan[:1], rtol=1e-5, atol=1e-12)
-
-
-@pytest.mark.parametrize("far", [1, 30, 1000])
-def test_sinkhorn_with_outliers_equals_the_log_domain(far):
-    """In fp32 and with a cell on either side that is far from all others, where the kernel form underflows."""
-    cost = torch.rand(2, 8, 6, generator=torch.Generator().manual_seed(0))
-    cost[0, 2] *= far
-    cost[0, :, 3] *= far
-    kernel, f = -cost.double() / 0.05, torch.zeros(2, 8, 1, dtype=torch.float64)
-    for _ in range(37):
-        g = -math.log(6) - (kernel + f).logsumexp(-2, keepdim=True)
-        f = -math.log(8) - (kernel + g).logsumexp(-1, keepdim=True)
-    got = scbig.sinkhorn(cost, 0.05, 37)
-    torch.testing.assert_close(got.double(), (kernel + f + g).exp(), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(got.sum(-1), torch.full((2, 8), 1 / 8))
 
 
 def test_partners_become_the_optimal_assignment_as_epsilon_falls(monkeypatch):
@@ -299,7 +280,7 @@ def conditions(model, run, groups):
 
 
 def test_slot_order_does_not_matter(dataset, panel):
-    model, run = make(dataset, panel, additive=True)
+    model, run = make(dataset, panel, effect_readout=True)
     torch.nn.init.normal_(model.flow.effect)
     for c in conditions(model, run, ["TF1+TF2", "TF2+TF1", "TF1+TF3", "TF1", "TF1+TF2+TF3", "TF3+TF1+TF2"]):
         torch.testing.assert_close(c[0], c[1])
@@ -308,7 +289,7 @@ def test_slot_order_does_not_matter(dataset, panel):
 
 
 def test_an_empty_slot_weighs_nothing_wherever_it_is(dataset, panel):
-    model, run = make(dataset, panel, additive=True)
+    model, run = make(dataset, panel, effect_readout=True)
     torch.nn.init.normal_(model.flow.effect)
     token, mask, dose, covariates = scbig.slots(["TF1"], panel, run.config)
     alone, junk = conditions(model, run, ["TF1"]), torch.where(mask, token, 7)
@@ -331,7 +312,7 @@ def test_pooling_is_its_formula(dataset, panel):
 
 
 def test_linear_effects_add_up_and_start_at_zero(dataset, panel):
-    model, run = make(dataset, panel, additive=True)
+    model, run = make(dataset, panel, effect_readout=True)
     groups = ["TF1", "TF2", "TF1+TF2"]
     assert conditions(model, run, groups)[1].abs().max() == 0 and model.flow.effect.requires_grad
     torch.nn.init.normal_(model.flow.effect)
@@ -343,7 +324,7 @@ def test_linear_effects_add_up_and_start_at_zero(dataset, panel):
         model.flow.effect.zero_()
     without, _ = model.flow(z, t, told, 1.0, z, torch.arange(3))
     torch.testing.assert_close(v - without, effect.expand(-1, 5, -1), rtol=1e-4, atol=1e-4)
-    assert scbig.ScBIG(tiny(), panel, scbig.load_priors(run)).flow.effect is None       # the paper has none
+    assert make(dataset, panel, effect_readout=False)[0].flow.effect is None    # the paper's
 
 
 def test_a_missing_embedding_is_not_no_perturbation(dataset, panel, tmp_path):
@@ -365,7 +346,7 @@ def test_first_joint_layer_is_split_by_input(dataset, panel):
     flow, z, t = model.flow, torch.randn(2, 3, 8), torch.rand(2, 3)
     c, _ = conditions(model, run, ["TF1", "TF1+TF2"])
     state = F.silu(flow.state[1](F.silu(flow.state[0](z))))
-    angle = 100 * t[..., None] * 100 ** (-torch.arange(512) / 512)
+    angle = 10 * t[..., None] * 10 ** (-torch.arange(512) / 512)
     time = flow.time_mlp(torch.cat([angle.cos(), angle.sin()], -1))
     weight = torch.cat([flow.join_time.weight, flow.join_state.weight, flow.join_condition.weight], 1)
     joined = torch.cat([time, state, c[:, None].expand(-1, 3, -1)], -1)
@@ -410,7 +391,7 @@ def test_dropout_is_off_in_the_structure_losses(dataset, panel):
 
 def test_the_network_compiles_without_graph_breaks(dataset, panel):
     """The graphs that inductor would get: one of each stage; sampling's is part of the second."""
-    model, run = make(dataset, panel, additive=True, layers=1, ode_steps=1)
+    model, run = make(dataset, panel, effect_readout=True, layers=1, ode_steps=1)
     told, z, x = scbig.slots(["TF1", "TF2"], panel, run.config), torch.randn(2, 6, 8), torch.rand(3, len(panel.genes))
     for module, args in ((model.autoencoder, (x,)), (model.flow, (z, torch.rand(2, 6), told, 1.0, z, torch.arange(2)))):
         compiled = torch.compile(module, backend="eager", fullgraph=True)
@@ -530,7 +511,7 @@ def test_interactions_in_every_format(tmp_path):
 
 
 @pytest.mark.parametrize("flag, name, content, words", [
-    ("--gene-embeddings", "v.tsv", "gene\tx\ty\nA\t1\t2\nB\t1\n", ["v.tsv", "line 3", "2 numbers"]),
+    ("--gene-embeddings", "v.tsv", "gene\tx\ty\nA\t1\t2\nB\t1\n", ["v.tsv", "line 3", "numbers"]),
     ("--gene-embeddings", "v.tsv", "A\t1\t2\nB\t1\tx\n", ["line 2"]),
     ("--gene-embeddings", "v.tsv", "A\t1\tnan\n", ["NaN"]),
     ("--gene-embeddings", "v.npz", "text", ["v.npz", "cannot be read", "names"]),
@@ -595,8 +576,8 @@ def test_pathways_default_to_clusters_and_small_sets_are_left_out(dataset, panel
 
 def test_covariates_are_one_hot_and_unknown_ones_zero(panel):
     from dataclasses import replace
-    panel = replace(panel, covariates={"cell": ["a", "b"], "donor": ["d1", "d2", "x,y"]})
-    *_, covariates = scbig.slots(["TF1@b,d1", "TF1@a,x,y", "TF1@c,d2", "TF1"], panel, tiny())
+    panel = replace(panel, covariates={"cell": ["a", "b"], "donor": ["d1", "d2", "x"]})
+    *_, covariates = scbig.slots(["TF1@b,d1", "TF1@a,x", "TF1@c,d2", "TF1"], panel, tiny())
     assert covariates.int().tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
 
 
@@ -670,7 +651,7 @@ def whole(demo, tmp_path_factory):
     ["--clustering", "kmeans", "--encoder", "transformer"], ["--clustering", "unordered", "--corr-weight", "0"],
     ["--path-weight", "0", "--ppi-weight", "0", "--schedule", "constant"], ["--condition-embedding", "learned"],
     ["--corr-weight", "0", "--path-weight", "0", "--ema", "0", "--eval-every", "2"],
-    ["--no-additive", "--no-residual", "--condition-dropout", "0.9", "--pretrain-check", "0"]])
+    ["--no-effect-readout", "--no-residual", "--condition-dropout", "0.9", "--pretrain-check", "0"]])
 def test_variants_run(flags, demo, call, tmp_path):
     done = call("scbig.py", "--data", demo, *TINY["scbig"], "--steps", 3, *flags, "--out", tmp_path / "run")
     assert "replicate" in ok(done) and not done.stderr
@@ -791,25 +772,17 @@ def test_prediction_needs_no_prior_file(demo, call, dataset, tmp_path):
                   "--pert-embeddings", tmp_path / "v.npz", "--pathways", tmp_path / "p.gmt", "--ppi",
                   tmp_path / "p.txt", "--out", tmp_path / "run"))
     assert out.count("knows 40 of 40") == 3 and "knows 16 of 16" in out
-    enriched = (tmp_path / "run" / "modules_enrichment.tsv").read_text().splitlines()
-    assert enriched[0].split("\t") == list(metrics.ENRICHMENT)
+    modules = [line.split("\t") for line in (tmp_path / "run" / "modules.tsv").read_text().splitlines()[1:]]
+    for line in (tmp_path / "run" / "modules_enrichment.tsv").read_text().splitlines()[1:]:
+        k, name, overlap, *_ = line.split("\t")
+        mine = {gene for gene, module in modules if module == k}
+        assert len(mine & set(sets[int(name[1:])])) == int(overlap)
     for name in ("v.npz", "p.gmt", "p.txt"):
         (tmp_path / name).unlink()
     ok(call("scbig.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--predict", "TF1+TF9", "--out", tmp_path / "p.h5ad"))
 
 
 # ------------------------------------------------------------------------------------------------ what modules mean
-
-def test_enrichment_is_fishers_test_with_bh():
-    genes = [f"G{i}" for i in range(60)]
-    modules = np.arange(60) // 20
-    planted = set(genes[:15] + genes[40:42] + ["ELSEWHERE"])
-    rows = metrics.enrichment(modules, genes, {"planted": planted, "spread": set(genes[::5]), "small": set(genes[:2])})
-    assert [row[:5] for row in rows] == [(0, "planted", 15, 20, 17)]
-    tables = ((15, 2, 5, 38), (0, 17, 20, 23), (2, 15, 18, 25), *[(4, 8, 16, 32)] * 3)
-    p = [scipy.stats.fisher_exact([[a, b], [c, d]], "greater")[1] for a, b, c, d in tables]
-    assert rows[0][5] == pytest.approx(p[0]) and rows[0][6] == pytest.approx(scipy.stats.false_discovery_control(p)[0])
-
 
 def test_attention_shift_of_the_test_conditions(whole, call):
     ok(call("scbig.py", "--ckpt", whole / "ckpt.pt", "--analyse"))
