@@ -95,16 +95,15 @@ class Config(data.RunConfig):
     warmup: int = 1000              # steps of linear warm-up (TarFlow: an epoch)
     lr_min: float = 1e-6            # end of the cosine (TarFlow)
     ema: float = 0.999              # decay of averaged weights used for prediction; 0 is none
-    score: str = ""                 # with --ckpt: AnnData file; log p of its cells under conditions
+    score: str = ""                 # with --ckpt: AnnData file; log p of its cells under conditions, written to --out
     score_under: tuple[str, ...] = ()  # with --score: these conditions; all of the training file if none is named
     score_controls: int = 1         # with --score: control cells over which p is averaged
 
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    positive = ("heads", "width", "blocks", "layers", "context_layers", "patch", "neighbours", "rank",
-                "cells_per_context", "score_controls", "dequantise", "temperature")
-    for name in positive:
+    for name in ("heads", "width", "blocks", "layers", "context_layers", "patch", "neighbours", "rank",
+                 "cells_per_context", "score_controls", "dequantise", "temperature"):
         if getattr(config, name) == 0:
             raise DataError(f"--{name.replace('_', '-')} 0: must be positive")
     if config.width % config.heads:
@@ -119,8 +118,7 @@ def check(config):
         raise DataError("--cells-per-context 1: the contrast needs a second cell of the same context; give 2, or "
                         "--contrast-weight 0")
     if config.score and config.predict:
-        raise DataError("--score and --predict are two uses of a checkpoint; give one (the conditions to score under "
-                        "are --score-under)")
+        raise DataError("--score and --predict are two uses of a checkpoint; conditions to score are --score-under")
 
 
 PRESETS = {"paper": {}, "demo": dict(
@@ -163,7 +161,7 @@ def gene_order(corr):
 
 
 def block_orders(n_blocks, first, padding, seed):
-    """N orders (T P,) of the genes, padding last: `first` (G,) and its reverse, then random ones and theirs."""
+    """N orders (T P,) of the genes and padding: `first` (G,) and its reverse, then random ones and theirs."""
     G, generator, orders = len(first), torch.Generator().manual_seed(seed), []
     for i in range(0, n_blocks, 2):
         genes = torch.randperm(G, generator=generator) if i else first
@@ -490,7 +488,8 @@ def sample(model, z, control, c, config, step=FlowBlock.step):
     """
     context = model.encode(control, c, config.token_strength)
     x = model.inverse(z, context, torch.arange(len(z), device=z.device), step)
-    x = x + model.shift[0] + c[:, model.n_genes:] @ model.shift[1:]
+    with torch.autocast(x.device.type, enabled=False):
+        x = x + model.shift[0] + c[:, model.n_genes:] @ model.shift[1:]
     return torch.where(x.abs() < 2 * config.dequantise, 0, x)
 
 
