@@ -31,8 +31,8 @@ Deviations (numbers that back them: README, experiments):
 11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots
     for triples, values clamped at 512; output at 0 and at the training maximum of the gene (data.as_measured).
 12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop: a learned vector.
-13. --effect-readout and --precondition (demo): the flow starts as that of a Gaussian per gene shifted by a
-    linear effect per perturbation, and the network learns the rest. Small data do not teach it the table of effects.
+13. --effect-readout and --precondition (demo): the velocity starts as that of a Gaussian per gene, a linear readout
+    of e_p adds the effect on each gene, and the network learns the rest: small data do not teach it a table of effects.
 14. Every process draws its own batch and gene subset, from (seed, step, process).
 """
 import copy
@@ -75,7 +75,7 @@ class Config(data.RunConfig):
     knn: int = 30                   # co-expression neighbours per gene; 0 removes the mask (ablation)
     mmd_weight: float = 0.5         # lambda of eq. 4 (official gamma); 0 removes the MMD (ablation)
     differential: bool = True       # differential attention (eq. 8-9); off is plain attention (ablation)
-    effect_readout: bool = False    # a linear effect per perturbation and gene, from zero (ours; paper: none)
+    effect_readout: bool = False    # velocity += e_p W', W (G, d) from zero (ours; paper: none)
     precondition: bool = False      # the network learns what a Gaussian per gene leaves (ours; paper: none)
     conditions_per_batch: int = 1   # the MMD is taken within each; paper 1
     lr_min: float = 1e-6            # end of the cosine (paper)
@@ -270,13 +270,11 @@ class ScDFM(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.inject = Injection(d)
         self.decoder = nn.Sequential(nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, 1))
-        P, self.precondition, self.effects = len(panel.trained), config.precondition, None
+        self.precondition = config.precondition
         self.register_buffer("moments", torch.zeros(2, G) if moments is None else moments)
-        if config.effect_readout:                                        # row P, of all that is not trained, stays 0
-            self.effects = nn.Embedding(P + 1, G, padding_idx=P)
-            nn.init.zeros_(self.effects.weight)
-            self.register_buffer("effect_row", torch.full((tokens,), P))
-            self.effect_row[slots(panel.trained, panel)[0][:, 0]] = torch.arange(P)
+        self.readout = nn.Parameter(torch.zeros(G, d)) if config.effect_readout else None
+        trained = slots(panel.trained, panel)[0].flatten()               # the empty slot among them
+        self.register_buffer("trained", torch.zeros(tokens).index_fill(0, trained, 1))
         nn.init.zeros_(self.modulate.weight)                             # the Zero of adaLN-Zero
         nn.init.zeros_(self.modulate.bias)
 
@@ -293,9 +291,10 @@ class ScDFM(nn.Module):
         def per_cell(e):                                                 # (C, d) -> (B, 1, d)
             return e.repeat_interleave(B // C, dim=0, output_size=B)[:, None]
         gene, effect = embedded[:S], torch.zeros((), device=control.device)
-        if self.effects is not None:
-            effect = self.effects(self.effect_row[tokens]).sum(1)[:, genes]      # (C, S)
-            effect = effect.repeat_interleave(B // C, dim=0, output_size=B)
+        if self.readout is not None:                                     # what training never saw has no effect
+            weight = weight * self.trained[tokens]
+            seen = (embedded[S:].unflatten(0, (C, K)) * weight[..., None]).sum(1)
+            effect = (seen @ self.readout[genes].T).float().repeat_interleave(B // C, dim=0, output_size=B)
         h_c = self.value_control(control.clamp(max=512)[..., None]) + gene       # eq. 6: (B, S, d)
         return Context(gene, [per_cell(layer.inject.e(e)) for layer in self.layers],
                        [layer.cross_block.attention.cache(h_c) for layer in self.layers], per_cell(self.inject.e(e)),
@@ -308,8 +307,7 @@ class ScDFM(nn.Module):
             h = layer(h, modulation[:, i], context.inject[i], context.control[i])
         v = self.decoder(self.inject(h, context.decoder)).squeeze(-1).float()    # eq. 13
         if self.precondition:
-            mean, variance = context.moments
-            return v + gaussian_velocity(x, t[:, None], mean + context.effect, variance)
+            v = v + gaussian_velocity(x, t[:, None], *context.moments)
         return v + context.effect
 
     def forward(self, x, t, control, genes, tokens, weight):

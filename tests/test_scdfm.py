@@ -37,7 +37,7 @@ def build(dataset, panel, config, seed=0, randomise=True):
     if randomise:
         torch.nn.init.normal_(model.modulate.weight, std=0.3)
         if config.effect_readout:
-            torch.nn.init.normal_(model.effects.weight[:-1], std=0.3)
+            torch.nn.init.normal_(model.readout, std=0.3)
     return model
 
 
@@ -239,22 +239,21 @@ def test_value_encoders_of_cell_and_control_are_two(dataset, panel):
     assert not {id(p) for p in own} & {id(p) for p in control} and not torch.equal(own[0], control[0])
 
 
-def test_readout_is_a_linear_effect_of_trained_perturbations_from_zero(dataset, panel):
-    """The velocity moves by the sum of the rows of the perturbations; one that training lacks has none."""
-    model = build(dataset, panel, tiny(effect_readout=True, precondition=False), randomise=False)
-    assert not model.effects.weight.any()
+def test_readout_starts_at_zero_and_adds_the_effect_of_what_was_trained(dataset, panel):
+    """The velocity moves by e_p W'; of a perturbation that training lacks, by the empty slot's part alone."""
+    model = build(dataset, panel, tiny(effect_readout=True), randomise=False)
+    assert not model.readout.any() and model.trained.sum() == 17        # 16 perturbations and the empty slot
     x, t, control, genes, tokens, weight = inputs(panel, ["TF1+TF2", "TF3"])
     before = model(x, t, control, genes, tokens, weight)
     with torch.no_grad():
-        model.effects.weight[:-1].normal_()
+        model.readout.normal_()
     moved = model(x, t, control, genes, tokens, weight) - before
-    row = {name: model.effects.weight[i, genes] for i, name in enumerate(panel.trained)}
-    expected = torch.stack([row["TF1"] + row["TF2"]] * 3 + [row["TF3"]] * 3)
+    e = (model.encoder(tokens.flatten()).unflatten(0, (2, 2)) * weight[..., None]).sum(1)
+    expected = (e @ model.readout[genes].T).repeat_interleave(3, 0)
     torch.testing.assert_close(moved.double(), expected, rtol=1e-4, atol=1e-5)
-    untrained = scdfm.ScDFM(tiny(effect_readout=True), dataclasses.replace(panel, trained=["TF2"]))
-    assert untrained.effect_row[tokens].tolist() == [[1, 0], [1, 1]] and untrained.effects.padding_idx == 1
-    model.effects(torch.tensor([len(panel.trained)])).sum().backward()
-    assert not model.effects.weight.grad.any()                  # the row of the untrained stays zero
+    column = {g: i for i, g in enumerate(panel.genes)}
+    other = scdfm.ScDFM(tiny(effect_readout=True), dataclasses.replace(panel, trained=["TF2"]))
+    assert other.trained.nonzero().flatten().tolist() == [column["TF2"], len(column)]
 
 
 def test_preconditioning_is_the_velocity_of_a_gaussian_per_gene():
@@ -272,7 +271,7 @@ def test_preconditioning_is_the_velocity_of_a_gaussian_per_gene():
 
 def test_unpreconditioned_paper_preset_has_no_parameter_more(panel):
     config = Config(**{**scdfm.PRESETS["paper"], "width": 16, "heads": 2, "knn": 0})
-    assert scdfm.ScDFM(config, panel).effects is None and not config.precondition
+    assert scdfm.ScDFM(config, panel).readout is None and not config.precondition
 
 
 # ------------------------------------------------------------------------------------------------ losses
