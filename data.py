@@ -1175,6 +1175,15 @@ def detected_cells(X, rows):
     return out
 
 
+def detected_medians(X, rows, most=20_000):
+    """Median of every gene's values that are not 0, [G], 0 for a silent gene; of more than `most` rows that many are
+    taken, evenly spaced."""
+    rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(np.int64)]
+    by_gene = sp.vstack([X[block] for block in row_blocks(X, rows)], format="csc")
+    ends = by_gene.indptr
+    return [float(np.median(by_gene.data[i:j])) if j > i else 0.0 for i, j in zip(ends[:-1], ends[1:])]
+
+
 def keep_columns(X, keep):
     """Drop columns of a matrix in place (keep: boolean (G,)), without a second copy of it."""
     if isinstance(X, StoredRows):
@@ -1564,7 +1573,7 @@ class Dataset:
         for block in row_blocks(self.X, self.fit_rows):
             highest = np.maximum(highest, self.X[block].max(axis=0).toarray()[0])
         return Panel(list(self.genes), self.eval_genes.tolist(), list(self.perturbations), self.pert_gene.tolist(),
-                     trained, mean.tolist(), highest.tolist(), covariates)
+                     trained, mean.tolist(), highest.tolist(), covariates, detected_medians(self.X, self.fit_rows))
 
     def populations(self, part, genes=None):
         """Lazy mapping {group: (n, G')} of the perturbed cells of a part, for metrics.evaluate."""
@@ -1636,6 +1645,7 @@ class Panel:
     mean: list              # of each gene, over training and control cells: what stands in for a gene that was not seen
     highest: list           # largest value of each gene in these cells
     covariates: dict = field(default_factory=dict)  # {obs column: its values}, the columns of --covariates in order
+    typical: list = field(default_factory=list)     # median of each gene's values there that are not 0
 
     def one_hot(self, groups, strict=True):
         """Covariates of groups CONDITION@COVARIATES, (n, values of all columns) float32. A value that the training file
@@ -2138,7 +2148,7 @@ CHECKPOINT_VERSION = 2
 CHECKPOINT_SECONDS = 300                                # between two checkpoints
 FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "compile", "resume", "cache_gb", "backed"}
-PREDICTING = {"ckpt", "out", "predict", "controls", "cells", "all_genes", "dtype", "seed"} | FREE_ON_RESUME
+PREDICTING = {"ckpt", "out", "predict", "controls", "cells", "all_genes", "dtype", "seed", "zeros"} | FREE_ON_RESUME
 UNITS = ("layer", "pert_key", "control_label", "separator", "gene_key", "counts", "lognorm")  # of the user's --controls
 
 
@@ -2155,6 +2165,7 @@ class RunConfig(DataConfig):
     steps: int = 100_000            # length of the schedule
     batch_size: int = 64            # target cells per step and process
     lr: float = 1e-4                # learning rate
+    zeros: typing.Literal["clamp", "detect"] = "clamp"  # small generated values: kept, or 0 or typical (as_measured)
     eval_every: int = 0             # score the validation conditions every so many steps; 0 never
     eval_cells: int = 1000          # cells generated per condition: as many as it really has, at most this
     device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
@@ -2378,13 +2389,30 @@ def match_genes(have, want):
     return np.array([where.get(gene, -1) for gene in want], dtype=np.int64)
 
 
-def as_measured(cells, panel, columns):
-    """Generated cells (n, E) for columns (E,) of the panel, as values that a measurement can have: not below zero, nor
-    above the gene's training maximum (log(10001) for a gene that is silent there). Returns them and how many were
-    capped."""
+def as_measured(cells, panel, columns, zeros="clamp", seed=0):
+    """Generated cells (n, E) of one group, for columns (E,) of the panel, as values that a measurement can have: not
+    below 0, nor above the gene's training maximum (log(10001) for a gene that is silent there).
+
+    zeros="detect": expression has an atom at zero, which a flow does not learn. A value x below v, the gene's median
+    detected value in training, becomes v with probability x / v and else 0. Cells are drawn systematically in random
+    order, so a gene's mean moves by v / n at most; a cell then depends on its population. Returns the cells, float32,
+    and how many values were capped.
+    """
     highest = np.array(panel.highest, dtype=np.float32)[columns]
     highest = np.where(highest > 0, highest, np.float32(np.log(10_001)))
-    return np.clip(cells, 0, highest), int((cells > highest).sum())
+    capped = int((cells > highest).sum())
+    cells = np.clip(cells, 0, highest).astype(np.float32)
+    if zeros == "detect":
+        typical = np.array(panel.typical, dtype=np.float32)[columns]
+        rng = np.random.default_rng(seed)
+        order = np.argsort(rng.random(cells.shape), axis=0)              # of the cells, for every gene
+        x = np.take_along_axis(cells, order, axis=0)
+        low = x < typical
+        share = np.where(low, x / np.maximum(typical, 1e-6), 0).astype(np.float64)
+        mass = np.cumsum(share, axis=0) + rng.random((1, x.shape[1]))
+        detected = np.floor(mass) > np.floor(mass - share)               # where the running mass passes a whole number
+        np.put_along_axis(cells, order, np.where(low, detected * typical, x), axis=0)
+    return cells, capped
 
 
 def pick_device(name):

@@ -1078,7 +1078,7 @@ def predict(run, model, sizes, controls, columns, **options):
         seed = data.seed_of(group, run.config.seed)
         start = data.pick_rows(controls[group.partition("@")[2]], n, seed)
         cells = generate(model, run, group, start, columns, seed, **options)
-        out[group], capped = data.as_measured(cells, run.panel, columns)
+        out[group], capped = data.as_measured(cells, run.panel, columns, run.config.zeros, seed)
         run.capped += capped
         if sys.stdout.isatty():
             run.say(f"\rpredicted {len(out)} of {len(sizes)} conditions\033[K", "\n" if len(out) == len(sizes) else "")

@@ -100,8 +100,9 @@ def check(config):
 
 
 PRESETS = {"paper": {}, "demo": dict(
-    steps=800, hvg=1000, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2,
-    dropout=0.0, ema=0.99, gene_subset=60, ode="heun", ode_steps=6, eval_cells=100)}
+    steps=500, hvg=1000, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2,
+    dropout=0.0, ema=0.99, gene_subset=60, effect_readout=True, precondition=True, ode="heun", ode_steps=6,
+    zeros="detect", eval_cells=100)}
 SAMPLING = {"ode", "ode_steps"}         # flags that --ckpt may change
 other_use = None                        # what --ckpt is for besides --predict
 
@@ -619,7 +620,7 @@ def predict(run, model, sizes, controls, columns, **options):
         seed = data.seed_of(group, run.config.seed)
         start = data.pick_rows(controls[group.partition("@")[2]], n, seed)
         cells = generate(model, run, group, start, columns, seed, **options)
-        out[group], capped = data.as_measured(cells, run.panel, columns)
+        out[group], capped = data.as_measured(cells, run.panel, columns, run.config.zeros, seed)
         run.capped += capped
         if sys.stdout.isatty():
             run.say(f"\rpredicted {len(out)} of {len(sizes)} conditions\033[K", "\n" if len(out) == len(sizes) else "")

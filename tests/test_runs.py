@@ -455,6 +455,22 @@ def test_generated_values_stay_within_what_training_measured():
     assert capped == 2
 
 
+def test_detection_keeps_means_and_makes_small_values_zero_or_typical():
+    """Systematic draws: a gene's mean moves by typical / n at most, whatever its values; large values stay."""
+    rng = np.random.default_rng(0)
+    panel = data.Panel(["a", "b"], [0, 1], [], [], [], [1, 1], [9, 9], {}, [2.0, 1.0])
+    x = np.stack([rng.gamma(0.5, 1, 400), rng.gamma(2, 1, 400)], axis=1).astype(np.float32)
+    cells, _ = data.as_measured(x, panel, [0, 1], "detect", seed=3)
+    for gene, typical in enumerate((2.0, 1.0)):
+        low = x[:, gene] < typical
+        assert set(cells[low, gene]) == {0, typical} and np.array_equal(cells[~low, gene], x[~low, gene])
+        assert abs(cells[:, gene].mean() - x[:, gene].mean()) <= typical / 400 + 1e-5
+    other, _ = data.as_measured(x, panel, [0, 1], "detect", seed=4)
+    assert not np.array_equal(cells, other)
+    kept, _ = data.as_measured(x, panel, [0, 1])
+    assert np.array_equal(kept, x)
+
+
 # ------------------------------------------------------------------------------------------------ misuse
 
 @pytest.mark.parametrize("flags, words", [
