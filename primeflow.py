@@ -136,8 +136,9 @@ def check(config):
     if any(w != 1 for w in config.guidance) and config.p_null == 0:
         raise DataError(f"--guidance {' '.join(map(str, config.guidance))}: without --p-null the null condition is not "
                         "trained; use --guidance 1")
-    if min(config.blocks, config.hidden, config.pcs, config.accumulate, config.ode_steps, *config.multipliers,
-           *config.mlp_layers) < 1 or min(config.value_scale, config.ot_epsilon) == 0:
+    positive = (config.blocks, config.hidden, config.pcs, config.accumulate, config.ode_steps, config.value_scale,
+                config.ot_epsilon)
+    if 0 in positive + tuple(config.multipliers) + tuple(config.mlp_layers):
         raise DataError("--blocks, --hidden, --pcs, --accumulate, --ode-steps, --multipliers, --mlp-layers, "
                         "--value-scale and --ot-epsilon must be positive")
     if max(config.dropout, config.ema, config.p_null) >= 1:
@@ -308,7 +309,8 @@ class MLPVelocity(nn.Module):
 
     def __init__(self, size, config):
         super().__init__()
-        H, (n_value, _, _, n_decoder), drop = config.hidden, config.mlp_layers, config.dropout
+        H, drop = config.hidden, config.dropout
+        n_value, _, _, n_decoder = config.mlp_layers
         self.value = mlp([size] + [H] * n_value, drop)
         # the decoder's first layer in two parts: that of condition and time is the same for all cells when sampling
         self.join, self.join_conditioning = nn.Linear(H, H), nn.Linear(2 * H, H, bias=False)
@@ -410,7 +412,8 @@ class PRiMeFlow(nn.Module):
             self.condition = mlp([columns, E, E])
         else:
             self.net = MLPVelocity(self.space.size, config)
-            E, (_, n_condition, n_time, _) = config.hidden, config.mlp_layers
+            E = config.hidden
+            _, n_condition, n_time, _ = config.mlp_layers
             self.time = mlp([config.width] + [E] * n_time, config.dropout)
             self.condition = mlp([columns] + [E] * n_condition, config.dropout)
         self.null = nn.Parameter(torch.zeros(E))

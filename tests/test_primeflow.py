@@ -350,12 +350,6 @@ def test_own_controls_of_a_covariate_not_seen_are_its_origin(types):
     np.testing.assert_allclose(got, control, rtol=1e-4)             # the U-Net's head and the readout start at zero
 
 
-def test_rows_of_the_table_are_the_guidance_weights():
-    rows = {"": {"guidance": 1.0}, " w=3": {"guidance": 3.0}, " w=5": {"guidance": 5.0}}
-    assert primeflow.variants(Config()) == rows
-    assert primeflow.variants(tiny(guidance=[2.5])) == {"": {"guidance": 2.5}}
-
-
 # ------------------------------------------------------------------------------------------------ learning
 
 def test_flow_learns_both_modes_of_a_conditional_distribution():
