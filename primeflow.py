@@ -337,7 +337,7 @@ class Space(nn.Module):
         G = len(panel.genes)
         self.pca, self.standardise = config.space == "pca", config.standardise
         self.size = min(config.pcs, G) if self.pca else G
-        self.covariates = [",".join(values) for values in itertools.product(*panel.covariates.values())]
+        self.covariates = [data.covariate_name(values) for values in itertools.product(*panel.covariates.values())]
         self.register_buffer("profiles", torch.zeros(len(self.covariates), G))
         self.register_buffer("trained", torch.zeros(len(self.covariates), dtype=torch.bool))  # has perturbed cells
         self.register_buffer("deviation", torch.ones(G))
@@ -582,7 +582,7 @@ def train(run, state):
     cells = {g: len(dataset.rows[g]) for g in dataset.part("train")}
     if config.coupling == "independent":
         cells |= {data.group_name(data.CONTROL, v): len(rows) for v, rows in dataset.control_rows["train"].items()}
-    share = torch.tensor([float(cells.get(g, 0)) for g in dataset.groups], device=device)
+    share = torch.tensor([float(cells.get(g, 0)) for g in dataset.groups], device=dataset.where)
     if config.balanced:
         share = share.sign()
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(cells.values()):,} training cells, "
@@ -595,7 +595,7 @@ def train(run, state):
         for a in range(A):
             # batch: n cells of each of B / n groups, which are drawn by their cells or alike
             group = torch.multinomial(share, B // n, replacement=True)
-            each = group.repeat_interleave(n, output_size=B)
+            each = group.to(device).repeat_interleave(n, output_size=B)
             profile = space.profiles[covariate[each]]                     # (B, G)
             x1, c = space.encode(dataset.gather(dataset.draw(group, n)), profile), condition[each]
             if config.coupling == "independent":
