@@ -34,7 +34,7 @@ Deviations (numbers that back them: README, experiments):
 13. All sizes and the schedule are ours, after TarFlow; P names none. Sampling is sequential with cached keys.
 14. Every process draws its own batch, conditions included; none comes twice in it while there are enough.
 15. --effect-readout (demo): the flow models what a linear effect per gene and perturbation leaves; P has none.
-16. Sampling in the demo, log p untouched: --token-strength tells H half of the perturbation, since what it says beyond
+16. Sampling in the demo, log p untouched: --token-strength tells H less of the perturbation, since what it says beyond
     the linear effect is learned by heart from few conditions; --calibration shifts cells, linearly in the conditions,
     to the training means, which a likelihood alone misses; --stratified takes noise that covers each gene evenly.
 """
@@ -123,7 +123,7 @@ def check(config):
 
 PRESETS = {"paper": {}, "demo": dict(
     folds=5, hvg=1000, steps=800, lr=5e-3, lr_min=1e-5, warmup=50, width=32, heads=2, layers=1, context_layers=1,
-    patch=4, dropout=0.0, effect_readout=True, token_strength=0.5, calibration=3.0, stratified=True, ema=0.99,
+    patch=4, dropout=0.0, effect_readout=True, token_strength=0.7, calibration=3.0, stratified=True, ema=0.99,
     neighbours=20, rank=10, eval_cells=100)}
 SAMPLING = {"score", "score_under", "score_controls"}   # flags that --ckpt may change
 
