@@ -34,9 +34,8 @@ Deviations (numbers that back them: README, experiments):
 13. All sizes and the schedule are ours, after TarFlow; P names none. Sampling is sequential with cached keys.
 14. Every process draws its own batch, conditions included; none comes twice in it while there are enough.
 15. --effect-readout (demo): the flow models what a linear effect per gene and perturbation leaves; P has none.
-16. Sampling in the demo, log p untouched: --token-strength tells H less of the perturbation, since what it says beyond
-    the linear effect is learned by heart from few conditions; --calibration shifts cells, linearly in the conditions,
-    to the training means, which a likelihood alone misses; --stratified takes noise that covers each gene evenly.
+16. --calibration (demo; log p is untouched): generated cells are shifted, linearly in the conditions, to the means of
+    the training conditions, which the likelihood of few cells alone misses.
 """
 import copy
 import datetime
@@ -80,9 +79,7 @@ class Config(data.RunConfig):
     patch: int = 1                  # P: genes per slot (paper 1); more is faster and coarser
     dropout: float = 0.1            # ours
     effect_readout: bool = False    # a linear effect per gene and perturbation beside the flow (ours; paper none)
-    token_strength: float = 1.0     # in sampling, of what the flow's tokens are told of the perturbation (paper 1)
     calibration: float = 0.0        # ridge penalty of shifts that match generated means to training's; 0: none (paper)
-    stratified: bool = False        # noise of a group of generated cells covers each gene's range evenly (paper not)
     dequantise: float = 0.1         # sigma_d, log1p CP10k: noise on the targets (ours; TarFlow 0.05 to 0.15)
     denoise_weight: float = 0.5     # lambda_denoise; 0 removes the denoising task (ablation)
     contrast_weight: float = 0.05   # lambda_cont after a ramp over a tenth of the steps; 0: no contrast (ablation)
@@ -123,8 +120,8 @@ def check(config):
 
 PRESETS = {"paper": {}, "demo": dict(
     folds=5, hvg=1000, steps=800, lr=5e-3, lr_min=1e-5, warmup=50, width=32, heads=2, layers=1, context_layers=1,
-    patch=4, dropout=0.0, effect_readout=True, token_strength=0.7, calibration=3.0, stratified=True, ema=0.99,
-    neighbours=20, rank=10, eval_cells=100)}
+    patch=4, dropout=0.0, effect_readout=True, calibration=3.0, ema=0.99, neighbours=20, rank=10, zeros="detect",
+    eval_cells=100)}
 SAMPLING = {"score", "score_under", "score_controls"}   # flags that --ckpt may change
 
 
@@ -376,14 +373,13 @@ class CellTARNet(nn.Module):
         """log1p CP10k (B, G) -> standardised, without its effect (B, G), and padded (B, T P)."""
         return F.pad((x - self.mean) / self.std - effect, (0, self.padding))
 
-    def encode(self, control, c, strength=1.0):
-        """control (n, G) log1p CP10k, c (n, V) of multi_hot() -> Context; strength: of the perturbations in H."""
+    def encode(self, control, c):
+        """control (n, G) log1p CP10k, c (n, V) of multi_hot() -> Context."""
         y = self.blocks[0].slots(self.standard(control))
         place = self.gene[self.blocks[0].order].unflatten(0, (-1, self.patch)).mean(1)
         with torch.autocast(y.device.type, enabled=False):               # the effect is part of the values: fp32
             table = torch.cat([self.gene_to_pert(self.gene[:self.n_genes]), self.own])
-            told = torch.cat([strength * c[:, :self.n_pert], c[:, self.n_pert:]], dim=1)
-            pert = told @ table                                          # a sum: doubles never seen are additive here
+            pert = c @ table                                             # a sum: doubles never seen are additive here
             effect = c[:, self.n_genes:] @ self.effects
         h = torch.cat([self.special[0].expand(len(y), 1, -1), self.value(y) + place,
                        (pert + self.special[1])[:, None]], dim=1)
@@ -486,7 +482,7 @@ def sample(model, z, control, c, config, step=FlowBlock.step):
 
     The dequantisation noise is taken back where it shows: values within twice its deviation of zero become zero.
     """
-    context = model.encode(control, c, config.token_strength)
+    context = model.encode(control, c)
     x = model.inverse(z, context, torch.arange(len(z), device=z.device), step)
     with torch.autocast(x.device.type, enabled=False):
         x = x + model.shift[0] + c[:, model.n_genes:] @ model.shift[1:]
@@ -511,22 +507,12 @@ def cells_at_once(run):
     return min(1024, max(1, int(data.room(run.device) // (4 * slots * config.width * (4 * config.layers + 16)))))
 
 
-def draw_noise(shape, stratified, generator, device):
-    """Standard normal noise (n, G). stratified: of each gene's n values one lies in every n-th of the distribution, in
-    random order (a Latin hypercube): each cell is as likely as before, but the mean of few cells varies less."""
-    if not stratified:
-        return torch.randn(shape, generator=generator, device=device)
-    rank = torch.rand(shape, generator=generator, device=device).argsort(dim=0)
-    within = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-    return torch.special.ndtri((rank + within) / shape[0]).clamp(-6, 6).float()
-
-
 def generate(model, run, group, control, columns, seed):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
     for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory; calls are independent.
     """
     generator = torch.Generator(run.device).manual_seed(seed)
-    noise = draw_noise(control.shape, run.config.stratified, generator, run.device)     # the same for any chunks
+    noise = torch.randn(control.shape, generator=generator, device=run.device)          # the same for any chunks
     c = multi_hot([group], run.panel).to(run.device)
     chunks = math.ceil(len(control) / cells_at_once(run))
     columns, out = torch.as_tensor(columns, device=run.device), []
@@ -648,7 +634,7 @@ def train(run, state):
 
     # training conditions: index of their group, what the model is told of them, once
     names = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in names], device=device)
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
     conditions = sorted({g.partition("@")[0] for g in names})
     condition = torch.tensor([conditions.index(g.partition("@")[0]) for g in names], device=device)
     c = multi_hot(names, panel).to(device)
@@ -663,10 +649,11 @@ def train(run, state):
     for step in range(begin + 1, config.steps + 1):
         # batch: m cells of each of n conditions, dealt as from shuffled decks: none comes twice while there are enough
         run.start(step)
-        deck = torch.rand(math.ceil(n / len(group)), len(group), device=device).argsort(dim=1)
+        deck = torch.rand(math.ceil(n / len(group)), len(group), device=dataset.where).argsort(dim=1)
         pick = deck.flatten()[:n]
         x = dataset.gather(dataset.draw(group[pick], m)).view(n, m, G)
         clean = dataset.gather(dataset.draw(dataset.controls_for(group[pick]), 1))           # (n, G)
+        pick = pick.to(device)
 
         # dequantised targets; the context sees the control cell under noise of the data's own variance
         noise, level = torch.randn(n, m + 2, G, device=device), torch.rand(n, 1, device=device)

@@ -340,6 +340,7 @@ class Space(nn.Module):
         self.covariates = [data.covariate_name(values) for values in itertools.product(*panel.covariates.values())]
         self.register_buffer("profiles", torch.zeros(len(self.covariates), G))
         self.register_buffer("trained", torch.zeros(len(self.covariates), dtype=torch.bool))  # has perturbed cells
+        self.register_buffer("unit", torch.ones(()))                     # median distance of the trained profiles
         self.register_buffer("deviation", torch.ones(G))
         if self.pca:
             self.register_buffer("mean", torch.zeros(G))
@@ -354,6 +355,8 @@ class Space(nn.Module):
             self.profiles[self.covariates.index(covariate)] = torch.from_numpy(mean)
         for group in dataset.part("train"):
             self.trained[self.covariates.index(group.partition("@")[2])] = True
+        if self.trained.sum() > 1:
+            self.unit.copy_(torch.pdist(self.profiles[self.trained]).median())
         total, square = data.gene_moments(X, rows)
         variance = np.maximum(square / len(rows) - (total / len(rows)) ** 2, 0)
         self.deviation.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=0.01))        # a silent gene stays silent
@@ -386,14 +389,11 @@ class Space(nn.Module):
     def similarity(self, profile):
         """profile (1, G) -> (V,): a one-hot for a covariate that has perturbed training cells; another one is a mixture
         of those, weighted by exp(-4 (d / median d)^2), d the distance of the mean control cells."""
-        known = self.profiles[self.trained]
         distance = (profile - self.profiles).norm(dim=1)
         same = (distance == 0) & self.trained
-        if same.any():
-            return same.float()
-        unit = torch.pdist(known).median() if len(known) > 1 else 1.0
-        near = -4 * (distance / unit).square()
-        return torch.softmax(near.masked_fill(~self.trained, -torch.inf), dim=0)
+        near = -4 * (distance / self.unit).square()
+        mixture = torch.softmax(near.masked_fill(~self.trained, -torch.inf), dim=0)
+        return torch.where(same.any(), same.float(), mixture)
 
 
 class PRiMeFlow(nn.Module):
