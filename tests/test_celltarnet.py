@@ -384,7 +384,7 @@ def test_multi_hot_is_additive_and_knows_genes_doses_and_covariates():
     assert c.tolist() == [[1, 0, 0, 1, 0, 0, 0, 1, 0, 1], [1, 0, 0, 1, 0, 0, 1, 1, 0, 1]]
     a, b, ab, gene = multi_hot(["A", "B:2", "A+B:2", "C"], panel())
     assert torch.equal(a + b, ab) and b.tolist() == [0, 1, 0, 0, 0, 1, 0] and gene.tolist() == [0, 0, 1, 0, 0, 0, 0]
-    assert multi_hot(["A@d,t,1"], types)[0, 7:].tolist() == [1, 1, 0]
+    assert multi_hot([r"A@d,t\,1"], types)[0, 7:].tolist() == [1, 1, 0]
     with pytest.raises(data.DataError, match="'NK' is no type of the training file; it has t,1, t2"):
         multi_hot(["A@d,NK"], types)
 
