@@ -318,6 +318,7 @@ def test_linear_effects_add_up_and_start_at_zero(dataset, panel):
     torch.nn.init.normal_(model.flow.effect)
     _, effect = conditions(model, run, groups)
     torch.testing.assert_close(effect[0] + effect[1], effect[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(effect[0, 0], model.flow.pert_vectors[panel.genes.index("TF1")] @ model.flow.effect)
     z, t, told = torch.randn(3, 5, 8), torch.rand(3, 5), scbig.slots(groups, panel, run.config)
     v, end = model.flow(z, t, told, 1.0, z, torch.arange(3))
     with torch.no_grad():
