@@ -838,7 +838,6 @@ def train(run, state):
         model = build(config, panel, state["parts"]["model"]).to(device)
     else:
         model = ScBIG(config, panel, load_priors(run)).to(device)
-        write_modules(run, model)
     second = state if state and state["stage"] == "training" else None
     if not second:
         pretrain(run, state, model)
@@ -850,6 +849,8 @@ def train(run, state):
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     begin, net = run.resume(second, parts), run.wrap(model.flow)
     autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
+    if begin == 0:
+        write_modules(run, model)
 
     # latents of all training cells, once; training conditions: index of their group, and what the flow is told of them
     latents = torch.zeros(dataset.X.shape[0], config.latent, device=device)
