@@ -787,6 +787,8 @@ def test_ema_follows_the_flow(whole):
     parts = checkpoint(whole)["parts"]
     differs = {k.split(".")[0] for k, v in parts["model"].items() if not torch.equal(v, parts["ema"][k])}
     assert differs == {"flow"}
+    effect, average = (parts[name]["flow.effect"].norm() for name in ("model", "ema"))              # from zero
+    assert 0 < average < effect
 
 
 def test_prediction_needs_no_prior_file(demo, call, dataset, tmp_path):
