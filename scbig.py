@@ -41,8 +41,7 @@ Deviations (numbers that back them: README, experiments):
 15. --effect-readout and --residual (demo): a linear effect in the velocity, and generated cells keep what the
     autoencoder loses of their control cell: 30 conditions teach the network no additivity, and its decoder returns
     conditional means, without the variance and the zeros of cells.
-16. --schedule cosine, --sigma 0.1, --condition-dropout 0.8, --ema (demo): short training of a small model, whose
-    latents spread less than the paper's noise.
+16. --schedule cosine, --condition-dropout 0.8, --ema (demo): short training of a small model.
 17. Ours: priors from training cells where no file is given, no dropout on attention weights.
 """
 import copy
@@ -145,7 +144,7 @@ PRESETS = {"paper": {}, "demo": dict(
     steps=500, hvg=1000, batch_size=512, conditions_per_batch=8, lr=1e-3, schedule="cosine", modules=8, width=64,
     layers=2, heads=4, inducing=4, latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128,
     pretrain_lr=2e-3, pretrain_check=200, hidden=256, condition_dropout=0.8, effect_readout=True, residual=True,
-    sigma=0.1, structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, eval_cells=100)}
+    structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, eval_cells=100)}
 SAMPLING = {"ode_steps", "analyse"}     # flags that --ckpt may change
 
 
@@ -839,7 +838,6 @@ def train(run, state):
         model = build(config, panel, state["parts"]["model"]).to(device)
     else:
         model = ScBIG(config, panel, load_priors(run)).to(device)
-        write_modules(run, model)
     second = state if state and state["stage"] == "training" else None
     if not second:
         pretrain(run, state, model)
@@ -851,6 +849,8 @@ def train(run, state):
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     begin, net = run.resume(second, parts), run.wrap(model.flow)
     autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
+    if begin == 0:
+        write_modules(run, model)
 
     # latents of all training cells, once; training conditions: index of their group, and what the flow is told of them
     latents = torch.zeros(dataset.X.shape[0], config.latent, device=device)
