@@ -326,32 +326,6 @@ def benjamini_hochberg(p):
     return out
 
 
-ENRICHMENT = ("module", "pathway", "overlap", "module_genes", "pathway_genes", "p", "p_adjusted")
-
-
-def enrichment(modules, genes, sets):
-    """Rows (see ENRICHMENT) of the gene sets that a module holds more of than chance would give it, most significant
-    first: hypergeometric test among the given genes, Benjamini-Hochberg over all pairs, adjusted p below 0.05.
-
-    modules (G,) int: module of every gene; genes [G]: their names; sets {name: names in upper case}, those with fewer
-    than three of the genes left out."""
-    symbol = np.array([gene.upper() for gene in genes])
-    inside = {name: np.isin(symbol, list(members)) for name, members in sets.items()}
-    inside = {name: mask for name, mask in inside.items() if mask.sum() >= 3}
-    rows = []
-    for k in np.unique(modules):
-        own = modules == k
-        for name, mask in inside.items():
-            counts = int((own & mask).sum()), int(own.sum()), int(mask.sum())
-            p = stats.hypergeom.sf(counts[0] - 1, len(symbol), counts[2], counts[1])
-            rows.append((int(k), name, *counts, float(p)))
-    if not rows:
-        return []
-    adjusted = benjamini_hochberg(np.array([row[-1] for row in rows]))
-    rows = [(*row, float(q)) for row, q in zip(rows, adjusted) if q < 0.05]
-    return sorted(rows, key=lambda row: (row[-1], row[0], row[1]))
-
-
 def welch_t(mean, var, n, control_mean, control_var):
     """scanpy's t-test_overestim_var: Welch's t with n cells on both sides, (mean - control) / sqrt((var + var_c) / n).
 
@@ -492,25 +466,31 @@ def lfc_nmae(pred, real):
 
 # -------------------------------------------------------------------------------- gene sets
 
-def enrichment(modules, sets, universe, alpha=0.05, least=3):
-    """Gene sets that are over-represented in gene modules, by the hypergeometric test (upper tail).
+ENRICHMENT = ("module", "pathway", "overlap", "module_genes", "pathway_genes", "p", "p_adjusted")
 
-    modules, sets: {name: gene names}; universe: all genes that a module could hold. Names are compared in capitals;
-    genes outside the universe count nowhere, sets with fewer than `least` genes in it are not tested.
-    Returns [(module, set, overlap, module size, set size, p, adjusted p)], Benjamini-Hochberg over all pairs, with
-    adjusted p < alpha, the smallest first.
+
+def enrichment(modules, genes, sets):
+    """Gene sets that a module holds more of than chance, most significant first: rows of the columns ENRICHMENT.
+
+    Hypergeometric test (upper tail) among the given genes, Benjamini-Hochberg over all pairs, adjusted p < 0.05.
+    modules (G,): module of every gene; genes: their names; sets {name: names in capitals}, those with fewer than three
+    of the genes left out.
     """
-    universe = {gene.upper() for gene in universe}
-    modules, sets = ({name: universe & {gene.upper() for gene in genes} for name, genes in named.items()}
-                     for named in (modules, sets))
-    pairs = [(module, name, len(mine & genes), len(mine), len(genes))
-             for module, mine in modules.items() for name, genes in sets.items() if len(genes) >= least]
-    if not pairs:
+    capitals = [gene.upper() for gene in genes]
+    sets = {name: np.isin(capitals, list(members)) for name, members in sets.items()}
+    rows = []
+    for module in np.unique(modules):
+        own = modules == module
+        for name, inside in sets.items():
+            if inside.sum() >= 3:
+                overlap, size = int((own & inside).sum()), int(inside.sum())
+                p = stats.hypergeom.sf(overlap - 1, len(genes), size, own.sum())
+                rows.append((int(module), name, overlap, int(own.sum()), size, float(p)))
+    if not rows:
         return []
-    overlap, module_size, set_size = np.array([pair[2:] for pair in pairs]).T
-    p = stats.hypergeom.sf(overlap - 1, len(universe), set_size, module_size)
-    rows = [(*pair, float(a), float(b)) for pair, a, b in zip(pairs, p, benjamini_hochberg(p)) if b < alpha]
-    return sorted(rows, key=lambda row: row[5:])
+    adjusted = benjamini_hochberg(np.array([row[-1] for row in rows]))
+    rows = [(*row, float(a)) for row, a in zip(rows, adjusted) if a < 0.05]
+    return sorted(rows, key=lambda row: (row[-1], row[0], row[1]))
 
 
 # -------------------------------------------------------------------------------- ranks and discrimination
