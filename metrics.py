@@ -2,7 +2,7 @@
 
 A score compares predicted cells Y with real cells X of one condition, both log1p CP10k. q and m are their means over
 cells (the pseudobulks), c is the mean of the real control cells, dp = q - c and dr = m - c are the predicted and the
-real effect. Every number here can be had in two ways:
+real effect. G genes, P predicted and N real conditions, n and k cells.
 
     python metrics.py pred.h5ad real.h5ad                       score anybody's predictions, print the table
     python metrics.py pred.h5ad real.h5ad --reference train.h5ad --out metrics.json
@@ -11,25 +11,23 @@ real effect. Every number here can be had in two ways:
     result = evaluate(pred, real, control, genes, train)        the same from arrays, for scripts
     print(format_table(result_rows(result, "my method")))
 
-Files are AnnData; obs names the condition, genes are matched by name, 'A+ctrl' meets 'A'. The genes that are scored are
-those of the prediction; the real file is normalised over all its genes first. --reference is a file of training cells:
-it gives the Systema reference and the floors that a method must beat.
+Files are AnnData; obs names the condition, 'A+ctrl' meets 'A'. The prediction's genes are scored, matched by name; the
+real file is normalised over all its genes first. --reference: training cells, for Systema and the floors.
 
 What to keep in mind when reading the numbers:
 - One real control serves both sides. A tool that gives each side its own (cell-eval) differs where the two differ.
-- L2, MSE, MAE and all correlations are pseudobulk: computed on means over cells, then averaged over conditions. The
-  published formulas that sum over cells are something else: they rank a fresh draw of the truth below a constant.
+- L2, MSE, MAE and all correlations are of means over cells, then averaged over conditions. The published formulas that
+  sum over cells rank a fresh draw of the truth below a constant.
 - NaN is an answer: a condition for which a metric is undefined is left out of the mean, and missing in `n_valid`.
-- A predicted effect below 1e-6 (absolute, or relative to the real one) is no effect: correlations and cosines are NaN
-  then, not the correlation of rounding errors with the truth.
+- A predicted effect below 1e-6 (absolute, or relative to the real one) is rounding: correlations and cosines are NaN.
 - Ties share the mid-rank, so a model that predicts the same for every condition scores 0.5, never a perfect 0.
   In every rank an undefined own score counts 0.5 and an undefined competitor ranks last.
 - e_distance, mmd and mmd_pca30 are V-statistics: they grow as cells become fewer. Floors therefore have as many cells
   as the prediction; the replicate has half of the real cells on each side, so a good model can pass it.
 - Distances grow with the number of genes, and PCA is fitted on the real cells at hand: values of different gene sets or
   different sets of conditions cannot be compared.
-- All keys agree with the reference implementations to 1e-6 in every condition of a case with all of them, but for mmd
-  and mmd_pca30 (2e-4, 1e-4), which PerturBench computes in float32 with distances of at least 1e-4.
+- All keys agree with the reference implementations to 1e-6, but for mmd and mmd_pca30 (2e-4, 1e-4), which PerturBench
+  computes in float32.
 """
 import argparse
 import dataclasses
@@ -109,29 +107,22 @@ MANY_CONDITIONS, FEW_CELLS = 100, 100  # ... and above so many conditions, since
 # -------------------------------------------------------------------------------- pseudobulk metrics
 
 def l2(q, m):
-    """||q - m||_2, (G,) means over cells of prediction and truth. >= 0, perfect 0; grows with sqrt(G).
-
-    scDFM (eq. 15), scBIG (eq. 11), CellTARNet; cell-eval has none. Control: length of the real effect.
-    """
+    """||q - m||_2 of means over cells (G,). scDFM (eq. 15), scBIG (eq. 11), CellTARNet. Grows with sqrt(G)."""
     return float(np.linalg.norm(q - m))
 
 
 def mse(q, m):
-    """mean_g (q_g - m_g)^2, pseudobulk, all genes. >= 0, perfect 0; control: mean squared effect.
-
-    scDFM, scBIG, CellTARNet; equals cell-eval's. The papers print a sum over cells, which is 30 times larger, and
-    worse for a fresh draw from the truth than for a constant.
-    """
+    """mean_g (q_g - m_g)^2. scDFM, scBIG, CellTARNet; the papers print a sum over cells, which is 30 times larger."""
     return float(np.mean((q - m) ** 2))
 
 
 def mae(q, m):
-    """mean_g |q_g - m_g|, pseudobulk, all genes. >= 0, perfect 0. Used where mse is, with the same caveat."""
+    """mean_g |q_g - m_g|. Used where mse is."""
     return float(np.mean(np.abs(q - m)))
 
 
 def rmse(q, m):
-    """sqrt(mean_g (q_g - m_g)^2) per condition, not the root of the mean mse. >= 0, perfect 0. PRiMeFlow's RMSE."""
+    """sqrt(mean_g (q_g - m_g)^2) per condition, not the root of the mean mse. PRiMeFlow."""
     return float(np.sqrt(np.mean((q - m) ** 2)))
 
 
@@ -161,10 +152,7 @@ def pearson(x, y):
 
 
 def spearman(x, y):
-    """Spearman correlation with average ranks; NaN as pearson. Infinite values rank at the ends.
-
-    Over conditions, spearman(number of predicted DE genes, number of real ones) is cell-eval's 'de_spearman_sig'.
-    """
+    """Spearman correlation with average ranks; NaN as pearson. Infinite values rank at the ends."""
     x, y = (np.clip(np.asarray(values, dtype=np.float64), -1e300, 1e300) for values in (x, y))
     if constant(x) or constant(y):
         return math.nan
@@ -172,14 +160,11 @@ def spearman(x, y):
 
 
 def pearson_delta(q, m, reference, genes=None):
-    """Pearson correlation of q - reference and m - reference; genes: optional subset (indices). [-1, 1], perfect 1.
+    """Pearson correlation of q - reference and m - reference; genes: optional subset (indices). Of a point mass NaN.
 
-    pearson_delta: reference = mean of real controls. Control: NaN as a point mass, about 0 resampled; the mean training
-    perturbation scores high wherever perturbations share a response, so read it beside pearson_delta_hat. scBIG's
-    r_all, cell-eval's pearson_delta (own control per side).
-    pearson_delta_hat (Systema): reference = unweighted mean of the training perturbations' means; that mean scores NaN
-    or about 0, the control of either sign. scDFM, CellTARNet; scBIG's code takes the control, under the same name.
-    ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de). GEARS and Systema: top 20 of scanpy's t-test.
+    pearson_delta: reference = mean of real controls (scBIG's r_all). The mean training perturbation scores high where
+    perturbations share a response, so read it beside pearson_delta_hat (Systema; scDFM, CellTARNet), where that mean is
+    the reference. ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de).
     """
     dp, dr = q - reference, m - reference
     if genes is not None:
@@ -188,7 +173,7 @@ def pearson_delta(q, m, reference, genes=None):
 
 
 def spearman_delta(q, m, reference):
-    """Spearman correlation of q - reference and m - reference, all genes. [-1, 1], perfect 1, control NaN or about 0.
+    """Spearman correlation of q - reference and m - reference, all genes.
 
     CellTARNet's text takes profiles (reference = 0), where the control reaches 0.92.
     """
@@ -199,8 +184,7 @@ def spearman_delta(q, m, reference):
 def acc(q, m, c, genes=None):
     """Share of genes with (dp > 0) == (dr > 0): zero counts as 'not up', so genes silent everywhere are always right.
 
-    [0, 1], perfect 1, random 0.5; control (dp = 0): share of genes that are not up. scBIG's ACC and, on the 20 genes
-    with the largest |m - c|, its ACC-DEG. GEARS compares signs, 0 being one.
+    Random 0.5; control (dp = 0): share of genes that are not up. scBIG's ACC and, on 20 genes, its ACC-DEG.
     """
     dp, dr = q - c, m - c
     if no_effect(dp, dr):
@@ -217,10 +201,7 @@ def cosine(x, y):
 
 
 def discr_cos(q, m, reference):
-    """cos(q - reference, m - reference), expression space, reference = control mean. [-1, 1], perfect 1, control NaN.
-
-    scBIG (eq. 18, no released code). In PCA(50) values are higher (0.79 for 0.69).
-    """
+    """cos(q - reference, m - reference) in gene space. scBIG (eq. 18, no released code)."""
     dp, dr = q - reference, m - reference
     return math.nan if no_effect(dp, dr) or no_effect(dr) else cosine(dp, dr)
 
@@ -228,8 +209,7 @@ def discr_cos(q, m, reference):
 def log_fold_change(q, c, pseudocount=1e-9, exp=True):
     """log2((f(q) + pseudocount) / (f(c) + pseudocount)) per gene, f = expm1 or the identity; means below 0 count as 0.
 
-    Default: pdex and scanpy up to the pseudocount (pdex has 0, hence infinities; pdex 0.1 clips at 20 and 1/20).
-    pseudocount=0.1, exp=False: PerturBench's logFC. pseudocount=1e-10, exp=False: scBIG's.
+    Default: pdex's and scanpy's up to the pseudocount. PerturBench's logFC: pseudocount=0.1, exp=False.
     """
     q, c = np.maximum(q, 0), np.maximum(c, 0)
     if exp:
@@ -239,10 +219,7 @@ def log_fold_change(q, c, pseudocount=1e-9, exp=True):
 
 
 def cosine_logfc(q, m, c):
-    """Cosine of log fold changes with pseudocount 0.1 on log1p means (no expm1), all genes, not centred.
-
-    [-1, 1], perfect 1, control NaN or about 0. PRiMeFlow and PerturBench ('cosine logFC').
-    """
+    """Cosine of PerturBench's log fold changes, all genes, not centred. PRiMeFlow."""
     if no_effect(q - c, m - c) or no_effect(m - c):
         return math.nan
     return cosine(log_fold_change(q, c, 0.1, exp=False), log_fold_change(m, c, 0.1, exp=False))
@@ -257,49 +234,45 @@ class ValueCounts(NamedTuple):
     gene: np.ndarray     # (D,) gene of each distinct value
     count: np.ndarray    # (D,) cells with this value
     below: np.ndarray    # (D + 1,) cells of the same gene with a smaller value, plus gene * n
-    ties: np.ndarray     # (G,) sum of t^3 - t over the values of a gene, each shared by t cells
+    ties: np.ndarray     # (G,) _ties()
 
 
 def _ties(count, gene, n_genes):
+    """(G,) sum of t^3 - t over the distinct values of a gene, each shared by t cells."""
     count = count.astype(np.float64)
     return np.bincount(gene, count ** 3 - count, n_genes)
 
 
 def value_counts(x, block=4_000_000):
-    """Sort every gene of x (n, G), array or CSR, and count equal values; the zeros of a gene are one tie.
+    """Sort every gene of x (n, G) and count equal values; the zeros of a gene are one tie.
 
     Gene and value become one integer, so that one sorted array serves all genes and no loop runs over genes.
-    Rows of float32 sort so fast (SIMD) that taking the zeros out first would cost ten times as much as it saves.
     """
     n, n_genes = x.shape
-    x = x.tocsc() if sparse.issparse(x) else x
-    step = max(1, block // max(n, 1))
+    step = max(1, block // n)
     parts = []
     for start in range(0, n_genes, step):
-        part = x[:, start:start + step]
-        part = part.toarray() if sparse.issparse(x) else part
-        part = np.ascontiguousarray(part.T, dtype=np.float32)
+        part = np.ascontiguousarray(x[:, start:start + step].T, dtype=np.float32)
         part = np.sort(part, axis=1) + np.float32(0)                 # + 0 makes -0.0 a plain zero
         first = np.ones(part.shape, dtype=bool)
         first[:, 1:] = part[:, 1:] != part[:, :-1]
         position = np.flatnonzero(first)
         bits = part.ravel()[position].view(np.uint32)
         bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # now ordered like the floats
-        gene = position // n
+        gene = start + position // n
         count = np.diff(position, append=part.size)
-        parts.append((np.uint64(start) + gene.astype(np.uint64) << np.uint64(32) | bits, gene + start, count))
-    keys, gene, count = (np.concatenate(c) for c in zip(*parts))
+        parts.append((gene.astype(np.uint64) << np.uint64(32) | bits, gene, count))
+    keys, gene, count = (np.concatenate(column) for column in zip(*parts))
     return ValueCounts(n, keys, gene, count, np.concatenate([[0], np.cumsum(count)]), _ties(count, gene, n_genes))
 
 
 def rank_sum_test(x, control):
-    """Two-sided Wilcoxon rank-sum (Mann-Whitney) test of every gene, normal approximation. Returns z (G,), p (G,).
+    """Two-sided Wilcoxon rank-sum (Mann-Whitney) test of every gene, normal approximation: p (G,).
 
-    x (n, G) cells, control: cells or their value_counts() (sorted once, used for every condition).
-        U = #(x > control) + #(x = control) / 2,  z = (U - nk/2 -+ 0.5) / s,
-        s^2 = nk/12 (n + k + 1 - sum_t (t^3 - t) / ((n + k)(n + k - 1))) over ties t, p = 2 Phi(-|z|), p = 1 if s = 0.
-    pdex and scipy's mannwhitneyu(method='asymptotic'). scanpy's 'wilcoxon' has no continuity correction (the 0.5) and
-    by default, as scipy's ranksums, none for ties.
+    x (n, G) cells, control (k, G): cells, or their value_counts() (sorted once, used for every condition).
+        U = #(x > control) + #(x = control) / 2,  z = (|U - nk/2| - 0.5) / s,
+        s^2 = nk/12 (n + k + 1 - sum_t (t^3 - t) / ((n + k)(n + k - 1))) over ties t, p = 2 Phi(-z), p = 1 if s = 0.
+    As pdex and scipy's mannwhitneyu; scanpy's has no continuity correction (the 0.5) and by default none for ties.
     """
     control = control if isinstance(control, ValueCounts) else value_counts(control)
     n_genes = x.shape[1]
@@ -313,8 +286,8 @@ def rank_sum_test(x, control):
     ties = control.ties + _ties(x.count + tied, x.gene, n_genes) - _ties(tied, x.gene, n_genes)
     s = np.sqrt(np.maximum(n * k / 12 * (n + k + 1 - ties / ((n + k) * (n + k - 1))), 0))
     distance = np.maximum(np.abs(u - n * k / 2) - 0.5, 0)
-    z = np.sign(u - n * k / 2) * np.divide(distance, s, out=np.zeros(n_genes), where=s > 0)
-    return z, special.erfc(np.abs(z) / math.sqrt(2))
+    z = np.divide(distance, s, out=np.zeros(n_genes), where=s > 0)
+    return special.erfc(z / math.sqrt(2))
 
 
 def benjamini_hochberg(p):
@@ -329,8 +302,7 @@ def benjamini_hochberg(p):
 def welch_t(mean, var, n, control_mean, control_var):
     """scanpy's t-test_overestim_var: Welch's t with n cells on both sides, (mean - control) / sqrt((var + var_c) / n).
 
-    var: unbiased. 0/0 gives 0 (scanpy), and so does an infinite t (PerturBench). All NaN when a variance needs more
-    cells.
+    var: unbiased. An infinite t counts as 0 (PerturBench), and so does 0/0 (scanpy). NaN where a variance is.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (mean - control_mean) / np.sqrt((var + control_var) / n)
@@ -340,11 +312,8 @@ def welch_t(mean, var, n, control_mean, control_var):
 def de_spearman(lfc_pred, lfc_real, significant):
     """Spearman correlation of log fold changes over truly significant genes (rank-sum test, BH < 0.05 per condition).
 
-    [-1, 1], perfect 1, control NaN or about 0; NaN without two significant genes. Single-cell test, pseudobulk fold
-    changes. scDFM's DE-Spearman, CellTARNet's 'DE-Spearman rho'; equals cell-eval's de_spearman_lfc_sig, except that
-    a pseudocount of 1e-9 orders fold changes which are all infinite there. cell-eval's 'de_spearman_sig' correlates
-    numbers of genes over conditions, the Virtual Cell Challenge's 'DES' is overlap_at_n, and scBIG's 'DES' takes
-    Bonferroni genes and log fold changes without expm1.
+    NaN without two significant genes. scDFM's DE-Spearman, CellTARNet's 'DE-Spearman rho', cell-eval's
+    de_spearman_lfc_sig; cell-eval's 'de_spearman_sig' correlates numbers of genes over conditions: another metric.
     """
     return spearman(lfc_pred[significant], lfc_real[significant])
 
@@ -352,7 +321,7 @@ def de_spearman(lfc_pred, lfc_real, significant):
 def direction_match(lfc_pred, lfc_real, significant):
     """Share of truly significant genes whose log fold changes have the same sign, 0 being one. NaN without such genes.
 
-    [0, 1], perfect 1, control about 0.5, as a point mass 0. cell-eval's de_direction_match.
+    Control about 0.5, as a point mass 0. cell-eval's de_direction_match.
     """
     same = np.sign(lfc_pred[significant]) == np.sign(lfc_real[significant])
     return float(same.mean()) if len(same) else math.nan
@@ -361,9 +330,8 @@ def direction_match(lfc_pred, lfc_real, significant):
 def overlap_at_n(lfc_pred, significant_pred, lfc_real, significant):
     """|top-k real DE genes & top-k predicted DE genes| / k, by |log fold change|, k = number of real DE genes.
 
-    [0, 1], perfect 1, control 0; 0 when either side has no DE gene. cell-eval's overlap_at_N, the 'DES' of the
-    Virtual Cell Challenge 2025. The prediction's own test depends on its number and spread of cells: a point mass has
-    spurious DE genes.
+    0 when either side has no DE gene. cell-eval's overlap_at_N, the 'DES' of the Virtual Cell Challenge 2025. The
+    prediction's own test depends on its number and spread of cells: a point mass has spurious DE genes.
     """
     def strongest(significant, lfc):
         genes = np.flatnonzero(significant)
@@ -378,9 +346,8 @@ def overlap_at_n(lfc_pred, significant_pred, lfc_real, significant):
 def deg_recall(t_pred, t_real, k=50):
     """|top-k genes by |t_pred| & top-k by |t_real|| / k, t = welch_t against the real control, no p-value filter.
 
-    [0, 1], perfect 1, random k / G, control near that. k is at most the number of genes. NaN for a single cell, and for
-    a point mass at the control. t: (G,), or (P, G) and (N, G) for a recall of every pair (P, N).
-    PRiMeFlow's DEG recall; PerturBench 2025 up to its unstable order of equal scores.
+    Random k / G. NaN for a single cell, and for a point mass at the control. t: (G,), or (P, G) and (N, G) for a recall
+    of every pair (P, N). PRiMeFlow's DEG recall; PerturBench 2025 up to its unstable order of equal scores.
     """
     def member(t):
         """1 for the top k genes of a row, 0 for the others; NaN where t is."""
@@ -409,7 +376,7 @@ class Changes(NamedTuple):
 def changes(p, cpm, control_cpm, targets=()):
     """Changes of the genes with more than 5 counts per million in control, the condition's own targets left out.
 
-    p (G,) of rank_sum_test; cpm, control_cpm (G,) means over cells of 100 expm1(log1p CP10k); targets: indices.
+    p (G,): rank_sum_test's; cpm, control_cpm (G,) means over cells of 100 expm1(log1p CP10k); targets: indices.
     """
     genes = np.flatnonzero(control_cpm > MIN_CPM)
     adjusted = benjamini_hochberg(p[genes])
@@ -421,15 +388,15 @@ def changes(p, cpm, control_cpm, targets=()):
 
 
 def sig_jaccard(pred, real):
-    """|R & P| / |R or P| of the significant genes of two Changes; 1 when neither has any. [0, 1], perfect 1."""
+    """|R & P| / |R or P| of the significant genes of two Changes; 1 when neither has any."""
     union = np.sum(real.significant | pred.significant)
     return float(np.sum(real.significant & pred.significant) / union) if union else 1.0
 
 
 def direction_fidelity(pred, real):
-    """Predicted DE genes with the real direction / max(predicted, real DE genes). [0, 1], perfect 1.
+    """Predicted DE genes with the real direction / max(predicted, real DE genes). NaN when neither side has any.
 
-    Only genes with a real fold change count as predicted. NaN when neither side has a gene.
+    Only genes with a real fold change count as predicted.
     """
     calls = pred.significant & np.isfinite(real.lfc) & (real.lfc != 0)
     most = max(np.sum(calls), np.sum(real.significant))
@@ -437,10 +404,10 @@ def direction_fidelity(pred, real):
 
 
 def direction_reach(pred, real):
-    """How deep the real DE genes can be read in the prediction's order while 90% of directions are right. [0, 1].
+    """How deep the real DE genes can be read in the prediction's order while 90% of directions are right.
 
-    Deepest such position / number of real DE genes, perfect 1; 0 without any, NaN without real DE genes. Order:
-    significant first, then adjusted p, p, |log fold change|, name.
+    Deepest such position / number of real DE genes; 0 without any, NaN without real DE genes. Order: significant first,
+    then adjusted p, p, |log fold change|, name.
     """
     adjustable = real.significant & np.isfinite(real.lfc) & (real.lfc != 0)
     order = np.lexsort((-np.abs(pred.lfc), pred.p, pred.adjusted))   # stable: genes are in the order of their names
@@ -453,7 +420,7 @@ def direction_reach(pred, real):
 
 
 def lfc_nmae(pred, real):
-    """sum |lfc_pred - lfc_real| / sum |lfc_real| over real DE genes. >= 0, perfect 0, the control 1.
+    """sum |lfc_pred - lfc_real| / sum |lfc_real| over real DE genes. The control scores 1.
 
     A predicted fold change that is not finite counts as 0. NaN with fewer than 10 real DE genes.
     """
@@ -517,10 +484,8 @@ def own_rank(distance, own=None, rtol=1e-9):
 def prediction_rank(distance, rtol=1e-9):
     """PerturBench's rank: for each REAL condition (column), the place of its own among all predictions (rows).
 
-    [0, 1], perfect 0, random or collapsed 0.5, worst 1. distance (N, N); pass -similarity for similarities. The keys
-    rmse_rank, cosine_logfc_rank, mmd_rank, mmd_pca30_rank and deg_recall_50_rank; PRiMeFlow's tables. PerturBench
-    2025 divides by N - 1 and shuffles ties, 2024 divides by N. own_rank(distance) is the other direction
-    ('rank_transpose'), the one of 1 - PDS.
+    Perfect 0, random or collapsed 0.5. distance (N, N); pass -similarity for similarities. The keys *_rank, PRiMeFlow's
+    tables. PerturBench 2025 shuffles ties. own_rank(distance) is the other direction, the one of 1 - PDS.
     """
     return own_rank(distance.T, rtol=rtol)
 
@@ -528,14 +493,12 @@ def prediction_rank(distance, rtol=1e-9):
 def discrimination(q, m, own=None, metric="cityblock", targets=None):
     """Perturbation discrimination score of each prediction: 1 - rank of the own REAL pseudobulk among all real ones.
 
-    q (P, G) predictions, m (N, G) truths, own (P,) row of m that belongs to each; metric of scipy's cdist; pass
-    effects (q - c, m - c) for 'cosine'. targets: a list of gene indices per prediction that are left out. [0, 1],
-    perfect 1, random or collapsed 0.5. pds: L1, targets = all perturbed genes of the condition in the panel (scDFM
-    eq. 16-20, scBIG eq. 15). Each prediction then has its own gene set, which leaks: a constant prediction scores
-    above 0.5 (0.60 on the reference case). pds_all_genes (L1), pds_l2 and pds_cosine leave nothing out,
-    pds_cosine_panel the perturbed genes of all conditions (cell-eval 2, from counts). cell-eval and the Virtual Cell
-    Challenge 2025 divide by N instead of N - 1, scDFM's pinned cell-eval 0.5 takes absolute effects; Systema's
-    centroid accuracy is pds_l2 with strict ties.
+    q (P, G) predictions, m (N, G) truths, own (P,) row of m that belongs to each; metric of scipy's cdist; pass effects
+    (q - c, m - c) for 'cosine'. targets: a list of gene indices per prediction that are left out of an L1 distance.
+    Random or collapsed 0.5; cell-eval and the Virtual Cell Challenge 2025 divide by N instead of N - 1.
+    pds: L1 without the perturbed genes of the condition (scDFM eq. 16-20, scBIG eq. 15). Each prediction then has its
+    own gene set, which leaks: a constant prediction scores above 0.5 (0.60 on the reference case). pds_all_genes (L1),
+    pds_l2 and pds_cosine leave nothing out, pds_cosine_panel the perturbed genes of all conditions.
     """
     distance = cdist(q, m, metric)                                   # cosine of a zero effect: NaN, undefined
     for i, genes in enumerate(targets or []):
@@ -553,10 +516,10 @@ class Basis(NamedTuple):
 
 
 def fit_pca(populations, k=50):
-    """Exact PCA (centred, unscaled) of all cells of an iterable of (n, G) arrays, which is run through twice; float64.
+    """Exact PCA (centred, unscaled) of all cells of the (n, G) arrays that populations() gives, in float64.
 
-    Eigenvectors of the covariance, so memory does not grow with cells. Signs: the largest loading of each component is
-    positive. k is reduced to min(k, G, cells - 1).
+    Eigenvectors of the covariance, so memory does not grow with cells; populations() is called twice. The largest
+    loading of each component is positive. k is reduced to min(k, G, cells - 1).
     """
     total, n = 0.0, 0
     for x in populations():
@@ -585,7 +548,7 @@ def squared_distances(x, y):
 
 
 def mean_distance(x, y, block=1024):
-    """E||x - y|| over all pairs, x (n, d), y (m, d), in blocks of rows: 5,000 x 5,000 pairs need 40 MB."""
+    """E||x - y|| over all pairs, x (n, d), y (m, d), in blocks of rows to save memory."""
     total = 0.0
     for start in range(0, len(x), block):
         d = squared_distances(x[start:start + block], y)
@@ -606,25 +569,22 @@ def pair_distances(x, block=1024):
 def energy_distance(x, y):
     """2 E||x-y|| - E||x-x'|| - E||y-y'|| with Euclidean norms, all pairs (V-statistic). x (n, d) and y (m, d) cells.
 
-    e_distance: in the 50 PCs of all real cells that are scored and their controls. >= 0, perfect 0, control: large,
-    and as a point mass larger still (no spread). scBIG's E-Dist (no code; its tables fix unsquared norms). CellFlow's
-    and scPerturb's, with squared norms, is 2 ||mean(x) - mean(y)||^2, no distance of distributions; their unbiased
-    form (U-statistic) leaves out the diagonal.
+    e_distance: in the 50 PCs of all real cells that are scored and their controls; a point mass scores high.
+    scBIG's E-Dist (its tables fix unsquared norms). With squared norms, as in CellFlow and scPerturb, it is
+    2 ||mean(x) - mean(y)||^2, no distance of distributions.
     """
     return _energy(mean_distance(x, x), mean_distance(y, y), mean_distance(x, y))
 
 
 def _energy(within_x, within_y, between):
-    """The energy distance from the mean distances. Rounding alone makes it negative."""
+    """The energy distance from three mean distances; rounding could make it negative."""
     return float(max(2 * between - within_x - within_y, 0))
 
 
 def mmd_energy(x, y):
-    """PerturBench's 'mmd' (geomloss 'energy'): E||x-y|| - E||x-x'||/2 - E||y-y'||/2 = energy_distance / 2.
+    """PerturBench's and PRiMeFlow's 'mmd' (geomloss 'energy'): half the energy distance, not comparable with RBF.
 
-    mmd: gene space; mmd_pca30: the first 30 PCs (PerturBench's code defaults to 100, the paper says 30). >= 0,
-    perfect 0. PRiMeFlow's MMD. No kernel bandwidth, no square root: not comparable with RBF values. PerturBench works
-    in float32 with distances of at least 1e-4, which moves values by up to 2.5e-4 relative.
+    mmd: gene space; mmd_pca30: the first 30 PCs (PerturBench's code defaults to 100, the paper says 30).
     """
     return 0.5 * energy_distance(x, y)
 
@@ -649,11 +609,10 @@ def real_kernel(pairs):
 
 
 def mmd_rbf(x, y):
-    """Squared MMD, unbiased, mean over kernels exp(-d^2 / (2 s m)), s in 0.5, 1, 2, 4; scDFM's Algorithm 1.
+    """Squared MMD, unbiased, mean over kernels exp(-d^2 / (2 s m)), s in 0.5, 1, 2, 4; scDFM's Algorithm 1 and loss.
 
     x predicted, y real cells; m: lower median of the squared distances between different REAL cells. About 0 for a
     fresh draw of the truth, slightly negative for the same cells. NaN with one real or one predicted cell. Gene space.
-    scDFM's training loss, in no table; CellFlow's fixed bandwidths give other numbers under the same name.
     """
     if min(len(x), len(y)) < 2:
         return math.nan
@@ -668,10 +627,10 @@ def _mmd_rbf(within_x, between, k, of_real):
     return float(mean_x + mean_y - 2 * kernel_sum(between, median) / between.size)
 
 
-def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
+def sinkhorn(cost, epsilon):
     """Entropic transport plan P of cost (n, m) with uniform weights: (<P, cost>, marginal error at the end).
 
-    Potentials f, g live in the log domain, P = exp((f + g - cost) / epsilon), which holds at any epsilon. They are
+    P = exp((f + g - cost) / epsilon) with potentials f, g in the log domain, which holds at any epsilon. They are
     improved by 20 cheap scalings of the current plan; at the start, or where these leave the range of floats, by one
     update in the log domain.
     """
@@ -683,13 +642,13 @@ def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
     a, b = 1 / n, 1 / m
     g = np.zeros(m)
     scaled = False
-    for _ in range(max(1, max_iter // 20)):
+    for _ in range(100):
         if not scaled:
             f = epsilon * (math.log(a) - log_sum_exp((g - cost) / epsilon, 1))
             g = epsilon * (math.log(b) - log_sum_exp((f[:, None] - cost) / epsilon, 0))
         plan = np.exp((f[:, None] + g - cost) / epsilon)
         error = np.abs(plan.sum(axis=1) - a).sum()
-        if error < tol:
+        if error < 1e-6:
             break
         with np.errstate(all="ignore"):
             v = np.ones(m)
@@ -703,16 +662,15 @@ def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
     return float(np.sum(plan * cost)), float(error)
 
 
-def wasserstein(x, y, relative=0.05):
+def wasserstein(x, y):
     """Transport cost <P, C> of cells x (n, d) and y (m, d), C Euclidean, P the entropic plan: (value, epsilon, error).
 
-    epsilon = relative * mean(C), reported since values compare only at one epsilon (here about 9% above the exact W1).
-    wasserstein: in the 50 PCs of e_distance. >= 0, perfect 0 up to the entropy. scBIG's tables (epsilon unknown, no
-    code). NOT calibrated: in many dimensions a fresh draw of the truth scores like the point mass at its mean, so read
-    it beside e_distance. CellFlow's Sinkhorn divergence with squared costs is another quantity.
+    epsilon = 0.05 mean(C); values compare only at one epsilon. In the 50 PCs of e_distance. scBIG's tables (no code).
+    NOT calibrated: in many dimensions a fresh draw of the truth scores like the point mass at its mean, so read it
+    beside e_distance.
     """
     cost = np.sqrt(squared_distances(x, y))
-    epsilon = relative * cost.mean()
+    epsilon = 0.05 * cost.mean()
     if epsilon <= 0:                                                 # all costs are zero
         return 0.0, 0.0, 0.0
     value, error = sinkhorn(cost, epsilon)
@@ -848,7 +806,7 @@ class _Population:
     @cached_property
     def p(self):
         """(G,) p-values of the rank-sum test against the real control."""
-        return rank_sum_test(self.cells, self.control.counts)[1]
+        return rank_sum_test(self.cells, self.control.counts)
 
     @cached_property
     def adjusted_p(self):
@@ -1056,45 +1014,45 @@ def _condition_metrics(p, r, world, keys):
     return {k: values[k]() for k in keys if k in values}
 
 
-COMPARED = {  # what of a population a key compares with that of other conditions
-    "pds": "mean", "pds_all_genes": "mean", "pds_l2": "mean", "pds_cosine": "effect",
-    "pds_cosine_panel": "effect_off_panel", "rmse_rank": "mean", "cosine_logfc_rank": "logfc",
-    "mmd_rank": "ranked_cells", "mmd_pca30_rank": "ranked_pcs", "deg_recall_50_rank": "t"}
+# Keys that look at all conditions of a covariate: what they compare of a population, and by which distance
+DISCRIMINATION = {"pds": ("mean", "cityblock"), "pds_all_genes": ("mean", "cityblock"), "pds_l2": ("mean", "euclidean"),
+                  "pds_cosine": ("effect", "cosine"), "pds_cosine_panel": ("effect_off_panel", "cosine")}
+RANKS = {
+    "rmse_rank": ("mean", lambda p, r: cdist(p, r)),
+    "cosine_logfc_rank": ("logfc", lambda p, r: cdist(p, r, "cosine")),
+    "mmd_rank": ("ranked_cells", lambda p, r: mmd_matrix(p, r)),
+    "mmd_pca30_rank": ("ranked_pcs", lambda p, r: mmd_matrix(p, r)),
+    "deg_recall_50_rank": ("t", lambda p, r: -deg_recall(np.array(p), np.array(r))),
+}
+COMPARED = DISCRIMINATION | RANKS
 
 
 def _compared_metric(key, p, r, own, targets):
-    """(P,) values of a key of COMPARED for the predictions of one covariate.
+    """(P,) values of a key of COMPARED: p of the P predictions, r of all real conditions, own (P,) their places in r.
 
-    p: what is compared of each of the P predictions, r: of all real conditions, own (P,): theirs in r. PDS looks for
-    the truth among all real conditions; the ranks compare the predictions that there are.
+    PDS looks for the truth among all real conditions; the ranks compare the predictions that there are.
     """
-    if key.startswith("pds"):
-        p, r = np.array(p), np.array(r)
-        if key == "pds":
-            return discrimination(p, r, own, targets=targets)
-        metric = {"pds_all_genes": "cityblock", "pds_l2": "euclidean"}.get(key, "cosine")
-        return discrimination(p, r, own, metric)
-    r = [r[i] for i in own]
-    if key in MMD_RANKS:
-        return prediction_rank(mmd_matrix(p, r), MMD_TIE)
-    p, r = np.array(p), np.array(r)
-    if key == "deg_recall_50_rank":
-        return prediction_rank(-deg_recall(p, r))
-    return prediction_rank(cdist(p, r, "cosine" if key == "cosine_logfc_rank" else "euclidean"))
+    distance = COMPARED[key][1]
+    if key in RANKS:
+        return prediction_rank(distance(p, [r[i] for i in own]), MMD_TIE if key in MMD_RANKS else 1e-9)
+    return discrimination(np.array(p), np.array(r), own, distance, targets if key == "pds" else None)
 
 
 def _score(populations, real, world, keys, tables=None):
     """{group: {key: value}} of predicted populations; an iterable: each is freed once it has been looked at.
 
-    tables: a dict that receives the _gene_table of every group.
+    tables: a dict that receives of every group {column of genes.tsv: (G,) array}.
     """
-    attributes = {COMPARED[k] for k in keys if k in COMPARED}
+    compared = [k for k in keys if k in COMPARED]
     out, kept = {}, {}
     for p in populations:
-        out[p.group] = _condition_metrics(p, real[p.group], world, keys)
-        kept[p.group] = {name: getattr(p, name) for name in attributes}
+        r = real[p.group]
+        out[p.group] = _condition_metrics(p, r, world, keys)
+        kept[p.group] = {COMPARED[k][0]: getattr(p, COMPARED[k][0]) for k in compared}
         if tables is not None:
-            tables[p.group] = _gene_table(p, real[p.group], world)
+            tables[p.group] = {"gene": np.array(list(world.column)), "control_mean": r.control.mean,
+                               "pred_mean": p.mean, "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc,
+                               "real_p_adjusted": r.adjusted_p}
     for covariate in world.used:
         block = [g for g in real if world.covariate(g) == covariate]
         mine = [g for g in block if g in kept]
@@ -1102,19 +1060,13 @@ def _score(populations, real, world, keys, tables=None):
             continue
         own = [block.index(g) for g in mine]
         targets = [world.targets(g) for g in mine]
-        for key in (k for k in keys if k in COMPARED):
-            name = COMPARED[key]
+        for key in compared:
+            name = COMPARED[key][0]
             p = [kept[g][name] for g in mine]
             r = [getattr(real[g], name) for g in block]
             for g, value in zip(mine, _compared_metric(key, p, r, own, targets)):
                 out[g][key] = float(value)
     return out
-
-
-def _gene_table(p, r, world):
-    """{column of genes.tsv: (G,) array} of one condition."""
-    return {"gene": np.array(list(world.column)), "control_mean": r.control.mean, "pred_mean": p.mean,
-            "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc, "real_p_adjusted": r.adjusted_p}
 
 
 def _replicate(truth, world, keys):
@@ -1142,13 +1094,14 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     too. floors=False leaves out floors and replicate, most of the time. bootstrap: resamples of conditions for ci95.
 
     Returns a dict that json can write, with None for NaN:
-      aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number}, ci95 {key: [low,
-      high]}; groups {'single', 'double', ..., 'single_unseen', 'double_one_unseen', ...: {key: mean}}; per_condition
-      {group: {key: value}}; floors {'control', 'mean', 'mean_cells', 'additive': {key: mean} or None},
-      floors_n_valid, floors_per_condition, None for the keys *_rank; replicate {key: mean}, one half of the real
-      cells scored against the other; score_vs_floor {key: (score - best floor) / (replicate - best floor)}; info:
-      cells, variance of the components, Sinkhorn's epsilon, caps, notes.
-    With per_gene also per_gene {group: {column of genes.tsv: (G,) array}}, genes by name: see report().
+      aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number};
+      ci95 {key: [low, high]}; groups {'single', 'double', 'single_unseen', 'double_one_unseen', ...: {key: mean}};
+      per_condition {group: {key: value}};
+      floors {name of FLOORS: {key: mean} or None}, floors_n_valid, floors_per_condition, without the keys *_rank;
+      replicate {key: mean}, one half of the real cells scored against the other;
+      score_vs_floor {key: (score - best floor) / (replicate - best floor)};
+      info: numbers of cells, variance of the components, Sinkhorn's epsilon, notes;
+      with per_gene, per_gene {group: {column of genes.tsv: (G,) array}}, genes by name: see report().
     Raises ValueError for inputs that do not fit together.
     """
     if keys is None:
@@ -1186,44 +1139,44 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     tables = {} if per_gene else None
     predicted = (_Population(x, g, world, "predicted") for g, x in pred.items())
     scores = _score(predicted, truth, world, keys, tables)
-    result = {"aggregate": _aggregate(scores, keys), "n_valid": _n_valid(scores, keys),
-              "ci95": _intervals(scores, keys, _rng(seed, "bootstrap"), bootstrap),
-              "groups": {name: _aggregate({g: scores[g] for g in members}, keys)
-                         for name, members in _condition_groups(world, training).items()},
-              "per_condition": _per_condition(scores, keys),
-              "floors": {}, "floors_n_valid": {}, "floors_per_condition": {}, "replicate": {}, "score_vs_floor": {},
-              "info": _information(world, truth, sizes, keys, notes)}
+    result = _summary(scores, keys)
+    result["ci95"] = _intervals(result["per_condition"], keys, _rng(seed, "bootstrap"), bootstrap)
+    result["groups"] = {name: _summary({g: scores[g] for g in members}, keys)["aggregate"]
+                        for name, members in _condition_groups(world, training).items()}
+    result["info"] = _information(world, truth, sizes, keys, notes)
+    result |= {"floors": {}, "floors_n_valid": {}, "floors_per_condition": {}, "replicate": {}, "score_vs_floor": {}}
     if floors:
         possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
         partial = set()
-        no_ranks = [k for k in keys if not k.endswith("_rank")]
+        no_ranks = [k for k in keys if k not in RANKS]
         for name in FLOORS:
             values = _score(_floor(name, world, training, sizes), truth, world, no_ranks) if possible[name] else {}
-            result["floors"][name] = _aggregate(values, keys) if values else None
-            result["floors_n_valid"][name] = _n_valid(values, keys) if values else None
-            result["floors_per_condition"][name] = _per_condition(values, keys)
+            summary = _summary(values, keys)
+            result["floors"][name] = summary["aggregate"] if values else None
+            result["floors_n_valid"][name] = summary["n_valid"] if values else None
+            result["floors_per_condition"][name] = summary["per_condition"]
             if 0 < len(values) < len(groups):
                 partial.add(name)
                 notes.append(f"the {name} floor exists for {len(values)} of {len(groups)} conditions and averages over "
                              "these; score_vs_floor leaves it out")
-        result["replicate"] = _aggregate(_replicate(truth, world, keys), keys)
+        result["replicate"] = _summary(_replicate(truth, world, keys), keys)["aggregate"]
         result["score_vs_floor"] = {k: _versus_floor(k, result, partial) for k in keys}
     return result | {"per_gene": tables} if per_gene else result
 
 
 def _condition_groups(world, training):
     """{'single': [groups], 'double': ..., 'double_one_unseen': ...}; unseen: in no training condition."""
-    order, number = {1: "single", 2: "double", 3: "triple"}, {1: "one", 2: "two", 3: "three"}
+    names = {1: "single", 2: "double", 3: "triple"}
     known = {p for g in training.groups for p in world.perturbations(g)} if training else None
     out = {}
     for g in sorted(world.groups, key=lambda g: len(world.perturbations(g))):
         perturbations = world.perturbations(g)
-        name = order.get(len(perturbations), f"{len(perturbations)}_perturbations")
+        name = names.get(len(perturbations), f"{len(perturbations)}_perturbations")
         out.setdefault(name, []).append(g)
         unseen = 0 if known is None else sum(p not in known for p in perturbations)
         if unseen:
-            which = f"{name}_{number.get(unseen, unseen)}_unseen" if len(perturbations) > 1 else f"{name}_unseen"
-            out.setdefault(which, []).append(g)
+            number = "" if len(perturbations) == 1 else {1: "_one", 2: "_two", 3: "_three"}.get(unseen, f"_{unseen}")
+            out.setdefault(f"{name}{number}_unseen", []).append(g)
     return out
 
 
@@ -1232,30 +1185,17 @@ def _plain(value):
     return float(value) if math.isfinite(value) else None
 
 
-def _table(scores, keys):
-    """(conditions, keys) values."""
-    rows = [[values.get(k, math.nan) for k in keys] for values in scores.values()]
-    return np.array(rows, dtype=float).reshape(-1, len(keys))
+def _summary(scores, keys):
+    """aggregate, n_valid and per_condition, as evaluate() returns them, of {group: {key: value}}."""
+    per_condition = {g: {k: _plain(values.get(k, math.nan)) for k in keys} for g, values in scores.items()}
+    defined = {k: [values[k] for values in per_condition.values() if values[k] is not None] for k in keys}
+    return {"aggregate": {k: float(np.mean(values)) if values else None for k, values in defined.items()},
+            "n_valid": {k: len(values) for k, values in defined.items()}, "per_condition": per_condition}
 
 
-def _per_condition(scores, keys):
-    """{group: {key: value or None}}"""
-    return {g: {k: _plain(values.get(k, math.nan)) for k in keys} for g, values in scores.items()}
-
-
-def _aggregate(scores, keys):
-    """{key: mean over the conditions where it is defined, or None}."""
-    columns = (column[np.isfinite(column)] for column in _table(scores, keys).T)
-    return {k: _plain(column.mean()) if len(column) else None for k, column in zip(keys, columns)}
-
-
-def _n_valid(scores, keys):
-    return {k: int(n) for k, n in zip(keys, np.isfinite(_table(scores, keys)).sum(axis=0))}
-
-
-def _intervals(scores, keys, rng, resamples):
+def _intervals(per_condition, keys, rng, resamples):
     """95% percentile bootstrap over conditions: {key: [low, high], or None with fewer than two defined conditions}."""
-    table = _table(scores, keys)
+    table = np.array([[values[k] for k in keys] for values in per_condition.values()], dtype=float)  # None becomes NaN
     defined = np.isfinite(table)
     weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), max(resamples, 1)).astype(float)
     with np.errstate(invalid="ignore"):                              # 0 / 0: a resample without a defined condition
@@ -1282,26 +1222,21 @@ def _versus_floor(key, result, partial):
 
 def _information(world, truth, sizes, keys, notes):
     """What a reader needs to judge the numbers."""
-    def spread(values):
-        return {"min": float(np.min(values)), "median": float(np.median(values)), "max": float(np.max(values))}
-
     info = {"conditions": len(truth), "genes": len(world.column), "seed": world.seed, "notes": notes,
-            "cells_pred": spread(list(sizes.values())), "cells_real": spread([x.n for x in truth.values()]),
+            "cells_pred": sum(sizes.values()), "cells_real": sum(r.n for r in truth.values()),
             "cells_control": {v: world.control[v].n for v in world.used}}
     if world.basis:
         share = np.cumsum(world.basis.explained)
         info["pca_variance_explained"] = {str(k): float(share[:k][-1]) for k in (30, 50)}
     if world.sinkhorn:
         epsilon, error = np.array(list(world.sinkhorn.values())).T
-        info["sinkhorn_epsilon"] = {"of_mean_cost": 0.05, **spread(epsilon)}
+        info["sinkhorn_epsilon"] = float(np.median(epsilon))
         if (error > 1e-4).any():
             notes.append(f"Sinkhorn did not converge for {int((error > 1e-4).sum())} conditions")
     if set(MMD_RANKS) & set(keys):
-        limit = {g: world.rank_cells(g) for g in truth}
-        capped = sum(max(truth[g].n, sizes[g]) > limit[g] for g in truth)
-        info["rank_cells"] = min(limit.values()) if capped else None
-        if capped:
-            notes.append(f"MMD ranks use at most {info['rank_cells']} cells per condition; {capped} had more")
+        limits = [world.rank_cells(g) for g in truth if max(truth[g].n, sizes[g]) > world.rank_cells(g)]
+        if limits:
+            notes.append(f"MMD ranks use at most {min(limits)} cells per condition; {len(limits)} had more")
     return info
 
 
