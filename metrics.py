@@ -29,7 +29,6 @@ What to keep in mind when reading the numbers:
 - All keys agree with the reference implementations to 1e-6, but for mmd and mmd_pca30 (2e-4, 1e-4), which PerturBench
   computes in float32.
 """
-import argparse
 import dataclasses
 import json
 import math
@@ -92,7 +91,7 @@ KEYS = {
 }
 TABLE_KEYS = ("l2", "pearson_delta", "pds", "e_distance", "de_spearman", "pearson_delta_hat", "mse", "mae",
               "pearson_delta_top20", "pearson_delta_hat_top20", "pds_all_genes")  # a narrow table lacks the last ones
-MMD_RANKS = ("mmd_rank", "mmd_pca30_rank")  # take longer than all others together: only computed when asked for
+MMD_RANKS = ("mmd_rank", "mmd_pca30_rank")  # take longer than all others together: computed when asked for
 SYSTEMA = ("pearson_delta_hat", "pearson_delta_hat_top20")  # need the mean of training-perturbation centroids
 CORRELATIONS = ("pearson_delta", "pearson_delta_top20", *SYSTEMA, "spearman_delta", "de_spearman", "discr_cos",
                 "cosine_logfc")
@@ -164,8 +163,7 @@ def pearson_delta(q, m, reference, genes=None):
 
     pearson_delta: reference = mean of real controls (scBIG's r_all). The mean training perturbation scores high where
     perturbations share a response, so read it beside pearson_delta_hat (Systema; scDFM, CellTARNet), where that mean is
-    the reference. ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de).
-    """
+    the reference. ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de)."""
     dp, dr = q - reference, m - reference
     if genes is not None:
         dp, dr = dp[genes], dr[genes]
@@ -173,9 +171,8 @@ def pearson_delta(q, m, reference, genes=None):
 
 
 def spearman_delta(q, m, reference):
-    """Spearman correlation of q - reference and m - reference, all genes.
-
-    CellTARNet's text takes profiles (reference = 0), where the control reaches 0.92.
+    """Spearman correlation of q - reference and m - reference, all genes. The control's profile itself (reference 0, as
+    in CellTARNet's text) reaches 0.92.
     """
     dp, dr = q - reference, m - reference
     return math.nan if no_effect(dp, dr) or no_effect(dr) else spearman(dp, dr)
@@ -184,8 +181,7 @@ def spearman_delta(q, m, reference):
 def acc(q, m, c, genes=None):
     """Share of genes with (dp > 0) == (dr > 0): zero counts as 'not up', so genes silent everywhere are always right.
 
-    Random 0.5; control (dp = 0): share of genes that are not up. scBIG's ACC and, on 20 genes, its ACC-DEG.
-    """
+    Random 0.5; control (dp = 0): share of genes that are not up. scBIG's ACC and, on 20 genes, its ACC-DEG."""
     dp, dr = q - c, m - c
     if no_effect(dp, dr):
         dp = np.zeros_like(dp)
@@ -209,8 +205,7 @@ def discr_cos(q, m, reference):
 def log_fold_change(q, c, pseudocount=1e-9, exp=True):
     """log2((f(q) + pseudocount) / (f(c) + pseudocount)) per gene, f = expm1 or the identity; means below 0 count as 0.
 
-    Default: pdex's and scanpy's up to the pseudocount. PerturBench's logFC: pseudocount=0.1, exp=False.
-    """
+    Default: pdex's and scanpy's up to the pseudocount. PerturBench's logFC: pseudocount=0.1, exp=False."""
     q, c = np.maximum(q, 0), np.maximum(c, 0)
     if exp:
         q, c = np.expm1(q), np.expm1(c)
@@ -246,8 +241,7 @@ def _ties(count, gene, n_genes):
 def value_counts(x, block=4_000_000):
     """Sort every gene of x (n, G) and count equal values; the zeros of a gene are one tie.
 
-    Gene and value become one integer, so that one sorted array serves all genes and no loop runs over genes.
-    """
+    Gene and value become one integer, so that one sorted array serves all genes and no loop runs over genes."""
     n, n_genes = x.shape
     step = max(1, block // n)
     parts = []
@@ -272,8 +266,7 @@ def rank_sum_test(x, control):
     x (n, G) cells, control (k, G): cells, or their value_counts() (sorted once, used for every condition).
         U = #(x > control) + #(x = control) / 2,  z = (|U - nk/2| - 0.5) / s,
         s^2 = nk/12 (n + k + 1 - sum_t (t^3 - t) / ((n + k)(n + k - 1))) over ties t, p = 2 Phi(-z), p = 1 if s = 0.
-    As pdex and scipy's mannwhitneyu; scanpy's has no continuity correction (the 0.5) and by default none for ties.
-    """
+    As pdex and scipy's mannwhitneyu; scanpy's has no continuity correction (the 0.5) and by default none for ties."""
     control = control if isinstance(control, ValueCounts) else value_counts(control)
     n_genes = x.shape[1]
     x = value_counts(x)
@@ -302,8 +295,7 @@ def benjamini_hochberg(p):
 def welch_t(mean, var, n, control_mean, control_var):
     """scanpy's t-test_overestim_var: Welch's t with n cells on both sides, (mean - control) / sqrt((var + var_c) / n).
 
-    var: unbiased. An infinite t counts as 0 (PerturBench), and so does 0/0 (scanpy). NaN where a variance is.
-    """
+    var: unbiased. An infinite t counts as 0 (PerturBench), and so does 0/0 (scanpy). NaN where a variance is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (mean - control_mean) / np.sqrt((var + control_var) / n)
     return np.where(np.isfinite(t) | np.isnan(var + control_var), t, 0.0)
@@ -313,16 +305,12 @@ def de_spearman(lfc_pred, lfc_real, significant):
     """Spearman correlation of log fold changes over truly significant genes (rank-sum test, BH < 0.05 per condition).
 
     NaN without two significant genes. scDFM's DE-Spearman, CellTARNet's 'DE-Spearman rho', cell-eval's
-    de_spearman_lfc_sig; cell-eval's 'de_spearman_sig' correlates numbers of genes over conditions: another metric.
-    """
+    de_spearman_lfc_sig; cell-eval's 'de_spearman_sig' correlates numbers of genes over conditions: another metric."""
     return spearman(lfc_pred[significant], lfc_real[significant])
 
 
 def direction_match(lfc_pred, lfc_real, significant):
-    """Share of truly significant genes whose log fold changes have the same sign, 0 being one. NaN without such genes.
-
-    Control about 0.5, as a point mass 0. cell-eval's de_direction_match.
-    """
+    """Share of truly DE genes whose log fold changes have the same sign, 0 being one (cell-eval's de_direction_match)."""
     same = np.sign(lfc_pred[significant]) == np.sign(lfc_real[significant])
     return float(same.mean()) if len(same) else math.nan
 
@@ -330,8 +318,8 @@ def direction_match(lfc_pred, lfc_real, significant):
 def overlap_at_n(lfc_pred, significant_pred, lfc_real, significant):
     """|top-k real DE genes & top-k predicted DE genes| / k, by |log fold change|, k = number of real DE genes.
 
-    0 when either side has no DE gene. cell-eval's overlap_at_N, the 'DES' of the Virtual Cell Challenge 2025. The
-    prediction's own test depends on its number and spread of cells: a point mass has spurious DE genes.
+    0 when either side has no DE gene. cell-eval's overlap_at_N, the Virtual Cell Challenge 2025's 'DES'. The prediction's
+    own test depends on its number and spread of cells: a point mass has spurious DE genes.
     """
     def strongest(significant, lfc):
         genes = np.flatnonzero(significant)
@@ -347,8 +335,7 @@ def deg_recall(t_pred, t_real, k=50):
     """|top-k genes by |t_pred| & top-k by |t_real|| / k, t = welch_t against the real control, no p-value filter.
 
     Random k / G. NaN for a single cell, and for a point mass at the control. t: (G,), or (P, G) and (N, G) for a recall
-    of every pair (P, N). PRiMeFlow's DEG recall; PerturBench 2025 up to its unstable order of equal scores.
-    """
+    of every pair (P, N). PRiMeFlow's DEG recall; PerturBench 2025 up to its unstable order of equal scores."""
     def member(t):
         """1 for the top k genes of a row, 0 for the others; NaN where t is."""
         out = np.zeros(np.atleast_2d(t).shape)
@@ -376,8 +363,7 @@ class Changes(NamedTuple):
 def changes(p, cpm, control_cpm, targets=()):
     """Changes of the genes with more than 5 counts per million in control, the condition's own targets left out.
 
-    p (G,): rank_sum_test's; cpm, control_cpm (G,) means over cells of 100 expm1(log1p CP10k); targets: indices.
-    """
+    p (G,): rank_sum_test's; cpm, control_cpm (G,) means over cells of 100 expm1(log1p CP10k); targets: indices."""
     genes = np.flatnonzero(control_cpm > MIN_CPM)
     adjusted = benjamini_hochberg(p[genes])
     others = ~np.isin(genes, targets)
@@ -395,7 +381,6 @@ def sig_jaccard(pred, real):
 
 def direction_fidelity(pred, real):
     """Predicted DE genes with the real direction / max(predicted, real DE genes). NaN when neither side has any.
-
     Only genes with a real fold change count as predicted.
     """
     calls = pred.significant & np.isfinite(real.lfc) & (real.lfc != 0)
@@ -407,8 +392,7 @@ def direction_reach(pred, real):
     """How deep the real DE genes can be read in the prediction's order while 90% of directions are right.
 
     Deepest such position / number of real DE genes; 0 without any, NaN without real DE genes. Order: significant first,
-    then adjusted p, p, |log fold change|, name.
-    """
+    then adjusted p, p, |log fold change|, name."""
     adjustable = real.significant & np.isfinite(real.lfc) & (real.lfc != 0)
     order = np.lexsort((-np.abs(pred.lfc), pred.p, pred.adjusted))   # stable: genes are in the order of their names
     order = order[adjustable[order]]
@@ -420,9 +404,8 @@ def direction_reach(pred, real):
 
 
 def lfc_nmae(pred, real):
-    """sum |lfc_pred - lfc_real| / sum |lfc_real| over real DE genes. The control scores 1.
-
-    A predicted fold change that is not finite counts as 0. NaN with fewer than 10 real DE genes.
+    """sum |lfc_pred - lfc_real| / sum |lfc_real| over real DE genes, NaN with fewer than 10. The control scores 1.
+    A predicted fold change that is not finite counts as 0.
     """
     genes = real.significant
     if np.sum(genes) < 10:
@@ -441,8 +424,7 @@ def enrichment(modules, genes, sets):
 
     Hypergeometric test (upper tail) among the given genes, Benjamini-Hochberg over all pairs, adjusted p < 0.05.
     modules (G,): module of every gene; genes: their names; sets {name: names in capitals}, those with fewer than three
-    of the genes left out.
-    """
+    of the genes left out."""
     capitals = [gene.upper() for gene in genes]
     sets = {name: np.isin(capitals, list(members)) for name, members in sets.items()}
     rows = []
@@ -466,8 +448,7 @@ def own_rank(distance, own=None, rtol=1e-9):
     """Where does distance[i, own[i]] stand within row i? 0 the smallest, 1 the largest, ties half: (N,) in [0, 1].
 
     (#smaller + #equal / 2) / (M - 1), equal up to rtol * the largest distance. Undefined own: 0.5; undefined
-    competitor: last. NaN with fewer than two columns.
-    """
+    competitor: last. NaN with fewer than two columns."""
     rows, columns = distance.shape
     own = np.arange(rows) if own is None else np.asarray(own)
     if columns < 2:
@@ -485,8 +466,7 @@ def prediction_rank(distance, rtol=1e-9):
     """PerturBench's rank: for each REAL condition (column), the place of its own among all predictions (rows).
 
     Perfect 0, random or collapsed 0.5. distance (N, N); pass -similarity for similarities. The keys *_rank, PRiMeFlow's
-    tables. PerturBench 2025 shuffles ties. own_rank(distance) is the other direction, the one of 1 - PDS.
-    """
+    tables. PerturBench 2025 shuffles ties. own_rank(distance) is the other direction, the one of 1 - PDS."""
     return own_rank(distance.T, rtol=rtol)
 
 
@@ -498,8 +478,7 @@ def discrimination(q, m, own=None, metric="cityblock", targets=None):
     Random or collapsed 0.5; cell-eval and the Virtual Cell Challenge 2025 divide by N instead of N - 1.
     pds: L1 without the perturbed genes of the condition (scDFM eq. 16-20, scBIG eq. 15). Each prediction then has its
     own gene set, which leaks: a constant prediction scores above 0.5 (0.60 on the reference case). pds_all_genes (L1),
-    pds_l2 and pds_cosine leave nothing out, pds_cosine_panel the perturbed genes of all conditions.
-    """
+    pds_l2 and pds_cosine leave nothing out, pds_cosine_panel the perturbed genes of all conditions."""
     distance = cdist(q, m, metric)                                   # cosine of a zero effect: NaN, undefined
     for i, genes in enumerate(targets or []):
         distance[i] -= np.abs(q[i, genes] - m[:, genes]).sum(axis=1)
@@ -519,8 +498,7 @@ def fit_pca(populations, k=50):
     """Exact PCA (centred, unscaled) of all cells of the (n, G) arrays that populations() gives, in float64.
 
     Eigenvectors of the covariance, so memory does not grow with cells; populations() is called twice. The largest
-    loading of each component is positive. k is reduced to min(k, G, cells - 1).
-    """
+    loading of each component is positive. k is reduced to min(k, G, cells - 1)."""
     total, n = 0.0, 0
     for x in populations():
         total = total + x.sum(axis=0, dtype=np.float64)
@@ -571,8 +549,7 @@ def energy_distance(x, y):
 
     e_distance: in the 50 PCs of all real cells that are scored and their controls; a point mass scores high.
     scBIG's E-Dist (its tables fix unsquared norms). With squared norms, as in CellFlow and scPerturb, it is
-    2 ||mean(x) - mean(y)||^2, no distance of distributions.
-    """
+    2 ||mean(x) - mean(y)||^2, no distance of distributions."""
     return _energy(mean_distance(x, x), mean_distance(y, y), mean_distance(x, y))
 
 
@@ -583,7 +560,6 @@ def _energy(within_x, within_y, between):
 
 def mmd_energy(x, y):
     """PerturBench's and PRiMeFlow's 'mmd' (geomloss 'energy'): half the energy distance, not comparable with RBF.
-
     mmd: gene space; mmd_pca30: the first 30 PCs (PerturBench's code defaults to 100, the paper says 30).
     """
     return 0.5 * energy_distance(x, y)
@@ -632,8 +608,7 @@ def sinkhorn(cost, epsilon):
 
     P = exp((f + g - cost) / epsilon) with potentials f, g in the log domain, which holds at any epsilon. They are
     improved by 20 cheap scalings of the current plan; at the start, or where these leave the range of floats, by one
-    update in the log domain.
-    """
+    update in the log domain."""
     def log_sum_exp(z, axis):                                        # a third of scipy's time
         top = z.max(axis=axis, keepdims=True)
         return np.log(np.exp(z - top).sum(axis=axis)) + top.squeeze(axis)
@@ -663,26 +638,20 @@ def sinkhorn(cost, epsilon):
 
 
 def wasserstein(x, y):
-    """Transport cost <P, C> of cells x (n, d) and y (m, d), C Euclidean, P the entropic plan: (value, epsilon, error).
+    """Transport cost <P, C> of cells x (n, d) and y (m, d), C Euclidean, P the entropic plan: (value, marginal error).
 
     epsilon = 0.05 mean(C); values compare only at one epsilon. In the 50 PCs of e_distance. scBIG's tables (no code).
     NOT calibrated: in many dimensions a fresh draw of the truth scores like the point mass at its mean, so read it
-    beside e_distance.
-    """
+    beside e_distance."""
     cost = np.sqrt(squared_distances(x, y))
-    epsilon = 0.05 * cost.mean()
-    if epsilon <= 0:                                                 # all costs are zero
-        return 0.0, 0.0, 0.0
-    value, error = sinkhorn(cost, epsilon)
-    return value, float(epsilon), error
+    return sinkhorn(cost, 0.05 * cost.mean()) if cost.any() else (0.0, 0.0)
 
 
 def mmd_matrix(pred, real, block=16_000_000):
     """mmd_energy of every prediction with every truth: lists of (n_i, d) cells -> (P, N).
 
     The cross terms are float32 matrix products that give squared distances at once: [-2x, |x|^2, 1] . [y, 1, |y|^2].
-    Cells should be centred, so that little is lost to cancellation; terms within a population are float64.
-    """
+    Cells should be centred, so that little is lost to cancellation; terms within a population are float64."""
     def norm(x):
         return np.einsum("ij,ij->i", x, x, dtype=np.float64).astype(np.float32)
 
@@ -717,8 +686,7 @@ class _World:
     def __init__(self, groups, control, genes, seed):
         self.groups, self.seed = groups, seed
         self.with_covariates = isinstance(control, Mapping)
-        self.order = np.argsort(np.asarray(genes, dtype=str), kind="stable")
-        self.ordered = np.array_equal(self.order, np.arange(len(genes)))
+        self.order = np.argsort(np.asarray(genes, dtype=str), kind="stable")   # by name: no tie depends on the input
         self.column = {genes[i]: k for k, i in enumerate(self.order)}
         self.used = sorted({self.covariate(g) for g in groups})
         control = dict(control) if self.with_covariates else {"": control}
@@ -727,8 +695,8 @@ class _World:
             raise ValueError(f"no control cells for {sorted(missing)}; control holds {sorted(control)}")
         self.control = {v: _Population(x, v, self, "control") for v, x in control.items()}
         self.panel_targets = sorted({i for g in groups for i in self.targets(g)})
-        self.reference = {}  # {group: (G,)} the mean training perturbation
-        self.sinkhorn = {}   # {group: (epsilon, error)}
+        self.reference = {}                          # {group: (G,)} the mean training perturbation
+        self.sinkhorn_error = {}
         self.basis = None
 
     def covariate(self, group):
@@ -736,10 +704,6 @@ class _World:
 
     def perturbations(self, group):
         return (group.partition("@")[0] if self.with_covariates else group).split("+")
-
-    def in_order(self, x):
-        """Genes (last axis) by name: then nothing, not even a tie, depends on their order in the input."""
-        return x if self.ordered else x[..., self.order]
 
     def targets(self, group):
         """Columns of the perturbed genes that are in the panel ('drug:dose' counts as 'drug')."""
@@ -755,8 +719,7 @@ class _World:
 class _Population:
     """One population of cells and what is derived from it, computed when first asked for.
 
-    source (n, G): array or CSR, side: what it is, for error messages; '' for cells that are in order already.
-    """
+    source (n, G): array or CSR, side: what it is, for error messages; '' for cells that are in order already."""
 
     def __init__(self, source, group, world, side=""):
         self.group, self.world = group, world
@@ -768,7 +731,7 @@ class _Population:
                              f"{len(world.order)} genes)")
         if not np.isfinite(source.data if sparse.issparse(source) else source).all():
             raise ValueError(f"{side} cells of '{group}' hold NaN or infinite values")
-        self.source = world.in_order(source if sparse.issparse(source) else np.asarray(source))
+        self.source = (source if sparse.issparse(source) else np.asarray(source))[:, world.order]
 
     @property
     def cells(self):
@@ -794,7 +757,6 @@ class _Population:
 
     @cached_property
     def cpm(self):
-        """(G,) mean counts per million."""
         return 100 * np.expm1(self.cells).mean(axis=0, dtype=np.float64)
 
     @cached_property
@@ -814,12 +776,10 @@ class _Population:
 
     @cached_property
     def significant(self):
-        """(G,) DE genes: BH < 0.05."""
         return (self.adjusted_p < 0.05) & self.effect.any()
 
     @cached_property
     def changes(self):
-        """The Virtual Cell Challenge's."""
         return changes(self.p, self.cpm, self.control.cpm, self.world.targets(self.group))
 
     @cached_property
@@ -853,8 +813,7 @@ class _Population:
         return (self.points - self.world.basis.mean) @ self.world.basis.loadings
 
     @property
-    def effect_off_panel(self):
-        """The effect without the targets of all conditions."""
+    def effect_off_panel(self):                                      # without the targets of all conditions
         return np.delete(self.effect, self.world.panel_targets)
 
     @cached_property
@@ -870,7 +829,6 @@ class _Population:
 
     @cached_property
     def ranked_rows(self):
-        """Rows that enter the pairwise MMDs."""
         limit = self.world.rank_cells(self.group)
         if self.is_point:
             return np.zeros(1, dtype=int)
@@ -890,8 +848,7 @@ class _Population:
 class _Training:
     """What floors and the Systema reference need of the training perturbations, from one pass over them.
 
-    The mean of each, and `share` cells of each, so that a draw from these weights conditions equally.
-    """
+    The mean of each, and `share` cells of each, so that a draw from these weights conditions equally."""
 
     def __init__(self, train, world, most_cells):
         self.world = world
@@ -922,8 +879,7 @@ class _Training:
         """Sum of the effects of its single perturbations (G,), or None when one of them is not in training.
 
         A single's effect is that in the group's own covariate if it was trained there, else the average over the
-        others, each against its own control.
-        """
+        others, each against its own control."""
         world, total = self.world, 0.0
         for perturbation in world.perturbations(group):
             singles = [g for g in self.groups if world.perturbations(g) == [perturbation]
@@ -940,17 +896,16 @@ def _floor(name, world, training, sizes):
     """The populations of one floor, one after another, each with as many cells as the prediction."""
     for group, n in sizes.items():
         control = world.control[world.covariate(group)]
+        shift = training.additive(group) if name == "additive" else np.zeros(1)
+        if shift is None:
+            continue
         if name == "mean":
             cells = np.tile(world.reference[group].astype(np.float32), (n, 1))
         elif name == "mean_cells":
             cells = training.draw(group, n)
         else:
-            cells = control.cells[_rng(world.seed, name, group).choice(control.n, n, replace=n > control.n)]
-            if name == "additive":
-                shift = training.additive(group)
-                if shift is None:
-                    continue
-                cells = cells + shift.astype(np.float32)             # not clamped
+            rows = _rng(world.seed, name, group).choice(control.n, n, replace=n > control.n)
+            cells = control.cells[rows] + shift.astype(np.float32)   # not clamped
         yield _Population(cells, group, world)
 
 
@@ -975,12 +930,8 @@ def _condition_metrics(p, r, world, keys):
     def energy_in_components(k):
         return _energy(p.within(k), r.within(k), mean_distance(p.scores[:, :k], r.scores[:, :k]))
 
-    def rbf():
-        return _mmd_rbf(*squared(), r.n, r.in_genes[1]) if min(p.n, r.n) > 1 else math.nan
-
     def transport():
-        value, epsilon, error = wasserstein(p.scores, r.scores)
-        world.sinkhorn[p.group] = epsilon, error
+        value, world.sinkhorn_error[p.group] = wasserstein(p.scores, r.scores)
         return value
 
     values = {
@@ -1008,7 +959,7 @@ def _condition_metrics(p, r, world, keys):
         "discr_cos": lambda: discr_cos(q, m, c),
         "mmd": lambda: energy_in_genes() / 2,
         "mmd_pca30": lambda: energy_in_components(30) / 2,
-        "mmd_rbf": rbf,
+        "mmd_rbf": lambda: _mmd_rbf(*squared(), r.n, r.in_genes[1]) if min(p.n, r.n) > 1 else math.nan,
         "cosine_logfc": lambda: cosine_logfc(q, m, c),
     }
     return {k: values[k]() for k in keys if k in values}
@@ -1029,9 +980,7 @@ COMPARED = DISCRIMINATION | RANKS
 
 def _compared_metric(key, p, r, own, targets):
     """(P,) values of a key of COMPARED: p of the P predictions, r of all real conditions, own (P,) their places in r.
-
-    PDS looks for the truth among all real conditions; the ranks compare the predictions that there are.
-    """
+    PDS looks for the truth among all real conditions; the ranks compare the predictions that there are."""
     distance = COMPARED[key][1]
     if key in RANKS:
         return prediction_rank(distance(p, [r[i] for i in own]), MMD_TIE if key in MMD_RANKS else 1e-9)
@@ -1041,8 +990,7 @@ def _compared_metric(key, p, r, own, targets):
 def _score(populations, real, world, keys, tables=None):
     """{group: {key: value}} of predicted populations; an iterable: each is freed once it has been looked at.
 
-    tables: a dict that receives of every group {column of genes.tsv: (G,) array}.
-    """
+    tables: a dict that receives of every group {column of genes.tsv: (G,) array}."""
     compared = [k for k in keys if k in COMPARED]
     out, kept = {}, {}
     for p in populations:
@@ -1100,7 +1048,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
       floors {name of FLOORS: {key: mean} or None}, floors_n_valid, floors_per_condition, without the keys *_rank;
       replicate {key: mean}, one half of the real cells scored against the other;
       score_vs_floor {key: (score - best floor) / (replicate - best floor)};
-      info: numbers of cells, variance of the components, Sinkhorn's epsilon, notes;
+      info: numbers of conditions, genes and cells, seed, notes;
       with per_gene, per_gene {group: {column of genes.tsv: (G,) array}}, genes by name: see report().
     Raises ValueError for inputs that do not fit together.
     """
@@ -1130,7 +1078,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         centroids = {v: training.centroid(v) for v in world.used}
         world.reference = {g: centroids[world.covariate(g)] for g in groups}
     elif train_mean is not None:
-        world.reference = dict.fromkeys(groups, world.in_order(np.asarray(train_mean, np.float64)))
+        world.reference = dict.fromkeys(groups, np.asarray(train_mean, np.float64)[world.order])
     keys = [k for k in KEYS if k in keys and (world.reference or k not in SYSTEMA)]
     if {"e_distance", "wasserstein", "mmd_pca30", "mmd_pca30_rank"} & set(keys):
         fitted_on = [*truth.values(), *(world.control[v] for v in world.used)]
@@ -1207,9 +1155,8 @@ def _intervals(per_condition, keys, rng, resamples):
 def _versus_floor(key, result, partial):
     """(score - best floor) / (replicate - best floor); None when the replicate is not better than the best floor.
 
-    A correlation that is undefined for a floor counts as 0 there; other undefined values are left out, and so are the
-    floors in `partial`, which average over other conditions than the score does.
-    """
+    A correlation that is undefined for a floor counts as 0 there. Left out: other undefined values, and the floors in
+    `partial`, which average over other conditions than the score does."""
     values = [floor[key] for name, floor in result["floors"].items() if floor and name not in partial]
     values = [0.0 if v is None and key in CORRELATIONS else v for v in values]
     score, replicate = result["aggregate"][key], result["replicate"][key]
@@ -1225,14 +1172,9 @@ def _information(world, truth, sizes, keys, notes):
     info = {"conditions": len(truth), "genes": len(world.column), "seed": world.seed, "notes": notes,
             "cells_pred": sum(sizes.values()), "cells_real": sum(r.n for r in truth.values()),
             "cells_control": {v: world.control[v].n for v in world.used}}
-    if world.basis:
-        share = np.cumsum(world.basis.explained)
-        info["pca_variance_explained"] = {str(k): float(share[:k][-1]) for k in (30, 50)}
-    if world.sinkhorn:
-        epsilon, error = np.array(list(world.sinkhorn.values())).T
-        info["sinkhorn_epsilon"] = float(np.median(epsilon))
-        if (error > 1e-4).any():
-            notes.append(f"Sinkhorn did not converge for {int((error > 1e-4).sum())} conditions")
+    unfinished = sum(error > 1e-4 for error in world.sinkhorn_error.values())
+    if unfinished:
+        notes.append(f"Sinkhorn did not converge for {unfinished} conditions")
     if set(MMD_RANKS) & set(keys):
         limits = [world.rank_cells(g) for g in truth if max(truth[g].n, sizes[g]) > world.rank_cells(g)]
         if limits:
@@ -1243,8 +1185,7 @@ def _information(world, truth, sizes, keys, notes):
 def compare(a, b, key):
     """Paired Wilcoxon signed-rank p-value of a key between two evaluate() results, over conditions that both define.
 
-    None without shared conditions, 1.0 when all differences are zero; with fewer than six conditions p cannot fall
-    below 0.05. Two-sided, and not corrected for the number of keys.
+    None without shared conditions, 1.0 when all differences are zero. Two-sided, not corrected for the number of keys.
     """
     pairs = [(a["per_condition"][g].get(key), b["per_condition"][g].get(key))
              for g in a["per_condition"] if g in b["per_condition"]]
@@ -1260,8 +1201,7 @@ VERSUS = "vs floor"
 
 
 def result_rows(result, name):
-    """[(row name, {key: value})] of an evaluate() result for format_table: floors, the method, the replicate, and
-    'vs floor': 0 for a method as good as the best floor, 1 for one as good as the replicate."""
+    """[(row, {key: value})] of an evaluate() result for format_table: floors, the method, replicate, 'vs floor'."""
     rows = [(floor, values) for floor, values in result["floors"].items() if values]
     rows += [(name, result["aggregate"]), ("replicate", result["replicate"]), (VERSUS, result["score_vs_floor"])]
     return [(row, values) for row, values in rows if values]
@@ -1270,10 +1210,8 @@ def result_rows(result, name):
 def format_table(rows, keys=None, ci=None, width=None, rest="metrics.json"):
     """Text table: a line per (name, {key: value}), a column per key (default TABLE_KEYS) with the better direction.
 
-    ci: {key: [low, high]} (evaluate()'s ci95), printed below the first row that is not a floor. Missing values are '-'.
-    Columns beyond `width` characters (default: the terminal's, 120 without one) are left out; a last line says how
-    many more metrics `rest` holds.
-    """
+    ci: evaluate()'s ci95, printed below the first row that is not a floor. Columns beyond `width` characters (default:
+    the terminal's, 120 without one) are left out; a last line says how many more metrics `rest` holds."""
     rows = list(rows)
     measured = {k for _, values in rows for k in values}
     keys = list(keys or (k for k in TABLE_KEYS if k in measured))
@@ -1316,11 +1254,7 @@ def report(run, method, rows):
     """Score a run's predicted test conditions: writes metrics.json and genes.tsv, prints the table.
 
     rows {suffix: {group: (n, E)}}: the method's own prediction under '', and further rows of the table, which get no
-    floors. run: with config, dataset, out, device, trained (seconds) and capped (values that were cut).
-    genes.tsv: per condition and gene the means of real control, predicted and real cells (log1p CP10k), predicted and
-    real log2 fold change, adjusted p-value of the real change (rank-sum test, as in de_spearman); the genes of a
-    condition by that p-value. A file that cannot be written is a data.DataError.
-    """
+    floors. run: with config, dataset, out, device, trained (seconds) and capped (values that were cut)."""
     import platform
     import h5py
     import scipy
@@ -1329,8 +1263,7 @@ def report(run, method, rows):
     began = time.perf_counter()
     config, dataset, columns = run.config, run.dataset, run.dataset.eval_genes
     names = [dataset.genes[i] for i in columns]
-    real = dataset.populations("test", columns)
-    train = dataset.populations("train", columns)
+    real, train = (dataset.populations(part, columns) for part in ("test", "train"))
     control = dataset.controls("test", columns)
     result = evaluate(rows[""], real, control, names, train, seed=config.seed, per_gene=True)
     if run.capped:
@@ -1341,7 +1274,7 @@ def report(run, method, rows):
             other = evaluate(cells, real, control, names, train, seed=config.seed, floors=False)
             result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
     _write_genes(run.out / "genes.tsv", result.pop("per_gene"))
-    versions = {m.__name__: m.__version__ for m in (torch, np, scipy, h5py)}
+    versions = {module.__name__: module.__version__ for module in (torch, np, scipy, h5py)}
     data.write_json(run.out / "metrics.json", {
         "method": method, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
         "seconds": round(run.trained + time.perf_counter() - began, 1), "peak_memory_mb": data.peak_memory(run.device),
@@ -1350,7 +1283,9 @@ def report(run, method, rows):
 
 
 def _write_genes(path, per_gene):
-    """genes.tsv from evaluate()'s per_gene: conditions by name, their genes by the p-value of the real change."""
+    """genes.tsv: per condition and gene the means of real control, predicted and real cells (log1p CP10k), predicted
+    and real log2 fold change, adjusted p-value of the real change (as in de_spearman); the smallest p first.
+    """
     import data
     with data.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\t".join(["condition", *next(iter(per_gene.values()))]) + "\n")
@@ -1380,7 +1315,7 @@ def show(out):
 
 
 def quick_score(dataset, pred, part, seed):
-    """{key: value} of a few metrics of predicted cells {group: (n, E)}, without floors: for validation in training."""
+    """{key: value} of three metrics of predicted cells {group: (n, E)}, without floors: validation in training."""
     columns = dataset.eval_genes
     result = evaluate(pred, dataset.populations(part, columns), dataset.controls(part, columns),
                       [dataset.genes[i] for i in columns], keys=["l2", "pearson_delta", "e_distance"], seed=seed,
@@ -1391,25 +1326,23 @@ def quick_score(dataset, pred, part, seed):
 class _Groups(Mapping):
     """{group: (cells, genes) CSR} of the perturbed cells of a file, cut out when asked for.
 
-    controls: {covariate: CSR} of its control cells; notes: what was done to the values.
-    """
+    controls: {covariate: CSR} of its control cells; notes: what was done to the values."""
 
-    def __init__(self, cells, columns, use_covariates, notes):
+    def __init__(self, cells, config, notes, columns=slice(None)):
         self.X, self.columns = cells.X, columns
         self.rows, self.controls = {}, {}
         self.notes = notes
-        pairs = sorted(set(zip(cells.condition, cells.covariate)))
-        number = {pair: i for i, pair in enumerate(pairs)}
-        which = np.array([number[pair] for pair in zip(cells.condition, cells.covariate)])
-        order = np.argsort(which, kind="stable")
-        for (condition, covariate), rows in zip(pairs, np.split(order, np.cumsum(np.bincount(which))[:-1])):
+        rows_of = {}
+        for row, pair in enumerate(zip(cells.condition, cells.covariate)):
+            rows_of.setdefault(pair, []).append(row)
+        for (condition, covariate), rows in sorted(rows_of.items()):
             if condition == "control":
                 self.controls[covariate] = self.cut(rows)
             else:
-                self.rows[f"{condition}@{covariate}" if use_covariates else condition] = rows
+                self.rows[f"{condition}@{covariate}" if config.covariates else condition] = rows
 
     def cut(self, rows):
-        return self.X[rows] if self.columns is None else self.X[rows][:, self.columns]
+        return self.X[rows][:, self.columns]
 
     def __getitem__(self, group):
         return self.cut(self.rows[group])
@@ -1440,28 +1373,26 @@ def _load(path, config, genes, **options):
     import data
     cells = data.read_cells(path, config, **options)
     notes = _logged(cells)
-    where = {g: i for i, g in enumerate(cells.genes)}
-    missing = [g for g in genes if g not in where]
+    columns = data.match_genes(cells.genes, genes)
+    missing = [gene for gene, column in zip(genes, columns) if column < 0]
     if missing:
         raise data.DataError(f"{path}: lacks {len(missing)} of the {len(genes)} genes of the prediction "
                              f"({_listed(missing)}); genes are matched by name: check --gene-key, or leave them out")
-    columns = None if genes == list(cells.genes) else np.array([where[g] for g in genes])
-    return _Groups(cells, columns, bool(config.covariates), notes), cells
+    return _Groups(cells, config, notes, columns), cells
 
 
 def read_prediction(path, config):
     """Any tool's prediction file: gene names, and {group: (cells, G)} of its predicted cells, log1p CP10k.
 
     config: data.DataConfig, whose columns are used as far as the file has them, else searched for. Counts are
-    normalised; values that log1p CP10k does not have (negative, or too large) are taken as they are. Both are said in
-    the mapping's `notes`. Raises data.DataError.
-    """
+    normalised; other values are taken as they are, even those that log1p CP10k does not have, which a note in the
+    mapping's `notes` says."""
     import data
     named = dataclasses.replace(config, layer="", counts=False, lognorm=False)
+    searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
     try:
         cells = data.read_cells(path, named, control_required=False, check=False)
     except data.DataError:
-        searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
         cells = data.read_cells(path, searched, control_required=False, check=False)
     notes = _logged(cells)
     blocks = [cells.X[rows].data for rows in data.row_blocks(cells.X, np.arange(cells.X.shape[0]))]
@@ -1470,14 +1401,14 @@ def read_prediction(path, config):
     if low < 0 or high > math.log1p(1e4):
         notes.append(f"{path}: values from {low:.3g} to {high:.3g}, while log1p CP10k lies between 0 and 9.21; they "
                      "are scored as they are")
-    return list(cells.genes), _Groups(cells, None, bool(config.covariates), notes)
+    return list(cells.genes), _Groups(cells, config, notes)
 
 
 def _parser():
     import data
     parser = data.Parser(prog="metrics.py", description="Score predicted cells against real cells (AnnData files).")
     add = parser.add_argument
-    add("pred", help="predicted cells, log1p CP10k; obs names the condition")
+    add("pred", help="predicted cells, counts or log1p CP10k; obs names the condition")
     add("real", help="real cells with their controls; counts are normalised over all genes of the file")
     add("--reference", default="", help="training cells, for the Systema reference and the floors")
     add("--pert-key", default="", help="obs column of the perturbation (default: searched for)")
@@ -1488,9 +1419,8 @@ def _parser():
     add("--layer", default="", help="matrix of the real file and the reference (default: X)")
     add("--counts", action="store_true", help="declare real file and reference raw counts")
     add("--lognorm", action="store_true", help="declare real file and reference log-normalised")
-    add("--keys", default="", help="metrics to compute and print, comma-separated, or 'all' (default: all "
-        "but the MMD ranks, of which the usual ones are printed)")
-    add("--floors", action=argparse.BooleanOptionalAction, default=True, help="score floors and replicate too")
+    add("--keys", default="", help="metrics to compute and print, or 'all' (default: all but the MMD ranks)")
+    add("--no-floors", dest="floors", action="store_false", help="neither floors nor replicate")
     add("--seed", type=int, default=0, help="of floors, replicate and bootstrap")
     add("--out", default="", help="JSON file for every number")
     return parser
@@ -1511,56 +1441,52 @@ def _reference(path, config, genes, pred, real, cells):
     if len(mean) != len(cells.genes):
         raise data.DataError(f"{cells.path}: uns['train_pert_mean'] has {len(mean)} values for {len(cells.genes)} "
                              "genes; it needs one per gene, or give --reference")
-    return None, mean if real.columns is None else mean[real.columns]
+    return None, mean[real.columns]
 
 
 def main(argv=None):
     """Score a prediction file: print the table, write --out; 'error: ...' and exit code 2 for unusable input."""
     import data
     parser = _parser()
-    args = vars(parser.parse_args(argv))
-    path, truth = args.pop("pred"), args.pop("real")
-    keys, floors = args.pop("keys"), args.pop("floors")
-    reference, seed = args.pop("reference"), args.pop("seed")
-    out = args.pop("out")
-    keys = list(KEYS) if keys == "all" else [k.strip() for k in keys.split(",") if k.strip()]
+    args = parser.parse_args(argv)
+    keys = list(KEYS) if args.keys == "all" else [k.strip() for k in args.keys.split(",") if k.strip()]
     if set(keys) - set(KEYS):
         parser.error(f"--keys: unknown metrics {_listed(set(keys) - set(KEYS))}; the metrics are {' '.join(KEYS)}")
-    if seed < 0:
+    if args.seed < 0:
         parser.error("--seed must not be negative")
     with data.clean_errors():
-        config = data.DataConfig(**args)                             # what is left are data flags
-        genes, pred = read_prediction(path, config)
-        real, cells = _load(truth, config, genes)
+        fields = {field.name for field in dataclasses.fields(data.DataConfig)}
+        config = data.DataConfig(**{name: value for name, value in vars(args).items() if name in fields})
+        genes, pred = read_prediction(args.pred, config)
+        real, cells = _load(args.real, config, genes)
         scored = set(pred) & set(real)
         if not scored:
-            raise data.DataError(f"{truth}: has no cells of any predicted condition ({_listed(pred)}); it has "
+            raise data.DataError(f"{args.real}: has no cells of any predicted condition ({_listed(pred)}); it has "
                                  f"{_listed(real)}. Check --pert-key and --covariates")
         lonely = {g.partition("@")[2] for g in scored} - set(real.controls) if config.covariates else ()
         if lonely:
-            raise data.DataError(f"{truth}: has no control cells of {_listed(lonely)}; check --covariates, --control")
-        train, train_mean = _reference(reference, config, genes, pred, real, cells)
+            raise data.DataError(f"{args.real}: has no control cells of {_listed(lonely)}; check --covariates, "
+                                 "--control")
+        train, train_mean = _reference(args.reference, config, genes, pred, real, cells)
         control = real.controls if config.covariates else real.controls[""]
-        result = evaluate(pred, real, control, genes, train, keys or None, seed, floors, train_mean=train_mean)
-        notes = [*pred.notes, *real.notes, *result["info"]["notes"]]
+        result = evaluate(pred, real, control, genes, train, keys or None, args.seed, args.floors,
+                          train_mean=train_mean)
+        info = result["info"]
+        info["notes"] = [*pred.notes, *real.notes, *info["notes"]]
         if len(cells.genes) > len(genes):
-            notes.append(f"{len(cells.genes) - len(genes):,} genes are not in the prediction and are ignored")
-        if train is None and train_mean is None:
-            notes.append("without --reference there is no floor but the control, and no Systema reference")
-        elif train is None:
-            notes.append("without --reference there is no floor but the control and the mean (uns['train_pert_mean'])")
-        result["info"]["notes"] = notes
-        cells_pred, cells_real = (sum(len(side.rows[g]) for g in scored) for side in (pred, real))
-        cells_control = sum(x.shape[0] for x in real.controls.values())
-        print(f"{len(scored)} conditions, {len(genes):,} genes; {cells_pred:,} predicted, {cells_real:,} real and "
-              f"{cells_control:,} control cells")
-        for note in notes:
+            info["notes"].append(f"{len(cells.genes) - len(genes):,} genes are not in the prediction and are ignored")
+        if train is None:
+            more = "but the control, and no Systema reference" if train_mean is None else "but control and mean"
+            info["notes"].append(f"without --reference there is no floor {more}")
+        print(f"{info['conditions']} conditions, {info['genes']:,} genes; {info['cells_pred']:,} predicted and "
+              f"{info['cells_real']:,} real cells")
+        for note in info["notes"]:
             print(f"note: {note}")
-        rest = out or "the file that --out FILE writes"
+        rest = args.out or "the file that --out FILE writes"
         print(format_table(result_rows(result, "prediction"), keys, result["ci95"], rest=rest))
-        if out:
-            data.write_json(out, result)
-            print(f"wrote {out}")
+        if args.out:
+            data.write_json(args.out, result)
+            print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
