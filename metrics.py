@@ -158,24 +158,26 @@ def spearman(x, y):
     return pearson(stats.rankdata(x), stats.rankdata(y))
 
 
+def of_effects(measure, q, m, reference, genes=None):
+    """measure(q - reference, m - reference), NaN where either is nothing but rounding; genes: subset (indices)."""
+    dp, dr = q - reference, m - reference
+    if genes is not None:
+        dp, dr = dp[genes], dr[genes]
+    return math.nan if no_effect(dp, dr) or no_effect(dr) else measure(dp, dr)
+
+
 def pearson_delta(q, m, reference, genes=None):
-    """Pearson correlation of q - reference and m - reference; genes: optional subset (indices). Of a point mass NaN.
+    """Pearson correlation of the effects.
 
     pearson_delta: reference = mean of real controls (scBIG's r_all). The mean training perturbation scores high where
     perturbations share a response, so read it beside pearson_delta_hat (Systema; scDFM, CellTARNet), where that mean is
     the reference. ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de)."""
-    dp, dr = q - reference, m - reference
-    if genes is not None:
-        dp, dr = dp[genes], dr[genes]
-    return math.nan if no_effect(dp, dr) or no_effect(dr) else pearson(dp, dr)
+    return of_effects(pearson, q, m, reference, genes)
 
 
 def spearman_delta(q, m, reference):
-    """Spearman correlation of q - reference and m - reference, all genes. The control's profile itself (reference 0, as
-    in CellTARNet's text) reaches 0.92.
-    """
-    dp, dr = q - reference, m - reference
-    return math.nan if no_effect(dp, dr) or no_effect(dr) else spearman(dp, dr)
+    """Spearman correlation of the effects. Of profiles (reference 0, CellTARNet's text) the control reaches 0.92."""
+    return of_effects(spearman, q, m, reference)
 
 
 def acc(q, m, c, genes=None):
@@ -197,9 +199,8 @@ def cosine(x, y):
 
 
 def discr_cos(q, m, reference):
-    """cos(q - reference, m - reference) in gene space. scBIG (eq. 18, no released code)."""
-    dp, dr = q - reference, m - reference
-    return math.nan if no_effect(dp, dr) or no_effect(dr) else cosine(dp, dr)
+    """Cosine of the effects in gene space. scBIG (eq. 18, no released code)."""
+    return of_effects(cosine, q, m, reference)
 
 
 def log_fold_change(q, c, pseudocount=1e-9, exp=True):
@@ -283,15 +284,6 @@ def rank_sum_test(x, control):
     return special.erfc(z / math.sqrt(2))
 
 
-def benjamini_hochberg(p):
-    """Adjusted p-values of one condition: min over j >= rank of p_(j) G / j, as scipy's false_discovery_control."""
-    order = np.argsort(p)
-    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
-    out = np.empty(len(p))
-    out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
-    return out
-
-
 def welch_t(mean, var, n, control_mean, control_var):
     """scanpy's t-test_overestim_var: Welch's t with n cells on both sides, (mean - control) / sqrt((var + var_c) / n).
 
@@ -310,7 +302,7 @@ def de_spearman(lfc_pred, lfc_real, significant):
 
 
 def direction_match(lfc_pred, lfc_real, significant):
-    """Share of truly DE genes whose log fold changes have the same sign, 0 being one (cell-eval's de_direction_match)."""
+    """Share of truly DE genes whose log changes have the same sign, 0 being one: cell-eval's de_direction_match."""
     same = np.sign(lfc_pred[significant]) == np.sign(lfc_real[significant])
     return float(same.mean()) if len(same) else math.nan
 
@@ -318,8 +310,8 @@ def direction_match(lfc_pred, lfc_real, significant):
 def overlap_at_n(lfc_pred, significant_pred, lfc_real, significant):
     """|top-k real DE genes & top-k predicted DE genes| / k, by |log fold change|, k = number of real DE genes.
 
-    0 when either side has no DE gene. cell-eval's overlap_at_N, the Virtual Cell Challenge 2025's 'DES'. The prediction's
-    own test depends on its number and spread of cells: a point mass has spurious DE genes.
+    0 when either side has no DE gene. cell-eval's overlap_at_N, the 'DES' of the Virtual Cell Challenge 2025. The
+    prediction's own test depends on its number and spread of cells: a point mass has spurious DE genes.
     """
     def strongest(significant, lfc):
         genes = np.flatnonzero(significant)
@@ -365,7 +357,7 @@ def changes(p, cpm, control_cpm, targets=()):
 
     p (G,): rank_sum_test's; cpm, control_cpm (G,) means over cells of 100 expm1(log1p CP10k); targets: indices."""
     genes = np.flatnonzero(control_cpm > MIN_CPM)
-    adjusted = benjamini_hochberg(p[genes])
+    adjusted = stats.false_discovery_control(p[genes])
     others = ~np.isin(genes, targets)
     genes = genes[others]
     with np.errstate(invalid="ignore"):                              # a mean below zero has no logarithm
@@ -437,7 +429,7 @@ def enrichment(modules, genes, sets):
                 rows.append((int(module), name, overlap, int(own.sum()), size, float(p)))
     if not rows:
         return []
-    adjusted = benjamini_hochberg(np.array([row[-1] for row in rows]))
+    adjusted = stats.false_discovery_control(np.array([row[-1] for row in rows]))
     rows = [(*row, float(a)) for row, a in zip(rows, adjusted) if a < 0.05]
     return sorted(rows, key=lambda row: (row[-1], row[0], row[1]))
 
@@ -772,7 +764,7 @@ class _Population:
 
     @cached_property
     def adjusted_p(self):
-        return benjamini_hochberg(self.p)
+        return stats.false_discovery_control(self.p)
 
     @cached_property
     def significant(self):
