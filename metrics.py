@@ -311,8 +311,7 @@ def overlap_at_n(lfc_pred, significant_pred, lfc_real, significant):
     """|top-k real DE genes & top-k predicted DE genes| / k, by |log fold change|, k = number of real DE genes.
 
     0 when either side has no DE gene. cell-eval's overlap_at_N, the 'DES' of the Virtual Cell Challenge 2025. The
-    prediction's own test depends on its number and spread of cells: a point mass has spurious DE genes.
-    """
+    prediction's own test depends on its number and spread of cells: a point mass has spurious DE genes."""
     def strongest(significant, lfc):
         genes = np.flatnonzero(significant)
         return genes[top_k(np.abs(lfc[genes]), k)]
@@ -373,8 +372,7 @@ def sig_jaccard(pred, real):
 
 def direction_fidelity(pred, real):
     """Predicted DE genes with the real direction / max(predicted, real DE genes). NaN when neither side has any.
-    Only genes with a real fold change count as predicted.
-    """
+    Only genes with a real fold change count as predicted."""
     calls = pred.significant & np.isfinite(real.lfc) & (real.lfc != 0)
     most = max(np.sum(calls), np.sum(real.significant))
     return float(np.sum(np.sign(pred.lfc[calls]) == np.sign(real.lfc[calls])) / most) if most else math.nan
@@ -397,8 +395,7 @@ def direction_reach(pred, real):
 
 def lfc_nmae(pred, real):
     """sum |lfc_pred - lfc_real| / sum |lfc_real| over real DE genes, NaN with fewer than 10. The control scores 1.
-    A predicted fold change that is not finite counts as 0.
-    """
+    A predicted fold change that is not finite counts as 0."""
     genes = real.significant
     if np.sum(genes) < 10:
         return math.nan
@@ -507,9 +504,9 @@ def fit_pca(populations, k=50):
     return Basis(mean, loadings, np.maximum(variance, 0) / max(np.trace(covariance), 1e-300))
 
 
-def squared_distances(x, y):
-    """(n, m) squared Euclidean distances by one matrix product, float64."""
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+def squared_distances(x, y, dtype=np.float64):
+    """(n, m) squared Euclidean distances by one matrix product."""
+    x, y = np.asarray(x, dtype), np.asarray(y, dtype)
     d = x @ y.T
     d *= -2
     d += np.einsum("ij,ij->i", x, x)[:, None]
@@ -552,8 +549,7 @@ def _energy(within_x, within_y, between):
 
 def mmd_energy(x, y):
     """PerturBench's and PRiMeFlow's 'mmd' (geomloss 'energy'): half the energy distance, not comparable with RBF.
-    mmd: gene space; mmd_pca30: the first 30 PCs (PerturBench's code defaults to 100, the paper says 30).
-    """
+    mmd: gene space; mmd_pca30: the first 30 PCs (PerturBench's code defaults to 100, the paper says 30)."""
     return 0.5 * energy_distance(x, y)
 
 
@@ -601,18 +597,14 @@ def sinkhorn(cost, epsilon):
     P = exp((f + g - cost) / epsilon) with potentials f, g in the log domain, which holds at any epsilon. They are
     improved by 20 cheap scalings of the current plan; at the start, or where these leave the range of floats, by one
     update in the log domain."""
-    def log_sum_exp(z, axis):                                        # a third of scipy's time
-        top = z.max(axis=axis, keepdims=True)
-        return np.log(np.exp(z - top).sum(axis=axis)) + top.squeeze(axis)
-
     n, m = cost.shape
     a, b = 1 / n, 1 / m
     g = np.zeros(m)
     scaled = False
     for _ in range(100):
         if not scaled:
-            f = epsilon * (math.log(a) - log_sum_exp((g - cost) / epsilon, 1))
-            g = epsilon * (math.log(b) - log_sum_exp((f[:, None] - cost) / epsilon, 0))
+            f = epsilon * (math.log(a) - special.logsumexp((g - cost) / epsilon, axis=1))
+            g = epsilon * (math.log(b) - special.logsumexp((f[:, None] - cost) / epsilon, axis=0))
         plan = np.exp((f[:, None] + g - cost) / epsilon)
         error = np.abs(plan.sum(axis=1) - a).sum()
         if error < 1e-6:
@@ -642,25 +634,16 @@ def wasserstein(x, y):
 def mmd_matrix(pred, real, block=16_000_000):
     """mmd_energy of every prediction with every truth: lists of (n_i, d) cells -> (P, N).
 
-    The cross terms are float32 matrix products that give squared distances at once: [-2x, |x|^2, 1] . [y, 1, |y|^2].
-    Cells should be centred, so that little is lost to cancellation; terms within a population are float64."""
-    def norm(x):
-        return np.einsum("ij,ij->i", x, x, dtype=np.float64).astype(np.float32)
-
-    def one(x):
-        return np.ones(len(x), np.float32)
-
-    right = np.concatenate([np.column_stack([y, one(y), norm(y)]) for y in real]).T
+    Distances between populations are float32: the cells should be centred, so that little is lost to cancellation."""
+    cells = np.concatenate(real)
     start = np.cumsum([0] + [len(y) for y in real])
     step = max(1, block // start[-1])
     within_real = np.array([mean_distance(y, y) for y in real])
     out = np.zeros((len(pred), len(real)))
     for i, x in enumerate(pred):
-        left = np.column_stack([-2 * x, norm(x), one(x)])
         for rows in range(0, len(x), step):
-            d = left[rows:rows + step] @ right
-            np.sqrt(np.maximum(d, 0, out=d), out=d)
-            out[i] += np.add.reduceat(d.sum(axis=0, dtype=np.float64), start[:-1])
+            d = squared_distances(x[rows:rows + step], cells, np.float32)
+            out[i] += np.add.reduceat(np.sqrt(d, out=d).sum(axis=0, dtype=np.float64), start[:-1])
         out[i] = out[i] / (len(x) * np.diff(start)) - 0.5 * (mean_distance(x, x) + within_real)
     return out
 
@@ -1276,8 +1259,7 @@ def report(run, method, rows):
 
 def _write_genes(path, per_gene):
     """genes.tsv: per condition and gene the means of real control, predicted and real cells (log1p CP10k), predicted
-    and real log2 fold change, adjusted p-value of the real change (as in de_spearman); the smallest p first.
-    """
+    and real log2 fold change, adjusted p-value of the real change (as in de_spearman); the smallest p first."""
     import data
     with data.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\t".join(["condition", *next(iter(per_gene.values()))]) + "\n")
