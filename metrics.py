@@ -254,10 +254,10 @@ def value_counts(x, block=4_000_000):
         position = np.flatnonzero(first)
         bits = part.ravel()[position].view(np.uint32)
         bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # now ordered like the floats
-        gene = start + position // n
-        count = np.diff(position, append=part.size)
-        parts.append((gene.astype(np.uint64) << np.uint64(32) | bits, gene, count))
-    keys, gene, count = (np.concatenate(column) for column in zip(*parts))
+        gene = (start + position // n).astype(np.uint64)
+        parts.append((gene << np.uint64(32) | bits, np.diff(position, append=part.size)))
+    keys, count = (np.concatenate(column) for column in zip(*parts))
+    gene = (keys >> np.uint64(32)).astype(np.int64)
     return ValueCounts(n, keys, gene, count, np.concatenate([[0], np.cumsum(count)]), _ties(count, gene, n_genes))
 
 
@@ -383,13 +383,13 @@ def direction_reach(pred, real):
 
     Deepest such position / number of real DE genes; 0 without any, NaN without real DE genes. Order: significant first,
     then adjusted p, p, |log fold change|, name."""
-    adjustable = real.significant & np.isfinite(real.lfc) & (real.lfc != 0)
-    order = np.lexsort((-np.abs(pred.lfc), pred.p, pred.adjusted))   # stable: genes are in the order of their names
-    order = order[adjustable[order]]
-    right = np.cumsum(np.sign(pred.lfc[order]) == np.sign(real.lfc[order]))
-    deep = np.flatnonzero(right / np.arange(1, len(order) + 1) >= 0.9)
     if not real.significant.any():
         return math.nan
+    directed = real.significant & np.isfinite(real.lfc) & (real.lfc != 0)
+    order = np.lexsort((-np.abs(pred.lfc), pred.p, pred.adjusted))   # stable: genes are in the order of their names
+    order = order[directed[order]]
+    right = np.cumsum(np.sign(pred.lfc[order]) == np.sign(real.lfc[order]))
+    deep = np.flatnonzero(right / np.arange(1, len(order) + 1) >= 0.9)
     return float((deep[-1] + 1) / np.sum(real.significant)) if len(deep) else 0.0
 
 
@@ -423,7 +423,7 @@ def enrichment(modules, genes, sets):
             if inside.sum() >= 3:
                 overlap, size = int((own & inside).sum()), int(inside.sum())
                 p = stats.hypergeom.sf(overlap - 1, len(genes), size, own.sum())
-                rows.append((int(module), name, overlap, int(own.sum()), size, float(p)))
+                rows.append((int(module), name, overlap, int(own.sum()), size, min(float(p), 1.0)))
     if not rows:
         return []
     adjusted = stats.false_discovery_control(np.array([row[-1] for row in rows]))
@@ -434,9 +434,9 @@ def enrichment(modules, genes, sets):
 # -------------------------------------------------------------------------------- ranks and discrimination
 
 def own_rank(distance, own=None, rtol=1e-9):
-    """Where does distance[i, own[i]] stand within row i? 0 the smallest, 1 the largest, ties half: (N,) in [0, 1].
+    """Where distance[i, own[i]] stands within row i of (P, N), 0 the smallest, 1 the largest, ties half: (P,).
 
-    (#smaller + #equal / 2) / (M - 1), equal up to rtol * the largest distance. Undefined own: 0.5; undefined
+    (#smaller + #equal / 2) / (N - 1), equal up to rtol * the largest distance. Undefined own: 0.5; undefined
     competitor: last. NaN with fewer than two columns."""
     rows, columns = distance.shape
     own = np.arange(rows) if own is None else np.asarray(own)
@@ -663,9 +663,9 @@ class _World:
         self.with_covariates = isinstance(control, Mapping)
         self.order = np.argsort(np.asarray(genes, dtype=str), kind="stable")   # by name: no tie depends on the input
         self.column = {genes[i]: k for k, i in enumerate(self.order)}
-        self.used = sorted({self.covariate(g) for g in groups})
+        self.covariates = sorted({self.covariate(g) for g in groups})
         control = dict(control) if self.with_covariates else {"": control}
-        missing = set(self.used) - set(control)
+        missing = set(self.covariates) - set(control)
         if missing:
             raise ValueError(f"no control cells for {sorted(missing)}; control holds {sorted(control)}")
         self.control = {v: _Population(x, v, self, "control") for v, x in control.items()}
@@ -694,7 +694,8 @@ class _World:
 class _Population:
     """One population of cells and what is derived from it, computed when first asked for.
 
-    source (n, G): array or CSR, side: what it is, for error messages; '' for cells that are in order already."""
+    source (n, G): array or CSR. side: what a user's cells are, for error messages; they are checked, and their genes
+    put in order. '' for cells that were made here."""
 
     def __init__(self, source, group, world, side=""):
         self.group, self.world = group, world
@@ -783,7 +784,7 @@ class _Population:
         return self.cells[:1] if self.is_point else self.cells
 
     @cached_property
-    def scores(self):
+    def pcs(self):
         """(n, 50) principal components of its points."""
         return (self.points - self.world.basis.mean) @ self.world.basis.loadings
 
@@ -793,12 +794,12 @@ class _Population:
 
     @cached_property
     def within(self):
-        """within(k): mean distance between its own cells in k components."""
-        return cache(lambda k: mean_distance(self.scores[:, :k], self.scores[:, :k]))
+        """within(k): mean distance between its cells in k components, once for all that is scored against them."""
+        return cache(lambda k: mean_distance(self.pcs[:, :k], self.pcs[:, :k]))
 
     @cached_property
     def in_genes(self):
-        """Of real cells: their mean distance in gene space, and real_kernel()."""
+        """The same in gene space, and real_kernel()."""
         pairs = pair_distances(self.cells)
         return 2 * np.sqrt(pairs).sum() / self.n**2, real_kernel(pairs) if self.n > 1 else None
 
@@ -817,7 +818,7 @@ class _Population:
 
     @cached_property
     def ranked_pcs(self):
-        return self.scores[self.ranked_rows, :30].astype(np.float32)
+        return self.pcs[self.ranked_rows, :30].astype(np.float32)
 
 
 class _Training:
@@ -828,7 +829,7 @@ class _Training:
     def __init__(self, train, world, most_cells):
         self.world = world
         self.groups = [g for g in train if world.perturbations(g) != ["control"]]
-        self.share = math.ceil(max(2000, 2 * most_cells) / min(len(self.like(v)) for v in world.used))
+        self.share = math.ceil(max(2000, 2 * most_cells) / min(len(self.like(v)) for v in world.covariates))
         self.mean = {}
         self.cells = np.empty((len(self.groups), self.share, len(world.column)), np.float32)
         for i, g in enumerate(self.groups):
@@ -903,10 +904,10 @@ def _condition_metrics(p, r, world, keys):
         return _energy(2 * np.sqrt(within).sum() / p.n**2, r.in_genes[0], np.sqrt(between).mean())
 
     def energy_in_components(k):
-        return _energy(p.within(k), r.within(k), mean_distance(p.scores[:, :k], r.scores[:, :k]))
+        return _energy(p.within(k), r.within(k), mean_distance(p.pcs[:, :k], r.pcs[:, :k]))
 
     def transport():
-        value, world.sinkhorn_error[p.group] = wasserstein(p.scores, r.scores)
+        value, world.sinkhorn_error[p.group] = wasserstein(p.pcs, r.pcs)
         return value
 
     values = {
@@ -976,7 +977,7 @@ def _score(populations, real, world, keys, tables=None):
             tables[p.group] = {"gene": np.array(list(world.column)), "control_mean": r.control.mean,
                                "pred_mean": p.mean, "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc,
                                "real_p_adjusted": r.adjusted_p}
-    for covariate in world.used:
+    for covariate in world.covariates:
         block = [g for g in real if world.covariate(g) == covariate]
         mine = [g for g in block if g in kept]
         if not mine:
@@ -1050,13 +1051,13 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     training = None
     if train is not None and len(train):
         training = _Training(train, world, max(sizes.values()))
-        centroids = {v: training.centroid(v) for v in world.used}
+        centroids = {v: training.centroid(v) for v in world.covariates}
         world.reference = {g: centroids[world.covariate(g)] for g in groups}
     elif train_mean is not None:
         world.reference = dict.fromkeys(groups, np.asarray(train_mean, np.float64)[world.order])
     keys = [k for k in KEYS if k in keys and (world.reference or k not in SYSTEMA)]
     if {"e_distance", "wasserstein", "mmd_pca30", "mmd_pca30_rank"} & set(keys):
-        fitted_on = [*truth.values(), *(world.control[v] for v in world.used)]
+        fitted_on = [*truth.values(), *(world.control[v] for v in world.covariates)]
         world.basis = fit_pca(lambda: (x.cells for x in fitted_on))
 
     tables = {} if per_gene else None
@@ -1146,7 +1147,7 @@ def _information(world, truth, sizes, keys, notes):
     """What a reader needs to judge the numbers."""
     info = {"conditions": len(truth), "genes": len(world.column), "seed": world.seed, "notes": notes,
             "cells_pred": sum(sizes.values()), "cells_real": sum(r.n for r in truth.values()),
-            "cells_control": {v: world.control[v].n for v in world.used}}
+            "cells_control": {v: world.control[v].n for v in world.covariates}}
     unfinished = sum(error > 1e-4 for error in world.sinkhorn_error.values())
     if unfinished:
         notes.append(f"Sinkhorn did not converge for {unfinished} conditions")
@@ -1236,7 +1237,8 @@ def report(run, method, rows):
     import torch
     import data
     began = time.perf_counter()
-    config, dataset, columns = run.config, run.dataset, run.dataset.eval_genes
+    config, dataset = run.config, run.dataset
+    columns = dataset.eval_genes
     names = [dataset.genes[i] for i in columns]
     real, train = (dataset.populations(part, columns) for part in ("test", "train"))
     control = dataset.controls("test", columns)
