@@ -182,7 +182,6 @@ def spearman_delta(q, m, reference):
 
 def acc(q, m, c, genes=None):
     """Share of genes with (dp > 0) == (dr > 0): zero counts as 'not up', so genes silent everywhere are always right.
-
     Random 0.5; control (dp = 0): share of genes that are not up. scBIG's ACC and, on 20 genes, its ACC-DEG."""
     dp, dr = q - c, m - c
     if no_effect(dp, dr):
@@ -205,7 +204,6 @@ def discr_cos(q, m, reference):
 
 def log_fold_change(q, c, pseudocount=1e-9, exp=True):
     """log2((f(q) + pseudocount) / (f(c) + pseudocount)) per gene, f = expm1 or the identity; means below 0 count as 0.
-
     Default: pdex's and scanpy's up to the pseudocount. PerturBench's logFC: pseudocount=0.1, exp=False."""
     q, c = np.maximum(q, 0), np.maximum(c, 0)
     if exp:
@@ -241,7 +239,6 @@ def _ties(count, gene, n_genes):
 
 def value_counts(x, block=4_000_000):
     """Sort every gene of x (n, G) and count equal values; the zeros of a gene are one tie.
-
     Gene and value become one integer, so that one sorted array serves all genes and no loop runs over genes."""
     n, n_genes = x.shape
     step = max(1, block // n)
@@ -286,7 +283,6 @@ def rank_sum_test(x, control):
 
 def welch_t(mean, var, n, control_mean, control_var):
     """scanpy's t-test_overestim_var: Welch's t with n cells on both sides, (mean - control) / sqrt((var + var_c) / n).
-
     var: unbiased. An infinite t counts as 0 (PerturBench), and so does 0/0 (scanpy). NaN where a variance is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (mean - control_mean) / np.sqrt((var + control_var) / n)
@@ -353,7 +349,6 @@ class Changes(NamedTuple):
 
 def changes(p, cpm, control_cpm, targets=()):
     """Changes of the genes with more than 5 counts per million in control, the condition's own targets left out.
-
     p (G,): rank_sum_test's; cpm, control_cpm (G,) means over cells of 100 expm1(log1p CP10k); targets: indices."""
     genes = np.flatnonzero(control_cpm > MIN_CPM)
     adjusted = stats.false_discovery_control(p[genes])
@@ -633,7 +628,6 @@ def wasserstein(x, y):
 
 def mmd_matrix(pred, real, block=16_000_000):
     """mmd_energy of every prediction with every truth: lists of (n_i, d) cells -> (P, N).
-
     Distances between populations are float32: the cells should be centred, so that little is lost to cancellation."""
     cells = np.concatenate(real)
     start = np.cumsum([0] + [len(y) for y in real])
@@ -823,7 +817,6 @@ class _Population:
 
 class _Training:
     """What floors and the Systema reference need of the training perturbations, from one pass over them.
-
     The mean of each, and `share` cells of each, so that a draw from these weights conditions equally."""
 
     def __init__(self, train, world, most_cells):
@@ -965,7 +958,6 @@ def _compared_metric(key, p, r, own, targets):
 
 def _score(populations, real, world, keys, tables=None):
     """{group: {key: value}} of predicted populations; an iterable: each is freed once it has been looked at.
-
     tables: a dict that receives of every group {column of genes.tsv: (G,) array}."""
     compared = [k for k in keys if k in COMPARED]
     out, kept = {}, {}
@@ -1160,9 +1152,7 @@ def _information(world, truth, sizes, keys, notes):
 
 def compare(a, b, key):
     """Paired Wilcoxon signed-rank p-value of a key between two evaluate() results, over conditions that both define.
-
-    None without shared conditions, 1.0 when all differences are zero. Two-sided, not corrected for the number of keys.
-    """
+    None without shared conditions, 1.0 when all differences are zero. Not corrected for the number of keys."""
     pairs = [(a["per_condition"][g].get(key), b["per_condition"][g].get(key))
              for g in a["per_condition"] if g in b["per_condition"]]
     difference = np.array([x - y for x, y in pairs if x is not None and y is not None])
@@ -1301,7 +1291,6 @@ def quick_score(dataset, pred, part, seed):
 
 class _Groups(Mapping):
     """{group: (cells, genes) CSR} of the perturbed cells of a file, cut out when asked for.
-
     controls: {covariate: CSR} of its control cells; notes: what was done to the values."""
 
     def __init__(self, cells, config, notes, columns=slice(None)):
