@@ -2,7 +2,7 @@
 
 A score compares predicted cells Y with real cells X of one condition, both log1p CP10k. q and m are their means over
 cells (the pseudobulks), c is the mean of the real control cells, dp = q - c and dr = m - c are the predicted and the
-real effect. Every number here can be had in two ways:
+real effect. G genes, P predicted and N real conditions, n and k cells.
 
     python metrics.py pred.h5ad real.h5ad                       score anybody's predictions, print the table
     python metrics.py pred.h5ad real.h5ad --reference train.h5ad --out metrics.json
@@ -11,27 +11,24 @@ real effect. Every number here can be had in two ways:
     result = evaluate(pred, real, control, genes, train)        the same from arrays, for scripts
     print(format_table(result_rows(result, "my method")))
 
-Files are AnnData; obs names the condition, genes are matched by name, 'A+ctrl' meets 'A'. The genes that are scored are
-those of the prediction; the real file is normalised over all its genes first. --reference is a file of training cells:
-it gives the Systema reference and the floors that a method must beat.
+Files are AnnData; obs names the condition, 'A+ctrl' meets 'A'. The prediction's genes are scored, matched by name; the
+real file is normalised over all its genes first. --reference: training cells, for Systema and the floors.
 
 What to keep in mind when reading the numbers:
 - One real control serves both sides. A tool that gives each side its own (cell-eval) differs where the two differ.
-- L2, MSE, MAE and all correlations are pseudobulk: computed on means over cells, then averaged over conditions. The
-  published formulas that sum over cells are something else: they rank a fresh draw of the truth below a constant.
+- L2, MSE, MAE and all correlations are of means over cells, then averaged over conditions. The published formulas that
+  sum over cells rank a fresh draw of the truth below a constant.
 - NaN is an answer: a condition for which a metric is undefined is left out of the mean, and missing in `n_valid`.
-- A predicted effect below 1e-6 (absolute, or relative to the real one) is no effect: correlations and cosines are NaN
-  then, not the correlation of rounding errors with the truth.
+- A predicted effect below 1e-6 (absolute, or relative to the real one) is rounding: correlations and cosines are NaN.
 - Ties share the mid-rank, so a model that predicts the same for every condition scores 0.5, never a perfect 0.
   In every rank an undefined own score counts 0.5 and an undefined competitor ranks last.
 - e_distance, mmd and mmd_pca30 are V-statistics: they grow as cells become fewer. Floors therefore have as many cells
   as the prediction; the replicate has half of the real cells on each side, so a good model can pass it.
 - Distances grow with the number of genes, and PCA is fitted on the real cells at hand: values of different gene sets or
   different sets of conditions cannot be compared.
-- All keys agree with the reference implementations to 1e-6 in every condition of a case with all of them, but for mmd
-  and mmd_pca30 (2e-4, 1e-4), which PerturBench computes in float32 with distances of at least 1e-4.
+- All keys agree with the reference implementations to 1e-6, but for mmd and mmd_pca30 (2e-4, 1e-4), which PerturBench
+  computes in float32.
 """
-import argparse
 import dataclasses
 import json
 import math
@@ -94,7 +91,7 @@ KEYS = {
 }
 TABLE_KEYS = ("l2", "pearson_delta", "pds", "e_distance", "de_spearman", "pearson_delta_hat", "mse", "mae",
               "pearson_delta_top20", "pearson_delta_hat_top20", "pds_all_genes")  # a narrow table lacks the last ones
-MMD_RANKS = ("mmd_rank", "mmd_pca30_rank")  # take longer than all others together: only computed when asked for
+MMD_RANKS = ("mmd_rank", "mmd_pca30_rank")  # take longer than all others together: computed when asked for
 SYSTEMA = ("pearson_delta_hat", "pearson_delta_hat_top20")  # need the mean of training-perturbation centroids
 CORRELATIONS = ("pearson_delta", "pearson_delta_top20", *SYSTEMA, "spearman_delta", "de_spearman", "discr_cos",
                 "cosine_logfc")
@@ -109,29 +106,22 @@ MANY_CONDITIONS, FEW_CELLS = 100, 100  # ... and above so many conditions, since
 # -------------------------------------------------------------------------------- pseudobulk metrics
 
 def l2(q, m):
-    """||q - m||_2, (G,) means over cells of prediction and truth. >= 0, perfect 0; grows with sqrt(G).
-
-    scDFM (eq. 15), scBIG (eq. 11), CellTARNet; cell-eval has none. Control: length of the real effect.
-    """
+    """||q - m||_2 of means over cells (G,). scDFM (eq. 15), scBIG (eq. 11), CellTARNet. Grows with sqrt(G)."""
     return float(np.linalg.norm(q - m))
 
 
 def mse(q, m):
-    """mean_g (q_g - m_g)^2, pseudobulk, all genes. >= 0, perfect 0; control: mean squared effect.
-
-    scDFM, scBIG, CellTARNet; equals cell-eval's. The papers print a sum over cells, which is 30 times larger, and
-    worse for a fresh draw from the truth than for a constant.
-    """
+    """mean_g (q_g - m_g)^2. scDFM, scBIG, CellTARNet; the papers print a sum over cells, which is 30 times larger."""
     return float(np.mean((q - m) ** 2))
 
 
 def mae(q, m):
-    """mean_g |q_g - m_g|, pseudobulk, all genes. >= 0, perfect 0. Used where mse is, with the same caveat."""
+    """mean_g |q_g - m_g|. Used where mse is."""
     return float(np.mean(np.abs(q - m)))
 
 
 def rmse(q, m):
-    """sqrt(mean_g (q_g - m_g)^2) per condition, not the root of the mean mse. >= 0, perfect 0. PRiMeFlow's RMSE."""
+    """sqrt(mean_g (q_g - m_g)^2) per condition, not the root of the mean mse. PRiMeFlow."""
     return float(np.sqrt(np.mean((q - m) ** 2)))
 
 
@@ -161,47 +151,38 @@ def pearson(x, y):
 
 
 def spearman(x, y):
-    """Spearman correlation with average ranks; NaN as pearson. Infinite values rank at the ends.
-
-    Over conditions, spearman(number of predicted DE genes, number of real ones) is cell-eval's 'de_spearman_sig'.
-    """
+    """Spearman correlation with average ranks; NaN as pearson. Infinite values rank at the ends."""
     x, y = (np.clip(np.asarray(values, dtype=np.float64), -1e300, 1e300) for values in (x, y))
     if constant(x) or constant(y):
         return math.nan
     return pearson(stats.rankdata(x), stats.rankdata(y))
 
 
-def pearson_delta(q, m, reference, genes=None):
-    """Pearson correlation of q - reference and m - reference; genes: optional subset (indices). [-1, 1], perfect 1.
-
-    pearson_delta: reference = mean of real controls. Control: NaN as a point mass, about 0 resampled; the mean training
-    perturbation scores high wherever perturbations share a response, so read it beside pearson_delta_hat. scBIG's
-    r_all, cell-eval's pearson_delta (own control per side).
-    pearson_delta_hat (Systema): reference = unweighted mean of the training perturbations' means; that mean scores NaN
-    or about 0, the control of either sign. scDFM, CellTARNet; scBIG's code takes the control, under the same name.
-    ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de). GEARS and Systema: top 20 of scanpy's t-test.
-    """
+def of_effects(measure, q, m, reference, genes=None):
+    """measure(q - reference, m - reference), NaN where either is nothing but rounding; genes: subset (indices)."""
     dp, dr = q - reference, m - reference
     if genes is not None:
         dp, dr = dp[genes], dr[genes]
-    return math.nan if no_effect(dp, dr) or no_effect(dr) else pearson(dp, dr)
+    return math.nan if no_effect(dp, dr) or no_effect(dr) else measure(dp, dr)
+
+
+def pearson_delta(q, m, reference, genes=None):
+    """Pearson correlation of the effects.
+
+    pearson_delta: reference = mean of real controls (scBIG's r_all). The mean training perturbation scores high where
+    perturbations share a response, so read it beside pearson_delta_hat (Systema; scDFM, CellTARNet), where that mean is
+    the reference. ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de)."""
+    return of_effects(pearson, q, m, reference, genes)
 
 
 def spearman_delta(q, m, reference):
-    """Spearman correlation of q - reference and m - reference, all genes. [-1, 1], perfect 1, control NaN or about 0.
-
-    CellTARNet's text takes profiles (reference = 0), where the control reaches 0.92.
-    """
-    dp, dr = q - reference, m - reference
-    return math.nan if no_effect(dp, dr) or no_effect(dr) else spearman(dp, dr)
+    """Spearman correlation of the effects. Of profiles (reference 0, CellTARNet's text) the control reaches 0.92."""
+    return of_effects(spearman, q, m, reference)
 
 
 def acc(q, m, c, genes=None):
     """Share of genes with (dp > 0) == (dr > 0): zero counts as 'not up', so genes silent everywhere are always right.
-
-    [0, 1], perfect 1, random 0.5; control (dp = 0): share of genes that are not up. scBIG's ACC and, on the 20 genes
-    with the largest |m - c|, its ACC-DEG. GEARS compares signs, 0 being one.
-    """
+    Random 0.5; control (dp = 0): share of genes that are not up. scBIG's ACC and, on 20 genes, its ACC-DEG."""
     dp, dr = q - c, m - c
     if no_effect(dp, dr):
         dp = np.zeros_like(dp)
@@ -217,20 +198,13 @@ def cosine(x, y):
 
 
 def discr_cos(q, m, reference):
-    """cos(q - reference, m - reference), expression space, reference = control mean. [-1, 1], perfect 1, control NaN.
-
-    scBIG (eq. 18, no released code). In PCA(50) values are higher (0.79 for 0.69).
-    """
-    dp, dr = q - reference, m - reference
-    return math.nan if no_effect(dp, dr) or no_effect(dr) else cosine(dp, dr)
+    """Cosine of the effects in gene space. scBIG (eq. 18, no released code)."""
+    return of_effects(cosine, q, m, reference)
 
 
 def log_fold_change(q, c, pseudocount=1e-9, exp=True):
     """log2((f(q) + pseudocount) / (f(c) + pseudocount)) per gene, f = expm1 or the identity; means below 0 count as 0.
-
-    Default: pdex and scanpy up to the pseudocount (pdex has 0, hence infinities; pdex 0.1 clips at 20 and 1/20).
-    pseudocount=0.1, exp=False: PerturBench's logFC. pseudocount=1e-10, exp=False: scBIG's.
-    """
+    Default: pdex's and scanpy's up to the pseudocount. PerturBench's logFC: pseudocount=0.1, exp=False."""
     q, c = np.maximum(q, 0), np.maximum(c, 0)
     if exp:
         q, c = np.expm1(q), np.expm1(c)
@@ -239,10 +213,7 @@ def log_fold_change(q, c, pseudocount=1e-9, exp=True):
 
 
 def cosine_logfc(q, m, c):
-    """Cosine of log fold changes with pseudocount 0.1 on log1p means (no expm1), all genes, not centred.
-
-    [-1, 1], perfect 1, control NaN or about 0. PRiMeFlow and PerturBench ('cosine logFC').
-    """
+    """Cosine of PerturBench's log fold changes, all genes, not centred. PRiMeFlow."""
     if no_effect(q - c, m - c) or no_effect(m - c):
         return math.nan
     return cosine(log_fold_change(q, c, 0.1, exp=False), log_fold_change(m, c, 0.1, exp=False))
@@ -257,50 +228,43 @@ class ValueCounts(NamedTuple):
     gene: np.ndarray     # (D,) gene of each distinct value
     count: np.ndarray    # (D,) cells with this value
     below: np.ndarray    # (D + 1,) cells of the same gene with a smaller value, plus gene * n
-    ties: np.ndarray     # (G,) sum of t^3 - t over the values of a gene, each shared by t cells
+    ties: np.ndarray     # (G,) _ties()
 
 
 def _ties(count, gene, n_genes):
+    """(G,) sum of t^3 - t over the distinct values of a gene, each shared by t cells."""
     count = count.astype(np.float64)
     return np.bincount(gene, count ** 3 - count, n_genes)
 
 
 def value_counts(x, block=4_000_000):
-    """Sort every gene of x (n, G), array or CSR, and count equal values; the zeros of a gene are one tie.
-
-    Gene and value become one integer, so that one sorted array serves all genes and no loop runs over genes.
-    Rows of float32 sort so fast (SIMD) that taking the zeros out first would cost ten times as much as it saves.
-    """
+    """Sort every gene of x (n, G) and count equal values; the zeros of a gene are one tie.
+    Gene and value become one integer, so that one sorted array serves all genes and no loop runs over genes."""
     n, n_genes = x.shape
-    x = x.tocsc() if sparse.issparse(x) else x
-    step = max(1, block // max(n, 1))
+    step = max(1, block // n)
     parts = []
     for start in range(0, n_genes, step):
-        part = x[:, start:start + step]
-        part = part.toarray() if sparse.issparse(x) else part
-        part = np.ascontiguousarray(part.T, dtype=np.float32)
+        part = np.ascontiguousarray(x[:, start:start + step].T, dtype=np.float32)
         part = np.sort(part, axis=1) + np.float32(0)                 # + 0 makes -0.0 a plain zero
         first = np.ones(part.shape, dtype=bool)
         first[:, 1:] = part[:, 1:] != part[:, :-1]
         position = np.flatnonzero(first)
         bits = part.ravel()[position].view(np.uint32)
         bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # now ordered like the floats
-        gene = position // n
-        count = np.diff(position, append=part.size)
-        parts.append((np.uint64(start) + gene.astype(np.uint64) << np.uint64(32) | bits, gene + start, count))
-    keys, gene, count = (np.concatenate(c) for c in zip(*parts))
+        gene = (start + position // n).astype(np.uint64)
+        parts.append((gene << np.uint64(32) | bits, np.diff(position, append=part.size)))
+    keys, count = (np.concatenate(column) for column in zip(*parts))
+    gene = (keys >> np.uint64(32)).astype(np.int64)
     return ValueCounts(n, keys, gene, count, np.concatenate([[0], np.cumsum(count)]), _ties(count, gene, n_genes))
 
 
 def rank_sum_test(x, control):
-    """Two-sided Wilcoxon rank-sum (Mann-Whitney) test of every gene, normal approximation. Returns z (G,), p (G,).
+    """Two-sided Wilcoxon rank-sum (Mann-Whitney) test of every gene, normal approximation: p (G,).
 
-    x (n, G) cells, control: cells or their value_counts() (sorted once, used for every condition).
-        U = #(x > control) + #(x = control) / 2,  z = (U - nk/2 -+ 0.5) / s,
-        s^2 = nk/12 (n + k + 1 - sum_t (t^3 - t) / ((n + k)(n + k - 1))) over ties t, p = 2 Phi(-|z|), p = 1 if s = 0.
-    pdex and scipy's mannwhitneyu(method='asymptotic'). scanpy's 'wilcoxon' has no continuity correction (the 0.5) and
-    by default, as scipy's ranksums, none for ties.
-    """
+    x (n, G) cells, control (k, G): cells, or their value_counts() (sorted once, used for every condition).
+        U = #(x > control) + #(x = control) / 2,  z = (|U - nk/2| - 0.5) / s,
+        s^2 = nk/12 (n + k + 1 - sum_t (t^3 - t) / ((n + k)(n + k - 1))) over ties t, p = 2 Phi(-z), p = 1 if s = 0.
+    As pdex and scipy's mannwhitneyu; scanpy's has no continuity correction (the 0.5) and by default none for ties."""
     control = control if isinstance(control, ValueCounts) else value_counts(control)
     n_genes = x.shape[1]
     x = value_counts(x)
@@ -313,25 +277,13 @@ def rank_sum_test(x, control):
     ties = control.ties + _ties(x.count + tied, x.gene, n_genes) - _ties(tied, x.gene, n_genes)
     s = np.sqrt(np.maximum(n * k / 12 * (n + k + 1 - ties / ((n + k) * (n + k - 1))), 0))
     distance = np.maximum(np.abs(u - n * k / 2) - 0.5, 0)
-    z = np.sign(u - n * k / 2) * np.divide(distance, s, out=np.zeros(n_genes), where=s > 0)
-    return z, special.erfc(np.abs(z) / math.sqrt(2))
-
-
-def benjamini_hochberg(p):
-    """Adjusted p-values of one condition: min over j >= rank of p_(j) G / j, as scipy's false_discovery_control."""
-    order = np.argsort(p)
-    scaled = p[order] * len(p) / np.arange(1, len(p) + 1)
-    out = np.empty(len(p))
-    out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
-    return out
+    z = np.divide(distance, s, out=np.zeros(n_genes), where=s > 0)
+    return special.erfc(z / math.sqrt(2))
 
 
 def welch_t(mean, var, n, control_mean, control_var):
     """scanpy's t-test_overestim_var: Welch's t with n cells on both sides, (mean - control) / sqrt((var + var_c) / n).
-
-    var: unbiased. 0/0 gives 0 (scanpy), and so does an infinite t (PerturBench). All NaN when a variance needs more
-    cells.
-    """
+    var: unbiased. An infinite t counts as 0 (PerturBench), and so does 0/0 (scanpy). NaN where a variance is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (mean - control_mean) / np.sqrt((var + control_var) / n)
     return np.where(np.isfinite(t) | np.isnan(var + control_var), t, 0.0)
@@ -340,20 +292,13 @@ def welch_t(mean, var, n, control_mean, control_var):
 def de_spearman(lfc_pred, lfc_real, significant):
     """Spearman correlation of log fold changes over truly significant genes (rank-sum test, BH < 0.05 per condition).
 
-    [-1, 1], perfect 1, control NaN or about 0; NaN without two significant genes. Single-cell test, pseudobulk fold
-    changes. scDFM's DE-Spearman, CellTARNet's 'DE-Spearman rho'; equals cell-eval's de_spearman_lfc_sig, except that
-    a pseudocount of 1e-9 orders fold changes which are all infinite there. cell-eval's 'de_spearman_sig' correlates
-    numbers of genes over conditions, the Virtual Cell Challenge's 'DES' is overlap_at_n, and scBIG's 'DES' takes
-    Bonferroni genes and log fold changes without expm1.
-    """
+    NaN without two significant genes. scDFM's DE-Spearman, CellTARNet's 'DE-Spearman rho', cell-eval's
+    de_spearman_lfc_sig; cell-eval's 'de_spearman_sig' correlates numbers of genes over conditions: another metric."""
     return spearman(lfc_pred[significant], lfc_real[significant])
 
 
 def direction_match(lfc_pred, lfc_real, significant):
-    """Share of truly significant genes whose log fold changes have the same sign, 0 being one. NaN without such genes.
-
-    [0, 1], perfect 1, control about 0.5, as a point mass 0. cell-eval's de_direction_match.
-    """
+    """Share of truly DE genes whose log changes have the same sign, 0 being one: cell-eval's de_direction_match."""
     same = np.sign(lfc_pred[significant]) == np.sign(lfc_real[significant])
     return float(same.mean()) if len(same) else math.nan
 
@@ -361,10 +306,8 @@ def direction_match(lfc_pred, lfc_real, significant):
 def overlap_at_n(lfc_pred, significant_pred, lfc_real, significant):
     """|top-k real DE genes & top-k predicted DE genes| / k, by |log fold change|, k = number of real DE genes.
 
-    [0, 1], perfect 1, control 0; 0 when either side has no DE gene. cell-eval's overlap_at_N, the 'DES' of the
-    Virtual Cell Challenge 2025. The prediction's own test depends on its number and spread of cells: a point mass has
-    spurious DE genes.
-    """
+    0 when either side has no DE gene. cell-eval's overlap_at_N, the 'DES' of the Virtual Cell Challenge 2025. The
+    prediction's own test depends on its number and spread of cells: a point mass has spurious DE genes."""
     def strongest(significant, lfc):
         genes = np.flatnonzero(significant)
         return genes[top_k(np.abs(lfc[genes]), k)]
@@ -378,10 +321,8 @@ def overlap_at_n(lfc_pred, significant_pred, lfc_real, significant):
 def deg_recall(t_pred, t_real, k=50):
     """|top-k genes by |t_pred| & top-k by |t_real|| / k, t = welch_t against the real control, no p-value filter.
 
-    [0, 1], perfect 1, random k / G, control near that. k is at most the number of genes. NaN for a single cell, and for
-    a point mass at the control. t: (G,), or (P, G) and (N, G) for a recall of every pair (P, N).
-    PRiMeFlow's DEG recall; PerturBench 2025 up to its unstable order of equal scores.
-    """
+    Random k / G. NaN for a single cell, and for a point mass at the control. t: (G,), or (P, G) and (N, G) for a recall
+    of every pair (P, N). PRiMeFlow's DEG recall; PerturBench 2025 up to its unstable order of equal scores."""
     def member(t):
         """1 for the top k genes of a row, 0 for the others; NaN where t is."""
         out = np.zeros(np.atleast_2d(t).shape)
@@ -408,11 +349,9 @@ class Changes(NamedTuple):
 
 def changes(p, cpm, control_cpm, targets=()):
     """Changes of the genes with more than 5 counts per million in control, the condition's own targets left out.
-
-    p (G,) of rank_sum_test; cpm, control_cpm (G,) means over cells of 100 expm1(log1p CP10k); targets: indices.
-    """
+    p (G,): rank_sum_test's; cpm, control_cpm (G,) means over cells of 100 expm1(log1p CP10k); targets: indices."""
     genes = np.flatnonzero(control_cpm > MIN_CPM)
-    adjusted = benjamini_hochberg(p[genes])
+    adjusted = stats.false_discovery_control(p[genes])
     others = ~np.isin(genes, targets)
     genes = genes[others]
     with np.errstate(invalid="ignore"):                              # a mean below zero has no logarithm
@@ -421,42 +360,37 @@ def changes(p, cpm, control_cpm, targets=()):
 
 
 def sig_jaccard(pred, real):
-    """|R & P| / |R or P| of the significant genes of two Changes; 1 when neither has any. [0, 1], perfect 1."""
+    """|R & P| / |R or P| of the significant genes of two Changes; 1 when neither has any."""
     union = np.sum(real.significant | pred.significant)
     return float(np.sum(real.significant & pred.significant) / union) if union else 1.0
 
 
 def direction_fidelity(pred, real):
-    """Predicted DE genes with the real direction / max(predicted, real DE genes). [0, 1], perfect 1.
-
-    Only genes with a real fold change count as predicted. NaN when neither side has a gene.
-    """
+    """Predicted DE genes with the real direction / max(predicted, real DE genes). NaN when neither side has any.
+    Only genes with a real fold change count as predicted."""
     calls = pred.significant & np.isfinite(real.lfc) & (real.lfc != 0)
     most = max(np.sum(calls), np.sum(real.significant))
     return float(np.sum(np.sign(pred.lfc[calls]) == np.sign(real.lfc[calls])) / most) if most else math.nan
 
 
 def direction_reach(pred, real):
-    """How deep the real DE genes can be read in the prediction's order while 90% of directions are right. [0, 1].
+    """How deep the real DE genes can be read in the prediction's order while 90% of directions are right.
 
-    Deepest such position / number of real DE genes, perfect 1; 0 without any, NaN without real DE genes. Order:
-    significant first, then adjusted p, p, |log fold change|, name.
-    """
-    adjustable = real.significant & np.isfinite(real.lfc) & (real.lfc != 0)
-    order = np.lexsort((-np.abs(pred.lfc), pred.p, pred.adjusted))   # stable: genes are in the order of their names
-    order = order[adjustable[order]]
-    right = np.cumsum(np.sign(pred.lfc[order]) == np.sign(real.lfc[order]))
-    deep = np.flatnonzero(right / np.arange(1, len(order) + 1) >= 0.9)
+    Deepest such position / number of real DE genes; 0 without any, NaN without real DE genes. Order: significant first,
+    then adjusted p, p, |log fold change|, name."""
     if not real.significant.any():
         return math.nan
+    directed = real.significant & np.isfinite(real.lfc) & (real.lfc != 0)
+    order = np.lexsort((-np.abs(pred.lfc), pred.p, pred.adjusted))   # stable: genes are in the order of their names
+    order = order[directed[order]]
+    right = np.cumsum(np.sign(pred.lfc[order]) == np.sign(real.lfc[order]))
+    deep = np.flatnonzero(right / np.arange(1, len(order) + 1) >= 0.9)
     return float((deep[-1] + 1) / np.sum(real.significant)) if len(deep) else 0.0
 
 
 def lfc_nmae(pred, real):
-    """sum |lfc_pred - lfc_real| / sum |lfc_real| over real DE genes. >= 0, perfect 0, the control 1.
-
-    A predicted fold change that is not finite counts as 0. NaN with fewer than 10 real DE genes.
-    """
+    """sum |lfc_pred - lfc_real| / sum |lfc_real| over real DE genes, NaN with fewer than 10. The control scores 1.
+    A predicted fold change that is not finite counts as 0."""
     genes = real.significant
     if np.sum(genes) < 10:
         return math.nan
@@ -466,35 +400,39 @@ def lfc_nmae(pred, real):
 
 # -------------------------------------------------------------------------------- gene sets
 
-def enrichment(modules, sets, universe, alpha=0.05, least=3):
-    """Gene sets that are over-represented in gene modules, by the hypergeometric test (upper tail).
+ENRICHMENT = ("module", "pathway", "overlap", "module_genes", "pathway_genes", "p", "p_adjusted")
 
-    modules, sets: {name: gene names}; universe: all genes that a module could hold. Names are compared in capitals;
-    genes outside the universe count nowhere, sets with fewer than `least` genes in it are not tested.
-    Returns [(module, set, overlap, module size, set size, p, adjusted p)], Benjamini-Hochberg over all pairs, with
-    adjusted p < alpha, the smallest first.
-    """
-    universe = {gene.upper() for gene in universe}
-    modules, sets = ({name: universe & {gene.upper() for gene in genes} for name, genes in named.items()}
-                     for named in (modules, sets))
-    pairs = [(module, name, len(mine & genes), len(mine), len(genes))
-             for module, mine in modules.items() for name, genes in sets.items() if len(genes) >= least]
-    if not pairs:
+
+def enrichment(modules, genes, sets):
+    """Gene sets that a module holds more of than chance, most significant first: rows of the columns ENRICHMENT.
+
+    Hypergeometric test (upper tail) among the given genes, Benjamini-Hochberg over all pairs, adjusted p < 0.05.
+    modules (G,): module of every gene; genes: their names; sets {name: names in capitals}, those with fewer than three
+    of the genes left out."""
+    capitals = [gene.upper() for gene in genes]
+    sets = {name: np.isin(capitals, list(members)) for name, members in sets.items()}
+    rows = []
+    for module in np.unique(modules):
+        own = modules == module
+        for name, inside in sets.items():
+            if inside.sum() >= 3:
+                overlap, size = int((own & inside).sum()), int(inside.sum())
+                p = stats.hypergeom.sf(overlap - 1, len(genes), size, own.sum())
+                rows.append((int(module), name, overlap, int(own.sum()), size, min(float(p), 1.0)))
+    if not rows:
         return []
-    overlap, module_size, set_size = np.array([pair[2:] for pair in pairs]).T
-    p = stats.hypergeom.sf(overlap - 1, len(universe), set_size, module_size)
-    rows = [(*pair, float(a), float(b)) for pair, a, b in zip(pairs, p, benjamini_hochberg(p)) if b < alpha]
-    return sorted(rows, key=lambda row: row[5:])
+    adjusted = stats.false_discovery_control(np.array([row[-1] for row in rows]))
+    rows = [(*row, float(a)) for row, a in zip(rows, adjusted) if a < 0.05]
+    return sorted(rows, key=lambda row: (row[-1], row[0], row[1]))
 
 
 # -------------------------------------------------------------------------------- ranks and discrimination
 
 def own_rank(distance, own=None, rtol=1e-9):
-    """Where does distance[i, own[i]] stand within row i? 0 the smallest, 1 the largest, ties half: (N,) in [0, 1].
+    """Where distance[i, own[i]] stands within row i of (P, N), 0 the smallest, 1 the largest, ties half: (P,).
 
-    (#smaller + #equal / 2) / (M - 1), equal up to rtol * the largest distance. Undefined own: 0.5; undefined
-    competitor: last. NaN with fewer than two columns.
-    """
+    (#smaller + #equal / 2) / (N - 1), equal up to rtol * the largest distance. Undefined own: 0.5; undefined
+    competitor: last. NaN with fewer than two columns."""
     rows, columns = distance.shape
     own = np.arange(rows) if own is None else np.asarray(own)
     if columns < 2:
@@ -511,26 +449,20 @@ def own_rank(distance, own=None, rtol=1e-9):
 def prediction_rank(distance, rtol=1e-9):
     """PerturBench's rank: for each REAL condition (column), the place of its own among all predictions (rows).
 
-    [0, 1], perfect 0, random or collapsed 0.5, worst 1. distance (N, N); pass -similarity for similarities. The keys
-    rmse_rank, cosine_logfc_rank, mmd_rank, mmd_pca30_rank and deg_recall_50_rank; PRiMeFlow's tables. PerturBench
-    2025 divides by N - 1 and shuffles ties, 2024 divides by N. own_rank(distance) is the other direction
-    ('rank_transpose'), the one of 1 - PDS.
-    """
+    Perfect 0, random or collapsed 0.5. distance (N, N); pass -similarity for similarities. The keys *_rank, PRiMeFlow's
+    tables. PerturBench 2025 shuffles ties. own_rank(distance) is the other direction, the one of 1 - PDS."""
     return own_rank(distance.T, rtol=rtol)
 
 
 def discrimination(q, m, own=None, metric="cityblock", targets=None):
     """Perturbation discrimination score of each prediction: 1 - rank of the own REAL pseudobulk among all real ones.
 
-    q (P, G) predictions, m (N, G) truths, own (P,) row of m that belongs to each; metric of scipy's cdist; pass
-    effects (q - c, m - c) for 'cosine'. targets: a list of gene indices per prediction that are left out. [0, 1],
-    perfect 1, random or collapsed 0.5. pds: L1, targets = all perturbed genes of the condition in the panel (scDFM
-    eq. 16-20, scBIG eq. 15). Each prediction then has its own gene set, which leaks: a constant prediction scores
-    above 0.5 (0.60 on the reference case). pds_all_genes (L1), pds_l2 and pds_cosine leave nothing out,
-    pds_cosine_panel the perturbed genes of all conditions (cell-eval 2, from counts). cell-eval and the Virtual Cell
-    Challenge 2025 divide by N instead of N - 1, scDFM's pinned cell-eval 0.5 takes absolute effects; Systema's
-    centroid accuracy is pds_l2 with strict ties.
-    """
+    q (P, G) predictions, m (N, G) truths, own (P,) row of m that belongs to each; metric of scipy's cdist; pass effects
+    (q - c, m - c) for 'cosine'. targets: a list of gene indices per prediction that are left out of an L1 distance.
+    Random or collapsed 0.5; cell-eval and the Virtual Cell Challenge 2025 divide by N instead of N - 1.
+    pds: L1 without the perturbed genes of the condition (scDFM eq. 16-20, scBIG eq. 15). Each prediction then has its
+    own gene set, which leaks: a constant prediction scores above 0.5 (0.60 on the reference case). pds_all_genes (L1),
+    pds_l2 and pds_cosine leave nothing out, pds_cosine_panel the perturbed genes of all conditions."""
     distance = cdist(q, m, metric)                                   # cosine of a zero effect: NaN, undefined
     for i, genes in enumerate(targets or []):
         distance[i] -= np.abs(q[i, genes] - m[:, genes]).sum(axis=1)
@@ -547,11 +479,10 @@ class Basis(NamedTuple):
 
 
 def fit_pca(populations, k=50):
-    """Exact PCA (centred, unscaled) of all cells of an iterable of (n, G) arrays, which is run through twice; float64.
+    """Exact PCA (centred, unscaled) of all cells of the (n, G) arrays that populations() gives, in float64.
 
-    Eigenvectors of the covariance, so memory does not grow with cells. Signs: the largest loading of each component is
-    positive. k is reduced to min(k, G, cells - 1).
-    """
+    Eigenvectors of the covariance, so memory does not grow with cells; populations() is called twice. The largest
+    loading of each component is positive. k is reduced to min(k, G, cells - 1)."""
     total, n = 0.0, 0
     for x in populations():
         total = total + x.sum(axis=0, dtype=np.float64)
@@ -568,9 +499,9 @@ def fit_pca(populations, k=50):
     return Basis(mean, loadings, np.maximum(variance, 0) / max(np.trace(covariance), 1e-300))
 
 
-def squared_distances(x, y):
-    """(n, m) squared Euclidean distances by one matrix product, float64."""
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+def squared_distances(x, y, dtype=np.float64):
+    """(n, m) squared Euclidean distances by one matrix product."""
+    x, y = np.asarray(x, dtype), np.asarray(y, dtype)
     d = x @ y.T
     d *= -2
     d += np.einsum("ij,ij->i", x, x)[:, None]
@@ -579,7 +510,7 @@ def squared_distances(x, y):
 
 
 def mean_distance(x, y, block=1024):
-    """E||x - y|| over all pairs, x (n, d), y (m, d), in blocks of rows: 5,000 x 5,000 pairs need 40 MB."""
+    """E||x - y|| over all pairs, x (n, d), y (m, d), in blocks of rows to save memory."""
     total = 0.0
     for start in range(0, len(x), block):
         d = squared_distances(x[start:start + block], y)
@@ -600,26 +531,20 @@ def pair_distances(x, block=1024):
 def energy_distance(x, y):
     """2 E||x-y|| - E||x-x'|| - E||y-y'|| with Euclidean norms, all pairs (V-statistic). x (n, d) and y (m, d) cells.
 
-    e_distance: in the 50 PCs of all real cells that are scored and their controls. >= 0, perfect 0, control: large,
-    and as a point mass larger still (no spread). scBIG's E-Dist (no code; its tables fix unsquared norms). CellFlow's
-    and scPerturb's, with squared norms, is 2 ||mean(x) - mean(y)||^2, no distance of distributions; their unbiased
-    form (U-statistic) leaves out the diagonal.
-    """
+    e_distance: in the 50 PCs of all real cells that are scored and their controls; a point mass scores high.
+    scBIG's E-Dist (its tables fix unsquared norms). With squared norms, as in CellFlow and scPerturb, it is
+    2 ||mean(x) - mean(y)||^2, no distance of distributions."""
     return _energy(mean_distance(x, x), mean_distance(y, y), mean_distance(x, y))
 
 
 def _energy(within_x, within_y, between):
-    """The energy distance from the mean distances. Rounding alone makes it negative."""
+    """The energy distance from three mean distances; rounding could make it negative."""
     return float(max(2 * between - within_x - within_y, 0))
 
 
 def mmd_energy(x, y):
-    """PerturBench's 'mmd' (geomloss 'energy'): E||x-y|| - E||x-x'||/2 - E||y-y'||/2 = energy_distance / 2.
-
-    mmd: gene space; mmd_pca30: the first 30 PCs (PerturBench's code defaults to 100, the paper says 30). >= 0,
-    perfect 0. PRiMeFlow's MMD. No kernel bandwidth, no square root: not comparable with RBF values. PerturBench works
-    in float32 with distances of at least 1e-4, which moves values by up to 2.5e-4 relative.
-    """
+    """PerturBench's and PRiMeFlow's 'mmd' (geomloss 'energy'): half the energy distance, not comparable with RBF.
+    mmd: gene space; mmd_pca30: the first 30 PCs (PerturBench's code defaults to 100, the paper says 30)."""
     return 0.5 * energy_distance(x, y)
 
 
@@ -643,11 +568,10 @@ def real_kernel(pairs):
 
 
 def mmd_rbf(x, y):
-    """Squared MMD, unbiased, mean over kernels exp(-d^2 / (2 s m)), s in 0.5, 1, 2, 4; scDFM's Algorithm 1.
+    """Squared MMD, unbiased, mean over kernels exp(-d^2 / (2 s m)), s in 0.5, 1, 2, 4; scDFM's Algorithm 1 and loss.
 
     x predicted, y real cells; m: lower median of the squared distances between different REAL cells. About 0 for a
     fresh draw of the truth, slightly negative for the same cells. NaN with one real or one predicted cell. Gene space.
-    scDFM's training loss, in no table; CellFlow's fixed bandwidths give other numbers under the same name.
     """
     if min(len(x), len(y)) < 2:
         return math.nan
@@ -662,28 +586,23 @@ def _mmd_rbf(within_x, between, k, of_real):
     return float(mean_x + mean_y - 2 * kernel_sum(between, median) / between.size)
 
 
-def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
+def sinkhorn(cost, epsilon):
     """Entropic transport plan P of cost (n, m) with uniform weights: (<P, cost>, marginal error at the end).
 
-    Potentials f, g live in the log domain, P = exp((f + g - cost) / epsilon), which holds at any epsilon. They are
+    P = exp((f + g - cost) / epsilon) with potentials f, g in the log domain, which holds at any epsilon. They are
     improved by 20 cheap scalings of the current plan; at the start, or where these leave the range of floats, by one
-    update in the log domain.
-    """
-    def log_sum_exp(z, axis):                                        # a third of scipy's time
-        top = z.max(axis=axis, keepdims=True)
-        return np.log(np.exp(z - top).sum(axis=axis)) + top.squeeze(axis)
-
+    update in the log domain."""
     n, m = cost.shape
     a, b = 1 / n, 1 / m
     g = np.zeros(m)
     scaled = False
-    for _ in range(max(1, max_iter // 20)):
+    for _ in range(100):
         if not scaled:
-            f = epsilon * (math.log(a) - log_sum_exp((g - cost) / epsilon, 1))
-            g = epsilon * (math.log(b) - log_sum_exp((f[:, None] - cost) / epsilon, 0))
+            f = epsilon * (math.log(a) - special.logsumexp((g - cost) / epsilon, axis=1))
+            g = epsilon * (math.log(b) - special.logsumexp((f[:, None] - cost) / epsilon, axis=0))
         plan = np.exp((f[:, None] + g - cost) / epsilon)
         error = np.abs(plan.sum(axis=1) - a).sum()
-        if error < tol:
+        if error < 1e-6:
             break
         with np.errstate(all="ignore"):
             v = np.ones(m)
@@ -697,45 +616,28 @@ def sinkhorn(cost, epsilon, tol=1e-6, max_iter=2000):
     return float(np.sum(plan * cost)), float(error)
 
 
-def wasserstein(x, y, relative=0.05):
-    """Transport cost <P, C> of cells x (n, d) and y (m, d), C Euclidean, P the entropic plan: (value, epsilon, error).
+def wasserstein(x, y):
+    """Transport cost <P, C> of cells x (n, d) and y (m, d), C Euclidean, P the entropic plan: (value, marginal error).
 
-    epsilon = relative * mean(C), reported since values compare only at one epsilon (here about 9% above the exact W1).
-    wasserstein: in the 50 PCs of e_distance. >= 0, perfect 0 up to the entropy. scBIG's tables (epsilon unknown, no
-    code). NOT calibrated: in many dimensions a fresh draw of the truth scores like the point mass at its mean, so read
-    it beside e_distance. CellFlow's Sinkhorn divergence with squared costs is another quantity.
-    """
+    epsilon = 0.05 mean(C); values compare only at one epsilon. In the 50 PCs of e_distance. scBIG's tables (no code).
+    NOT calibrated: in many dimensions a fresh draw of the truth scores like the point mass at its mean, so read it
+    beside e_distance."""
     cost = np.sqrt(squared_distances(x, y))
-    epsilon = relative * cost.mean()
-    if epsilon <= 0:                                                 # all costs are zero
-        return 0.0, 0.0, 0.0
-    value, error = sinkhorn(cost, epsilon)
-    return value, float(epsilon), error
+    return sinkhorn(cost, 0.05 * cost.mean()) if cost.any() else (0.0, 0.0)
 
 
 def mmd_matrix(pred, real, block=16_000_000):
     """mmd_energy of every prediction with every truth: lists of (n_i, d) cells -> (P, N).
-
-    The cross terms are float32 matrix products that give squared distances at once: [-2x, |x|^2, 1] . [y, 1, |y|^2].
-    Cells should be centred, so that little is lost to cancellation; terms within a population are float64.
-    """
-    def norm(x):
-        return np.einsum("ij,ij->i", x, x, dtype=np.float64).astype(np.float32)
-
-    def one(x):
-        return np.ones(len(x), np.float32)
-
-    right = np.concatenate([np.column_stack([y, one(y), norm(y)]) for y in real]).T
+    Distances between populations are float32: the cells should be centred, so that little is lost to cancellation."""
+    cells = np.concatenate(real)
     start = np.cumsum([0] + [len(y) for y in real])
     step = max(1, block // start[-1])
     within_real = np.array([mean_distance(y, y) for y in real])
     out = np.zeros((len(pred), len(real)))
     for i, x in enumerate(pred):
-        left = np.column_stack([-2 * x, norm(x), one(x)])
         for rows in range(0, len(x), step):
-            d = left[rows:rows + step] @ right
-            np.sqrt(np.maximum(d, 0, out=d), out=d)
-            out[i] += np.add.reduceat(d.sum(axis=0, dtype=np.float64), start[:-1])
+            d = squared_distances(x[rows:rows + step], cells, np.float32)
+            out[i] += np.add.reduceat(np.sqrt(d, out=d).sum(axis=0, dtype=np.float64), start[:-1])
         out[i] = out[i] / (len(x) * np.diff(start)) - 0.5 * (mean_distance(x, x) + within_real)
     return out
 
@@ -753,18 +655,17 @@ class _World:
     def __init__(self, groups, control, genes, seed):
         self.groups, self.seed = groups, seed
         self.with_covariates = isinstance(control, Mapping)
-        self.order = np.argsort(np.asarray(genes, dtype=str), kind="stable")
-        self.ordered = np.array_equal(self.order, np.arange(len(genes)))
+        self.order = np.argsort(np.asarray(genes, dtype=str), kind="stable")   # by name: no tie depends on the input
         self.column = {genes[i]: k for k, i in enumerate(self.order)}
-        self.used = sorted({self.covariate(g) for g in groups})
+        self.covariates = sorted({self.covariate(g) for g in groups})
         control = dict(control) if self.with_covariates else {"": control}
-        missing = set(self.used) - set(control)
+        missing = set(self.covariates) - set(control)
         if missing:
             raise ValueError(f"no control cells for {sorted(missing)}; control holds {sorted(control)}")
         self.control = {v: _Population(x, v, self, "control") for v, x in control.items()}
         self.panel_targets = sorted({i for g in groups for i in self.targets(g)})
-        self.reference = {}  # {group: (G,)} the mean training perturbation
-        self.sinkhorn = {}   # {group: (epsilon, error)}
+        self.reference = {}                          # {group: (G,)} the mean training perturbation
+        self.sinkhorn_error = {}
         self.basis = None
 
     def covariate(self, group):
@@ -772,10 +673,6 @@ class _World:
 
     def perturbations(self, group):
         return (group.partition("@")[0] if self.with_covariates else group).split("+")
-
-    def in_order(self, x):
-        """Genes (last axis) by name: then nothing, not even a tie, depends on their order in the input."""
-        return x if self.ordered else x[..., self.order]
 
     def targets(self, group):
         """Columns of the perturbed genes that are in the panel ('drug:dose' counts as 'drug')."""
@@ -791,8 +688,8 @@ class _World:
 class _Population:
     """One population of cells and what is derived from it, computed when first asked for.
 
-    source (n, G): array or CSR, side: what it is, for error messages; '' for cells that are in order already.
-    """
+    source (n, G): array or CSR. side: what a user's cells are, for error messages; they are checked, and their genes
+    put in order. '' for cells that were made here."""
 
     def __init__(self, source, group, world, side=""):
         self.group, self.world = group, world
@@ -804,7 +701,7 @@ class _Population:
                              f"{len(world.order)} genes)")
         if not np.isfinite(source.data if sparse.issparse(source) else source).all():
             raise ValueError(f"{side} cells of '{group}' hold NaN or infinite values")
-        self.source = world.in_order(source if sparse.issparse(source) else np.asarray(source))
+        self.source = (source if sparse.issparse(source) else np.asarray(source))[:, world.order]
 
     @property
     def cells(self):
@@ -830,7 +727,6 @@ class _Population:
 
     @cached_property
     def cpm(self):
-        """(G,) mean counts per million."""
         return 100 * np.expm1(self.cells).mean(axis=0, dtype=np.float64)
 
     @cached_property
@@ -842,20 +738,18 @@ class _Population:
     @cached_property
     def p(self):
         """(G,) p-values of the rank-sum test against the real control."""
-        return rank_sum_test(self.cells, self.control.counts)[1]
+        return rank_sum_test(self.cells, self.control.counts)
 
     @cached_property
     def adjusted_p(self):
-        return benjamini_hochberg(self.p)
+        return stats.false_discovery_control(self.p)
 
     @cached_property
     def significant(self):
-        """(G,) DE genes: BH < 0.05."""
         return (self.adjusted_p < 0.05) & self.effect.any()
 
     @cached_property
     def changes(self):
-        """The Virtual Cell Challenge's."""
         return changes(self.p, self.cpm, self.control.cpm, self.world.targets(self.group))
 
     @cached_property
@@ -884,29 +778,27 @@ class _Population:
         return self.cells[:1] if self.is_point else self.cells
 
     @cached_property
-    def scores(self):
+    def pcs(self):
         """(n, 50) principal components of its points."""
         return (self.points - self.world.basis.mean) @ self.world.basis.loadings
 
     @property
-    def effect_off_panel(self):
-        """The effect without the targets of all conditions."""
+    def effect_off_panel(self):                                      # without the targets of all conditions
         return np.delete(self.effect, self.world.panel_targets)
 
     @cached_property
     def within(self):
-        """within(k): mean distance between its own cells in k components."""
-        return cache(lambda k: mean_distance(self.scores[:, :k], self.scores[:, :k]))
+        """within(k): mean distance between its cells in k components, once for all that is scored against them."""
+        return cache(lambda k: mean_distance(self.pcs[:, :k], self.pcs[:, :k]))
 
     @cached_property
     def in_genes(self):
-        """Of real cells: their mean distance in gene space, and real_kernel()."""
+        """The same in gene space, and real_kernel()."""
         pairs = pair_distances(self.cells)
         return 2 * np.sqrt(pairs).sum() / self.n**2, real_kernel(pairs) if self.n > 1 else None
 
     @cached_property
     def ranked_rows(self):
-        """Rows that enter the pairwise MMDs."""
         limit = self.world.rank_cells(self.group)
         if self.is_point:
             return np.zeros(1, dtype=int)
@@ -920,19 +812,17 @@ class _Population:
 
     @cached_property
     def ranked_pcs(self):
-        return self.scores[self.ranked_rows, :30].astype(np.float32)
+        return self.pcs[self.ranked_rows, :30].astype(np.float32)
 
 
 class _Training:
     """What floors and the Systema reference need of the training perturbations, from one pass over them.
-
-    The mean of each, and `share` cells of each, so that a draw from these weights conditions equally.
-    """
+    The mean of each, and `share` cells of each, so that a draw from these weights conditions equally."""
 
     def __init__(self, train, world, most_cells):
         self.world = world
         self.groups = [g for g in train if world.perturbations(g) != ["control"]]
-        self.share = math.ceil(max(2000, 2 * most_cells) / min(len(self.like(v)) for v in world.used))
+        self.share = math.ceil(max(2000, 2 * most_cells) / min(len(self.like(v)) for v in world.covariates))
         self.mean = {}
         self.cells = np.empty((len(self.groups), self.share, len(world.column)), np.float32)
         for i, g in enumerate(self.groups):
@@ -958,8 +848,7 @@ class _Training:
         """Sum of the effects of its single perturbations (G,), or None when one of them is not in training.
 
         A single's effect is that in the group's own covariate if it was trained there, else the average over the
-        others, each against its own control.
-        """
+        others, each against its own control."""
         world, total = self.world, 0.0
         for perturbation in world.perturbations(group):
             singles = [g for g in self.groups if world.perturbations(g) == [perturbation]
@@ -976,17 +865,16 @@ def _floor(name, world, training, sizes):
     """The populations of one floor, one after another, each with as many cells as the prediction."""
     for group, n in sizes.items():
         control = world.control[world.covariate(group)]
+        shift = training.additive(group) if name == "additive" else np.zeros(1)
+        if shift is None:
+            continue
         if name == "mean":
             cells = np.tile(world.reference[group].astype(np.float32), (n, 1))
         elif name == "mean_cells":
             cells = training.draw(group, n)
         else:
-            cells = control.cells[_rng(world.seed, name, group).choice(control.n, n, replace=n > control.n)]
-            if name == "additive":
-                shift = training.additive(group)
-                if shift is None:
-                    continue
-                cells = cells + shift.astype(np.float32)             # not clamped
+            rows = _rng(world.seed, name, group).choice(control.n, n, replace=n > control.n)
+            cells = control.cells[rows] + shift.astype(np.float32)   # not clamped
         yield _Population(cells, group, world)
 
 
@@ -1009,14 +897,10 @@ def _condition_metrics(p, r, world, keys):
         return _energy(2 * np.sqrt(within).sum() / p.n**2, r.in_genes[0], np.sqrt(between).mean())
 
     def energy_in_components(k):
-        return _energy(p.within(k), r.within(k), mean_distance(p.scores[:, :k], r.scores[:, :k]))
-
-    def rbf():
-        return _mmd_rbf(*squared(), r.n, r.in_genes[1]) if min(p.n, r.n) > 1 else math.nan
+        return _energy(p.within(k), r.within(k), mean_distance(p.pcs[:, :k], r.pcs[:, :k]))
 
     def transport():
-        value, epsilon, error = wasserstein(p.scores, r.scores)
-        world.sinkhorn[p.group] = epsilon, error
+        value, world.sinkhorn_error[p.group] = wasserstein(p.pcs, r.pcs)
         return value
 
     values = {
@@ -1044,71 +928,61 @@ def _condition_metrics(p, r, world, keys):
         "discr_cos": lambda: discr_cos(q, m, c),
         "mmd": lambda: energy_in_genes() / 2,
         "mmd_pca30": lambda: energy_in_components(30) / 2,
-        "mmd_rbf": rbf,
+        "mmd_rbf": lambda: _mmd_rbf(*squared(), r.n, r.in_genes[1]) if min(p.n, r.n) > 1 else math.nan,
         "cosine_logfc": lambda: cosine_logfc(q, m, c),
     }
     return {k: values[k]() for k in keys if k in values}
 
 
-COMPARED = {  # what of a population a key compares with that of other conditions
-    "pds": "mean", "pds_all_genes": "mean", "pds_l2": "mean", "pds_cosine": "effect",
-    "pds_cosine_panel": "effect_off_panel", "rmse_rank": "mean", "cosine_logfc_rank": "logfc",
-    "mmd_rank": "ranked_cells", "mmd_pca30_rank": "ranked_pcs", "deg_recall_50_rank": "t"}
+# Keys that look at all conditions of a covariate: what they compare of a population, and by which distance
+DISCRIMINATION = {"pds": ("mean", "cityblock"), "pds_all_genes": ("mean", "cityblock"), "pds_l2": ("mean", "euclidean"),
+                  "pds_cosine": ("effect", "cosine"), "pds_cosine_panel": ("effect_off_panel", "cosine")}
+RANKS = {
+    "rmse_rank": ("mean", lambda p, r: cdist(p, r)),
+    "cosine_logfc_rank": ("logfc", lambda p, r: cdist(p, r, "cosine")),
+    "mmd_rank": ("ranked_cells", lambda p, r: mmd_matrix(p, r)),
+    "mmd_pca30_rank": ("ranked_pcs", lambda p, r: mmd_matrix(p, r)),
+    "deg_recall_50_rank": ("t", lambda p, r: -deg_recall(np.array(p), np.array(r))),
+}
+COMPARED = DISCRIMINATION | RANKS
 
 
 def _compared_metric(key, p, r, own, targets):
-    """(P,) values of a key of COMPARED for the predictions of one covariate.
-
-    p: what is compared of each of the P predictions, r: of all real conditions, own (P,): theirs in r. PDS looks for
-    the truth among all real conditions; the ranks compare the predictions that there are.
-    """
-    if key.startswith("pds"):
-        p, r = np.array(p), np.array(r)
-        if key == "pds":
-            return discrimination(p, r, own, targets=targets)
-        metric = {"pds_all_genes": "cityblock", "pds_l2": "euclidean"}.get(key, "cosine")
-        return discrimination(p, r, own, metric)
-    r = [r[i] for i in own]
-    if key in MMD_RANKS:
-        return prediction_rank(mmd_matrix(p, r), MMD_TIE)
-    p, r = np.array(p), np.array(r)
-    if key == "deg_recall_50_rank":
-        return prediction_rank(-deg_recall(p, r))
-    return prediction_rank(cdist(p, r, "cosine" if key == "cosine_logfc_rank" else "euclidean"))
+    """(P,) values of a key of COMPARED: p of the P predictions, r of all real conditions, own (P,) their places in r.
+    PDS looks for the truth among all real conditions; the ranks compare the predictions that there are."""
+    distance = COMPARED[key][1]
+    if key in RANKS:
+        return prediction_rank(distance(p, [r[i] for i in own]), MMD_TIE if key in MMD_RANKS else 1e-9)
+    return discrimination(np.array(p), np.array(r), own, distance, targets if key == "pds" else None)
 
 
 def _score(populations, real, world, keys, tables=None):
     """{group: {key: value}} of predicted populations; an iterable: each is freed once it has been looked at.
-
-    tables: a dict that receives the _gene_table of every group.
-    """
-    attributes = {COMPARED[k] for k in keys if k in COMPARED}
+    tables: a dict that receives of every group {column of genes.tsv: (G,) array}."""
+    compared = [k for k in keys if k in COMPARED]
     out, kept = {}, {}
     for p in populations:
-        out[p.group] = _condition_metrics(p, real[p.group], world, keys)
-        kept[p.group] = {name: getattr(p, name) for name in attributes}
+        r = real[p.group]
+        out[p.group] = _condition_metrics(p, r, world, keys)
+        kept[p.group] = {COMPARED[k][0]: getattr(p, COMPARED[k][0]) for k in compared}
         if tables is not None:
-            tables[p.group] = _gene_table(p, real[p.group], world)
-    for covariate in world.used:
+            tables[p.group] = {"gene": np.array(list(world.column)), "control_mean": r.control.mean,
+                               "pred_mean": p.mean, "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc,
+                               "real_p_adjusted": r.adjusted_p}
+    for covariate in world.covariates:
         block = [g for g in real if world.covariate(g) == covariate]
         mine = [g for g in block if g in kept]
         if not mine:
             continue
         own = [block.index(g) for g in mine]
         targets = [world.targets(g) for g in mine]
-        for key in (k for k in keys if k in COMPARED):
-            name = COMPARED[key]
+        for key in compared:
+            name = COMPARED[key][0]
             p = [kept[g][name] for g in mine]
             r = [getattr(real[g], name) for g in block]
             for g, value in zip(mine, _compared_metric(key, p, r, own, targets)):
                 out[g][key] = float(value)
     return out
-
-
-def _gene_table(p, r, world):
-    """{column of genes.tsv: (G,) array} of one condition."""
-    return {"gene": np.array(list(world.column)), "control_mean": r.control.mean, "pred_mean": p.mean,
-            "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc, "real_p_adjusted": r.adjusted_p}
 
 
 def _replicate(truth, world, keys):
@@ -1136,13 +1010,14 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     too. floors=False leaves out floors and replicate, most of the time. bootstrap: resamples of conditions for ci95.
 
     Returns a dict that json can write, with None for NaN:
-      aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number}, ci95 {key: [low,
-      high]}; groups {'single', 'double', ..., 'single_unseen', 'double_one_unseen', ...: {key: mean}}; per_condition
-      {group: {key: value}}; floors {'control', 'mean', 'mean_cells', 'additive': {key: mean} or None},
-      floors_n_valid, floors_per_condition, None for the keys *_rank; replicate {key: mean}, one half of the real
-      cells scored against the other; score_vs_floor {key: (score - best floor) / (replicate - best floor)}; info:
-      cells, variance of the components, Sinkhorn's epsilon, caps, notes.
-    With per_gene also per_gene {group: {column of genes.tsv: (G,) array}}, genes by name: see report().
+      aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number};
+      ci95 {key: [low, high]}; groups {'single', 'double', 'single_unseen', 'double_one_unseen', ...: {key: mean}};
+      per_condition {group: {key: value}};
+      floors {name of FLOORS: {key: mean} or None}, floors_n_valid, floors_per_condition, without the keys *_rank;
+      replicate {key: mean}, one half of the real cells scored against the other;
+      score_vs_floor {key: (score - best floor) / (replicate - best floor)};
+      info: numbers of conditions, genes and cells, seed, notes;
+      with per_gene, per_gene {group: {column of genes.tsv: (G,) array}}, genes by name: see report().
     Raises ValueError for inputs that do not fit together.
     """
     if keys is None:
@@ -1168,56 +1043,56 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     training = None
     if train is not None and len(train):
         training = _Training(train, world, max(sizes.values()))
-        centroids = {v: training.centroid(v) for v in world.used}
+        centroids = {v: training.centroid(v) for v in world.covariates}
         world.reference = {g: centroids[world.covariate(g)] for g in groups}
     elif train_mean is not None:
-        world.reference = dict.fromkeys(groups, world.in_order(np.asarray(train_mean, np.float64)))
+        world.reference = dict.fromkeys(groups, np.asarray(train_mean, np.float64)[world.order])
     keys = [k for k in KEYS if k in keys and (world.reference or k not in SYSTEMA)]
     if {"e_distance", "wasserstein", "mmd_pca30", "mmd_pca30_rank"} & set(keys):
-        fitted_on = [*truth.values(), *(world.control[v] for v in world.used)]
+        fitted_on = [*truth.values(), *(world.control[v] for v in world.covariates)]
         world.basis = fit_pca(lambda: (x.cells for x in fitted_on))
 
     tables = {} if per_gene else None
     predicted = (_Population(x, g, world, "predicted") for g, x in pred.items())
     scores = _score(predicted, truth, world, keys, tables)
-    result = {"aggregate": _aggregate(scores, keys), "n_valid": _n_valid(scores, keys),
-              "ci95": _intervals(scores, keys, _rng(seed, "bootstrap"), bootstrap),
-              "groups": {name: _aggregate({g: scores[g] for g in members}, keys)
-                         for name, members in _condition_groups(world, training).items()},
-              "per_condition": _per_condition(scores, keys),
-              "floors": {}, "floors_n_valid": {}, "floors_per_condition": {}, "replicate": {}, "score_vs_floor": {},
-              "info": _information(world, truth, sizes, keys, notes)}
+    result = _summary(scores, keys)
+    result["ci95"] = _intervals(result["per_condition"], keys, _rng(seed, "bootstrap"), bootstrap)
+    result["groups"] = {name: _summary({g: scores[g] for g in members}, keys)["aggregate"]
+                        for name, members in _condition_groups(world, training).items()}
+    result["info"] = _information(world, truth, sizes, keys, notes)
+    result |= {"floors": {}, "floors_n_valid": {}, "floors_per_condition": {}, "replicate": {}, "score_vs_floor": {}}
     if floors:
         possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
         partial = set()
-        no_ranks = [k for k in keys if not k.endswith("_rank")]
+        no_ranks = [k for k in keys if k not in RANKS]
         for name in FLOORS:
             values = _score(_floor(name, world, training, sizes), truth, world, no_ranks) if possible[name] else {}
-            result["floors"][name] = _aggregate(values, keys) if values else None
-            result["floors_n_valid"][name] = _n_valid(values, keys) if values else None
-            result["floors_per_condition"][name] = _per_condition(values, keys)
+            summary = _summary(values, keys)
+            result["floors"][name] = summary["aggregate"] if values else None
+            result["floors_n_valid"][name] = summary["n_valid"] if values else None
+            result["floors_per_condition"][name] = summary["per_condition"]
             if 0 < len(values) < len(groups):
                 partial.add(name)
                 notes.append(f"the {name} floor exists for {len(values)} of {len(groups)} conditions and averages over "
                              "these; score_vs_floor leaves it out")
-        result["replicate"] = _aggregate(_replicate(truth, world, keys), keys)
+        result["replicate"] = _summary(_replicate(truth, world, keys), keys)["aggregate"]
         result["score_vs_floor"] = {k: _versus_floor(k, result, partial) for k in keys}
     return result | {"per_gene": tables} if per_gene else result
 
 
 def _condition_groups(world, training):
     """{'single': [groups], 'double': ..., 'double_one_unseen': ...}; unseen: in no training condition."""
-    order, number = {1: "single", 2: "double", 3: "triple"}, {1: "one", 2: "two", 3: "three"}
+    names = {1: "single", 2: "double", 3: "triple"}
     known = {p for g in training.groups for p in world.perturbations(g)} if training else None
     out = {}
     for g in sorted(world.groups, key=lambda g: len(world.perturbations(g))):
         perturbations = world.perturbations(g)
-        name = order.get(len(perturbations), f"{len(perturbations)}_perturbations")
+        name = names.get(len(perturbations), f"{len(perturbations)}_perturbations")
         out.setdefault(name, []).append(g)
         unseen = 0 if known is None else sum(p not in known for p in perturbations)
         if unseen:
-            which = f"{name}_{number.get(unseen, unseen)}_unseen" if len(perturbations) > 1 else f"{name}_unseen"
-            out.setdefault(which, []).append(g)
+            number = "" if len(perturbations) == 1 else {1: "_one", 2: "_two", 3: "_three"}.get(unseen, f"_{unseen}")
+            out.setdefault(f"{name}{number}_unseen", []).append(g)
     return out
 
 
@@ -1226,30 +1101,17 @@ def _plain(value):
     return float(value) if math.isfinite(value) else None
 
 
-def _table(scores, keys):
-    """(conditions, keys) values."""
-    rows = [[values.get(k, math.nan) for k in keys] for values in scores.values()]
-    return np.array(rows, dtype=float).reshape(-1, len(keys))
+def _summary(scores, keys):
+    """aggregate, n_valid and per_condition, as evaluate() returns them, of {group: {key: value}}."""
+    per_condition = {g: {k: _plain(values.get(k, math.nan)) for k in keys} for g, values in scores.items()}
+    defined = {k: [values[k] for values in per_condition.values() if values[k] is not None] for k in keys}
+    return {"aggregate": {k: float(np.mean(values)) if values else None for k, values in defined.items()},
+            "n_valid": {k: len(values) for k, values in defined.items()}, "per_condition": per_condition}
 
 
-def _per_condition(scores, keys):
-    """{group: {key: value or None}}"""
-    return {g: {k: _plain(values.get(k, math.nan)) for k in keys} for g, values in scores.items()}
-
-
-def _aggregate(scores, keys):
-    """{key: mean over the conditions where it is defined, or None}."""
-    columns = (column[np.isfinite(column)] for column in _table(scores, keys).T)
-    return {k: _plain(column.mean()) if len(column) else None for k, column in zip(keys, columns)}
-
-
-def _n_valid(scores, keys):
-    return {k: int(n) for k, n in zip(keys, np.isfinite(_table(scores, keys)).sum(axis=0))}
-
-
-def _intervals(scores, keys, rng, resamples):
+def _intervals(per_condition, keys, rng, resamples):
     """95% percentile bootstrap over conditions: {key: [low, high], or None with fewer than two defined conditions}."""
-    table = _table(scores, keys)
+    table = np.array([[values[k] for k in keys] for values in per_condition.values()], dtype=float)  # None becomes NaN
     defined = np.isfinite(table)
     weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), max(resamples, 1)).astype(float)
     with np.errstate(invalid="ignore"):                              # 0 / 0: a resample without a defined condition
@@ -1261,9 +1123,8 @@ def _intervals(scores, keys, rng, resamples):
 def _versus_floor(key, result, partial):
     """(score - best floor) / (replicate - best floor); None when the replicate is not better than the best floor.
 
-    A correlation that is undefined for a floor counts as 0 there; other undefined values are left out, and so are the
-    floors in `partial`, which average over other conditions than the score does.
-    """
+    A correlation that is undefined for a floor counts as 0 there. Left out: other undefined values, and the floors in
+    `partial`, which average over other conditions than the score does."""
     values = [floor[key] for name, floor in result["floors"].items() if floor and name not in partial]
     values = [0.0 if v is None and key in CORRELATIONS else v for v in values]
     score, replicate = result["aggregate"][key], result["replicate"][key]
@@ -1276,35 +1137,22 @@ def _versus_floor(key, result, partial):
 
 def _information(world, truth, sizes, keys, notes):
     """What a reader needs to judge the numbers."""
-    def spread(values):
-        return {"min": float(np.min(values)), "median": float(np.median(values)), "max": float(np.max(values))}
-
     info = {"conditions": len(truth), "genes": len(world.column), "seed": world.seed, "notes": notes,
-            "cells_pred": spread(list(sizes.values())), "cells_real": spread([x.n for x in truth.values()]),
-            "cells_control": {v: world.control[v].n for v in world.used}}
-    if world.basis:
-        share = np.cumsum(world.basis.explained)
-        info["pca_variance_explained"] = {str(k): float(share[:k][-1]) for k in (30, 50)}
-    if world.sinkhorn:
-        epsilon, error = np.array(list(world.sinkhorn.values())).T
-        info["sinkhorn_epsilon"] = {"of_mean_cost": 0.05, **spread(epsilon)}
-        if (error > 1e-4).any():
-            notes.append(f"Sinkhorn did not converge for {int((error > 1e-4).sum())} conditions")
+            "cells_pred": sum(sizes.values()), "cells_real": sum(r.n for r in truth.values()),
+            "cells_control": {v: world.control[v].n for v in world.covariates}}
+    unfinished = sum(error > 1e-4 for error in world.sinkhorn_error.values())
+    if unfinished:
+        notes.append(f"Sinkhorn did not converge for {unfinished} conditions")
     if set(MMD_RANKS) & set(keys):
-        limit = {g: world.rank_cells(g) for g in truth}
-        capped = sum(max(truth[g].n, sizes[g]) > limit[g] for g in truth)
-        info["rank_cells"] = min(limit.values()) if capped else None
-        if capped:
-            notes.append(f"MMD ranks use at most {info['rank_cells']} cells per condition; {capped} had more")
+        limits = [world.rank_cells(g) for g in truth if max(truth[g].n, sizes[g]) > world.rank_cells(g)]
+        if limits:
+            notes.append(f"MMD ranks use at most {min(limits)} cells per condition; {len(limits)} had more")
     return info
 
 
 def compare(a, b, key):
     """Paired Wilcoxon signed-rank p-value of a key between two evaluate() results, over conditions that both define.
-
-    None without shared conditions, 1.0 when all differences are zero; with fewer than six conditions p cannot fall
-    below 0.05. Two-sided, and not corrected for the number of keys.
-    """
+    None without shared conditions, 1.0 when all differences are zero. Not corrected for the number of keys."""
     pairs = [(a["per_condition"][g].get(key), b["per_condition"][g].get(key))
              for g in a["per_condition"] if g in b["per_condition"]]
     difference = np.array([x - y for x, y in pairs if x is not None and y is not None])
@@ -1319,8 +1167,7 @@ VERSUS = "vs floor"
 
 
 def result_rows(result, name):
-    """[(row name, {key: value})] of an evaluate() result for format_table: floors, the method, the replicate, and
-    'vs floor': 0 for a method as good as the best floor, 1 for one as good as the replicate."""
+    """[(row, {key: value})] of an evaluate() result for format_table: floors, the method, replicate, 'vs floor'."""
     rows = [(floor, values) for floor, values in result["floors"].items() if values]
     rows += [(name, result["aggregate"]), ("replicate", result["replicate"]), (VERSUS, result["score_vs_floor"])]
     return [(row, values) for row, values in rows if values]
@@ -1329,10 +1176,8 @@ def result_rows(result, name):
 def format_table(rows, keys=None, ci=None, width=None, rest="metrics.json"):
     """Text table: a line per (name, {key: value}), a column per key (default TABLE_KEYS) with the better direction.
 
-    ci: {key: [low, high]} (evaluate()'s ci95), printed below the first row that is not a floor. Missing values are '-'.
-    Columns beyond `width` characters (default: the terminal's, 120 without one) are left out; a last line says how
-    many more metrics `rest` holds.
-    """
+    ci: evaluate()'s ci95, printed below the first row that is not a floor. Columns beyond `width` characters (default:
+    the terminal's, 120 without one) are left out; a last line says how many more metrics `rest` holds."""
     rows = list(rows)
     measured = {k for _, values in rows for k in values}
     keys = list(keys or (k for k in TABLE_KEYS if k in measured))
@@ -1375,21 +1220,17 @@ def report(run, method, rows):
     """Score a run's predicted test conditions: writes metrics.json and genes.tsv, prints the table.
 
     rows {suffix: {group: (n, E)}}: the method's own prediction under '', and further rows of the table, which get no
-    floors. run: with config, dataset, out, device, trained (seconds) and capped (values that were cut).
-    genes.tsv: per condition and gene the means of real control, predicted and real cells (log1p CP10k), predicted and
-    real log2 fold change, adjusted p-value of the real change (rank-sum test, as in de_spearman); the genes of a
-    condition by that p-value. A file that cannot be written is a data.DataError.
-    """
+    floors. run: with config, dataset, out, device, trained (seconds) and capped (values that were cut)."""
     import platform
     import h5py
     import scipy
     import torch
     import data
     began = time.perf_counter()
-    config, dataset, columns = run.config, run.dataset, run.dataset.eval_genes
+    config, dataset = run.config, run.dataset
+    columns = dataset.eval_genes
     names = [dataset.genes[i] for i in columns]
-    real = dataset.populations("test", columns)
-    train = dataset.populations("train", columns)
+    real, train = (dataset.populations(part, columns) for part in ("test", "train"))
     control = dataset.controls("test", columns)
     result = evaluate(rows[""], real, control, names, train, seed=config.seed, per_gene=True)
     if run.capped:
@@ -1400,7 +1241,7 @@ def report(run, method, rows):
             other = evaluate(cells, real, control, names, train, seed=config.seed, floors=False)
             result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
     _write_genes(run.out / "genes.tsv", result.pop("per_gene"))
-    versions = {m.__name__: m.__version__ for m in (torch, np, scipy, h5py)}
+    versions = {module.__name__: module.__version__ for module in (torch, np, scipy, h5py)}
     data.write_json(run.out / "metrics.json", {
         "method": method, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
         "seconds": round(run.trained + time.perf_counter() - began, 1), "peak_memory_mb": data.peak_memory(run.device),
@@ -1409,7 +1250,8 @@ def report(run, method, rows):
 
 
 def _write_genes(path, per_gene):
-    """genes.tsv from evaluate()'s per_gene: conditions by name, their genes by the p-value of the real change."""
+    """genes.tsv: per condition and gene the means of real control, predicted and real cells (log1p CP10k), predicted
+    and real log2 fold change, adjusted p-value of the real change (as in de_spearman); the smallest p first."""
     import data
     with data.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\t".join(["condition", *next(iter(per_gene.values()))]) + "\n")
@@ -1439,7 +1281,7 @@ def show(out):
 
 
 def quick_score(dataset, pred, part, seed):
-    """{key: value} of a few metrics of predicted cells {group: (n, E)}, without floors: for validation in training."""
+    """{key: value} of three metrics of predicted cells {group: (n, E)}, without floors: validation in training."""
     columns = dataset.eval_genes
     result = evaluate(pred, dataset.populations(part, columns), dataset.controls(part, columns),
                       [dataset.genes[i] for i in columns], keys=["l2", "pearson_delta", "e_distance"], seed=seed,
@@ -1449,26 +1291,23 @@ def quick_score(dataset, pred, part, seed):
 
 class _Groups(Mapping):
     """{group: (cells, genes) CSR} of the perturbed cells of a file, cut out when asked for.
+    controls: {covariate: CSR} of its control cells; notes: what was done to the values."""
 
-    controls: {covariate: CSR} of its control cells; notes: what was done to the values.
-    """
-
-    def __init__(self, cells, columns, use_covariates, notes):
+    def __init__(self, cells, config, notes, columns=slice(None)):
         self.X, self.columns = cells.X, columns
         self.rows, self.controls = {}, {}
         self.notes = notes
-        pairs = sorted(set(zip(cells.condition, cells.covariate)))
-        number = {pair: i for i, pair in enumerate(pairs)}
-        which = np.array([number[pair] for pair in zip(cells.condition, cells.covariate)])
-        order = np.argsort(which, kind="stable")
-        for (condition, covariate), rows in zip(pairs, np.split(order, np.cumsum(np.bincount(which))[:-1])):
+        rows_of = {}
+        for row, pair in enumerate(zip(cells.condition, cells.covariate)):
+            rows_of.setdefault(pair, []).append(row)
+        for (condition, covariate), rows in sorted(rows_of.items()):
             if condition == "control":
                 self.controls[covariate] = self.cut(rows)
             else:
-                self.rows[f"{condition}@{covariate}" if use_covariates else condition] = rows
+                self.rows[f"{condition}@{covariate}" if config.covariates else condition] = rows
 
     def cut(self, rows):
-        return self.X[rows] if self.columns is None else self.X[rows][:, self.columns]
+        return self.X[rows][:, self.columns]
 
     def __getitem__(self, group):
         return self.cut(self.rows[group])
@@ -1499,28 +1338,26 @@ def _load(path, config, genes, **options):
     import data
     cells = data.read_cells(path, config, **options)
     notes = _logged(cells)
-    where = {g: i for i, g in enumerate(cells.genes)}
-    missing = [g for g in genes if g not in where]
+    columns = data.match_genes(cells.genes, genes)
+    missing = [gene for gene, column in zip(genes, columns) if column < 0]
     if missing:
         raise data.DataError(f"{path}: lacks {len(missing)} of the {len(genes)} genes of the prediction "
                              f"({_listed(missing)}); genes are matched by name: check --gene-key, or leave them out")
-    columns = None if genes == list(cells.genes) else np.array([where[g] for g in genes])
-    return _Groups(cells, columns, bool(config.covariates), notes), cells
+    return _Groups(cells, config, notes, columns), cells
 
 
 def read_prediction(path, config):
     """Any tool's prediction file: gene names, and {group: (cells, G)} of its predicted cells, log1p CP10k.
 
     config: data.DataConfig, whose columns are used as far as the file has them, else searched for. Counts are
-    normalised; values that log1p CP10k does not have (negative, or too large) are taken as they are. Both are said in
-    the mapping's `notes`. Raises data.DataError.
-    """
+    normalised; other values are taken as they are, even those that log1p CP10k does not have, which a note in the
+    mapping's `notes` says."""
     import data
     named = dataclasses.replace(config, layer="", counts=False, lognorm=False)
+    searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
     try:
         cells = data.read_cells(path, named, control_required=False, check=False)
     except data.DataError:
-        searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
         cells = data.read_cells(path, searched, control_required=False, check=False)
     notes = _logged(cells)
     blocks = [cells.X[rows].data for rows in data.row_blocks(cells.X, np.arange(cells.X.shape[0]))]
@@ -1529,14 +1366,14 @@ def read_prediction(path, config):
     if low < 0 or high > math.log1p(1e4):
         notes.append(f"{path}: values from {low:.3g} to {high:.3g}, while log1p CP10k lies between 0 and 9.21; they "
                      "are scored as they are")
-    return list(cells.genes), _Groups(cells, None, bool(config.covariates), notes)
+    return list(cells.genes), _Groups(cells, config, notes)
 
 
 def _parser():
     import data
     parser = data.Parser(prog="metrics.py", description="Score predicted cells against real cells (AnnData files).")
     add = parser.add_argument
-    add("pred", help="predicted cells, log1p CP10k; obs names the condition")
+    add("pred", help="predicted cells, counts or log1p CP10k; obs names the condition")
     add("real", help="real cells with their controls; counts are normalised over all genes of the file")
     add("--reference", default="", help="training cells, for the Systema reference and the floors")
     add("--pert-key", default="", help="obs column of the perturbation (default: searched for)")
@@ -1547,9 +1384,8 @@ def _parser():
     add("--layer", default="", help="matrix of the real file and the reference (default: X)")
     add("--counts", action="store_true", help="declare real file and reference raw counts")
     add("--lognorm", action="store_true", help="declare real file and reference log-normalised")
-    add("--keys", default="", help="metrics to compute and print, comma-separated, or 'all' (default: all "
-        "but the MMD ranks, of which the usual ones are printed)")
-    add("--floors", action=argparse.BooleanOptionalAction, default=True, help="score floors and replicate too")
+    add("--keys", default="", help="metrics to compute and print, or 'all' (default: all but the MMD ranks)")
+    add("--no-floors", dest="floors", action="store_false", help="neither floors nor replicate")
     add("--seed", type=int, default=0, help="of floors, replicate and bootstrap")
     add("--out", default="", help="JSON file for every number")
     return parser
@@ -1570,56 +1406,52 @@ def _reference(path, config, genes, pred, real, cells):
     if len(mean) != len(cells.genes):
         raise data.DataError(f"{cells.path}: uns['train_pert_mean'] has {len(mean)} values for {len(cells.genes)} "
                              "genes; it needs one per gene, or give --reference")
-    return None, mean if real.columns is None else mean[real.columns]
+    return None, mean[real.columns]
 
 
 def main(argv=None):
     """Score a prediction file: print the table, write --out; 'error: ...' and exit code 2 for unusable input."""
     import data
     parser = _parser()
-    args = vars(parser.parse_args(argv))
-    path, truth = args.pop("pred"), args.pop("real")
-    keys, floors = args.pop("keys"), args.pop("floors")
-    reference, seed = args.pop("reference"), args.pop("seed")
-    out = args.pop("out")
-    keys = list(KEYS) if keys == "all" else [k.strip() for k in keys.split(",") if k.strip()]
+    args = parser.parse_args(argv)
+    keys = list(KEYS) if args.keys == "all" else [k.strip() for k in args.keys.split(",") if k.strip()]
     if set(keys) - set(KEYS):
         parser.error(f"--keys: unknown metrics {_listed(set(keys) - set(KEYS))}; the metrics are {' '.join(KEYS)}")
-    if seed < 0:
+    if args.seed < 0:
         parser.error("--seed must not be negative")
     with data.clean_errors():
-        config = data.DataConfig(**args)                             # what is left are data flags
-        genes, pred = read_prediction(path, config)
-        real, cells = _load(truth, config, genes)
+        fields = {field.name for field in dataclasses.fields(data.DataConfig)}
+        config = data.DataConfig(**{name: value for name, value in vars(args).items() if name in fields})
+        genes, pred = read_prediction(args.pred, config)
+        real, cells = _load(args.real, config, genes)
         scored = set(pred) & set(real)
         if not scored:
-            raise data.DataError(f"{truth}: has no cells of any predicted condition ({_listed(pred)}); it has "
+            raise data.DataError(f"{args.real}: has no cells of any predicted condition ({_listed(pred)}); it has "
                                  f"{_listed(real)}. Check --pert-key and --covariates")
         lonely = {g.partition("@")[2] for g in scored} - set(real.controls) if config.covariates else ()
         if lonely:
-            raise data.DataError(f"{truth}: has no control cells of {_listed(lonely)}; check --covariates, --control")
-        train, train_mean = _reference(reference, config, genes, pred, real, cells)
+            raise data.DataError(f"{args.real}: has no control cells of {_listed(lonely)}; check --covariates, "
+                                 "--control")
+        train, train_mean = _reference(args.reference, config, genes, pred, real, cells)
         control = real.controls if config.covariates else real.controls[""]
-        result = evaluate(pred, real, control, genes, train, keys or None, seed, floors, train_mean=train_mean)
-        notes = [*pred.notes, *real.notes, *result["info"]["notes"]]
+        result = evaluate(pred, real, control, genes, train, keys or None, args.seed, args.floors,
+                          train_mean=train_mean)
+        info = result["info"]
+        info["notes"] = [*pred.notes, *real.notes, *info["notes"]]
         if len(cells.genes) > len(genes):
-            notes.append(f"{len(cells.genes) - len(genes):,} genes are not in the prediction and are ignored")
-        if train is None and train_mean is None:
-            notes.append("without --reference there is no floor but the control, and no Systema reference")
-        elif train is None:
-            notes.append("without --reference there is no floor but the control and the mean (uns['train_pert_mean'])")
-        result["info"]["notes"] = notes
-        cells_pred, cells_real = (sum(len(side.rows[g]) for g in scored) for side in (pred, real))
-        cells_control = sum(x.shape[0] for x in real.controls.values())
-        print(f"{len(scored)} conditions, {len(genes):,} genes; {cells_pred:,} predicted, {cells_real:,} real and "
-              f"{cells_control:,} control cells")
-        for note in notes:
+            info["notes"].append(f"{len(cells.genes) - len(genes):,} genes are not in the prediction and are ignored")
+        if train is None:
+            more = "but the control, and no Systema reference" if train_mean is None else "but control and mean"
+            info["notes"].append(f"without --reference there is no floor {more}")
+        print(f"{info['conditions']} conditions, {info['genes']:,} genes; {info['cells_pred']:,} predicted and "
+              f"{info['cells_real']:,} real cells")
+        for note in info["notes"]:
             print(f"note: {note}")
-        rest = out or "the file that --out FILE writes"
+        rest = args.out or "the file that --out FILE writes"
         print(format_table(result_rows(result, "prediction"), keys, result["ci95"], rest=rest))
-        if out:
-            data.write_json(out, result)
-            print(f"wrote {out}")
+        if args.out:
+            data.write_json(args.out, result)
+            print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
