@@ -13,7 +13,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from scipy.spatial.distance import cdist
 from scipy.stats import wilcoxon
 
@@ -68,6 +67,8 @@ for step in range(1, int(of("--steps")) + 1):
     if "--no-compile" in sys.argv:
         import torch
         torch.ones(500, 500) @ torch.ones(500, 500)
+        q = torch.ones(1, 4, 64, 16)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
 (out / "log.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 (out / "metrics.json").write_text(json.dumps({"seconds": 9, "peak_memory_mb": 77, "per_condition": {"A": {}}}))
 """
@@ -188,35 +189,28 @@ def test_kernel_transfers_a_perturbation_by_the_distance_of_control_means():
 
 
 def test_kernel_finds_the_twin_of_an_unseen_perturbation_in_its_covariate():
+    """The effect of training group i is the i-th unit vector: a predicted effect is the weights."""
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(10, 5))
     embedding = {f"G{i}": vectors[i % 10] + rng.normal(0, 0.01, 5) for i in range(20)}          # G3 and G13 are twins
     genes = list(embedding)
-    Y = rng.normal(size=(10, 20))
-    weights = bench.kernel_weights(genes[:10], Y, genes[10:], **kernel_options(embedding))
+    weights = bench.kernel(genes[:10], np.eye(10), genes[10:], **kernel_options(embedding))
     E = np.stack(list(embedding.values()))
     d = cdist(E[10:] / E.std(0), E[:10] / E.std(0))
     expected = np.exp(-4 * (d / np.median(d, axis=1, keepdims=True)) ** 2)
     np.testing.assert_allclose(weights, expected / expected.sum(1, keepdims=True), rtol=1e-6)
     assert weights.argmax(1).tolist() == list(range(10))
     groups = [f"{g}@{c}" for g in genes[:10] for c in ("a", "b")]
-    weights = bench.kernel_weights(groups, np.repeat(Y, 2, 0), ["G13@b", "G14@a", "G14@c"], **kernel_options(embedding))
+    weights = bench.kernel(groups, np.eye(20), ["G13@b", "G14@a", "G14@c"], **kernel_options(embedding))
     assert weights[:2].argmax(1).tolist() == [7, 8] and not weights[0, ::2].any() and not weights[1, 1::2].any()
     np.testing.assert_allclose(weights[2, 8:10], weights[2].max())                  # a covariate without any: all
 
 
 def test_kernel_says_nothing_about_what_it_cannot_relate():
     Y = np.ones((2, 20))
-    weights = bench.kernel_weights(["G1", "G2"], Y, ["DRUG", "G1+DRUG", "G3:0.5"], **kernel_options())
-    assert weights.any(axis=1).tolist() == [False, False, True]                      # a dose of a gene: the gene's
-    assert not bench.kernel_weights(["D1", "D2"], Y, ["G3"], **kernel_options()).any()
-
-
-def test_kernel_is_absent_where_it_knows_nothing(demo, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "kernel_weights", lambda train, Y, test, **_: np.zeros((len(test), len(train))))
-    out = ok(main(capsys, "--data", demo, "--preset", "demo", "--methods", "none", "--eval-cells", 8,
-                  "--out", tmp_path / "b"))
-    assert "kernel" not in written(tmp_path / "b") and "kernel is left out" in out
+    effects = bench.kernel(["G1", "G2"], Y, ["DRUG", "G1+DRUG", "G3:0.5"], **kernel_options())
+    assert effects.any(axis=1).tolist() == [False, False, True]                      # a dose of a gene: the gene's
+    assert not bench.kernel(["D1", "D2"], Y, ["G3"], **kernel_options()).any()
 
 
 def test_baseline_cells_are_shifted_controls_of_the_same_covariate(tmp_path):
@@ -252,13 +246,13 @@ def row(kind, l2, n=2):
 
 
 def test_a_row_is_the_mean_and_the_sd_over_its_runs():
-    runs = [("c", "floor", {"aggregate": {"l2": None}, "n_valid": {}, "per_condition": {}})]
+    runs = [("c", "floor", {"aggregate": {"l2": None}, "per_condition": {}})]
     for v, b in ((1.0, 2.0), (2.0, None), (9.0, 4.0)):
-        runs.append(("m", "method", {"aggregate": {"l2": v}, "n_valid": {"l2": 2}, "train_seconds": 10 * v,
+        runs.append(("m", "method", {"aggregate": {"l2": v}, "train_seconds": 10 * v,
                                      "per_condition": {"A": {"l2": v}, "B": {"l2": b}}}))
     rows = bench.collect(runs)
     m = rows["m"]
-    assert (m["kind"], m["runs"], m["mean"]["l2"], m["train_seconds"], m["n_valid"]["l2"]) == ("method", 3, 4, 40, 6)
+    assert (m["kind"], m["runs"], m["mean"]["l2"], m["train_seconds"]) == ("method", 3, 4, 40)
     assert m["sd"]["l2"] == pytest.approx(np.std([1, 2, 9], ddof=1))
     assert m["per_condition"] == {"A": {"l2": 4.0}, "B": {"l2": None}}               # undefined for one seed: undefined
     assert rows["c"]["mean"]["l2"] is rows["c"]["train_seconds"] is None
@@ -268,12 +262,11 @@ def test_rows_that_print_the_same_share_a_mark():
     rows = {"a": row("floor", 1.00004), "b": row("baseline", 1.0), "c": row("method", 2.0), "d": row("prediction", 2.0),
             "e": row("method", 3.0)}
     assert bench.marks(rows, "l2") == {"a": 0, "b": 0, "c": 1, "d": 1}
-    assert bench.best(rows, "l2") == "b"
     for r in rows.values():
         r["mean"] = {"pds": r["mean"]["l2"]}
     assert bench.marks(rows, "pds") == {"e": 0, "c": 1, "d": 1}                      # the larger the better
-    text = bench.markdown_table(rows, ["pds"])
-    assert "| e | **3.000** |" in text and text.count("<u>2.000</u>") == 2
+    assert [line[1] for line in bench.table(rows, ["pds"])] == ["pds↑", "1.000", "1.000", "*2.000*", "*2.000*",
+                                                                "**3.000**"]
 
 
 def test_replicate_and_published_rows_do_not_compete():
@@ -281,23 +274,22 @@ def test_replicate_and_published_rows_do_not_compete():
     assert bench.marks(rows, "l2") == {"control": 0}
 
 
-def test_a_row_that_exists_for_some_conditions_is_not_ranked():
-    rows = {"control": row("floor", 3.0), "additive": row("floor", 0.5, 1), "ridge": row("baseline", 2.0),
-            "kernel": row("baseline", 0.1, 1), "scdfm": row("method", 1.0)}
-    assert bench.marks(rows, "l2") == {"scdfm": 0, "ridge": 1}
-    tests = bench.paired_tests(rows, ["l2"])
-    assert tests["scdfm"]["l2"]["against"] == "ridge" and tests["scdfm"]["l2"]["better"]
-    lines = bench.reading(rows, tests, ["l2"])
-    assert any("additive exists for 1 of 2" in line for line in lines) and "1 of 1 metrics" in lines[0]
-    rows["additive"] = row("floor", 0.5)
-    assert bench.marks(rows, "l2") == {"additive": 0, "scdfm": 1}
+def test_a_method_is_compared_with_the_best_floor_or_baseline():
+    rows = {"control": row("floor", 3.0), "additive": row("floor", 1.5), "ridge": row("baseline", 2.0),
+            "good": row("method", 1.0), "bad": row("method", 4.0), "replicate": row("replicate", 0.5, 0)}
+    tests, lines = bench.against_baselines(rows, ["l2"])
+    assert {name: (of["l2"]["against"], of["l2"]["better"]) for name, of in tests.items()} == {
+        "good": ("additive", True), "bad": ("additive", False)}
+    assert "in l2 (1 of 1" in lines[0] and "LOSES" not in lines[0] and "LOSES to control or mean in l2" in lines[1]
 
 
-def test_the_console_table_drops_columns_that_do_not_fit():
-    rows = {"a" * 90: row("method", 1.0) | {"train_seconds": 1234.0, "peak_memory_mb": None}, "b": row("floor", 2.0)}
-    wide, narrow = (bench.format_rows(rows, ["l2", "mse"], width) for width in (1000, 50))
-    assert "train s" in wide and "1,234" in wide and "peak MB" not in wide and "1.000*" in wide
-    assert "2 more columns in bench.md: mse↓, train s" in narrow and max(map(len, narrow.splitlines())) <= 50
+def test_the_table_reads_as_markdown_and_drops_columns_that_do_not_fit():
+    rows = {"a" * 20: row("method", 1.0) | {"train_seconds": 1234.0, "peak_memory_mb": None}, "b": row("floor", 2.0)}
+    wide, narrow = (bench.render(bench.table(rows, ["l2", "mse"]), width) for width in (1000, 50))
+    title, rule, first, _ = wide.splitlines()
+    assert title.split() == ["|", "|", "l2↓", "|", "mse↓", "|", "train", "s", "|", "peak", "MB", "|"]
+    assert first == f"| {'a' * 20} | **1.000** |    - |   1,234 |       - |" and rule.count("-:") == 4
+    assert "2 more columns in bench.md: train s, peak MB" in narrow and max(map(len, narrow.splitlines())) <= 50
 
 
 def test_short_names_stay_apart():
@@ -335,7 +327,7 @@ def stub(demo, tmp_path_factory):
         genes = dataset.eval_genes
         result = metrics.evaluate(cells, dataset.populations("test", genes), dataset.controls("test", genes),
                                   [dataset.genes[i] for i in genes], dataset.populations("train", genes), seed=seed,
-                                  keys=[k for k in metrics.KEYS if k not in bench.MMD_RANKS])
+                                  keys=[k for k in metrics.KEYS if k not in metrics.MMD_RANKS])
         place = folder / f"f{fold}-s{seed}"
         place.mkdir()
         labels = np.repeat(np.array(list(cells), dtype=object), 8)
@@ -370,10 +362,10 @@ def test_the_table_holds_what_the_runs_printed(demo, stub, capsys, tmp_path):
             if None not in values:
                 assert rows[floor]["mean"][key] == pytest.approx(np.mean(values)), (floor, key)
     assert rows["replicate"]["mean"]["l2"] == pytest.approx(np.mean([r["replicate"]["l2"] for r in results]))
-    line = next(line for line in out.splitlines() if line.startswith("ridge"))
+    line = next(line for line in out.splitlines() if line.startswith("| ridge"))
     assert bench.number(rows["ridge"]["mean"]["l2"], rows["ridge"]["sd"]["l2"]) in line
     table = (tmp_path / "b" / "bench.md").read_text()
-    assert "**" in table and "<u>" in table and "l2↓" in table and "train s" in table and "Wilcoxon" in table
+    assert line in table and "**" in table and "l2↓" in table and "train s" in table and "Wilcoxon" in table
     with open(tmp_path / "b" / "bench.csv") as file:
         lines = list(csv.DictReader(file))
     assert {line["row"] for line in lines} == set(rows) - {"replicate"}
@@ -504,27 +496,16 @@ def test_misuse(flags, words, demo, capsys, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_flop_count_of_a_known_network():
-    """A linear layer and attention, forward and backward, against the formulas."""
-    q = torch.randn(2, 4, 64, 16, requires_grad=True)
-    with bench.flop_counter() as counter:
-        torch.nn.Linear(32, 48)(torch.randn(10, 32)).sum().backward()
-    assert counter.get_total_flops() == 2 * 10 * 32 * 48 * 2             # forward, gradient of the weight
-    with bench.flop_counter() as counter:
-        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
-    assert counter.get_total_flops() >= 3 * 2 * 2 * (2 * 4 * 64 * 64 * 16)
-
-
 def test_speed_of_a_script_whose_speed_is_known(demo, capsys, monkeypatch, tmp_path):
     """20 ms and one product of 500 x 500 matrices per step, 2,000 sampled cells/s; the last line is one JSON object."""
     (tmp_path / "stub.py").write_text(SPEED_STUB)
     monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype: 50e9)
-    monkeypatch.setattr(data, "demo_file", lambda: demo)
-    out = ok(main(capsys, "--speed", "--device", "cpu", "--methods", tmp_path / "stub.py"))
+    out = ok(main(capsys, "--speed", "--data", demo, "--device", "cpu", "--methods", tmp_path / "stub.py"))
     (found,) = json.loads(out.strip().splitlines()[-1])["methods"]
-    assert found["ms_per_step"] == 20 and found["first_step_s"] == 3.02 and found["cells_per_s"] == 100
-    assert found["gflop_per_step"] == 0.25 and found["utilisation"] == 0.25 and found["peak_memory_mb"] == 77
-    assert 1200 < found["sampled_cells_per_s"] < 2800
+    assert (found["ms/step"], found["cells/s"], found["peak MB"]) == (20, 100, 77)
+    per_step = 2 * 500 ** 3 + 4 * 2 * 2 * 64 * 64 * 16                               # a product, and attention
+    assert found["GFLOP/step"] == round(per_step / 1e9, 2) and found["utilisation"] == round(per_step / .02 / 50e9, 3)
+    assert 1200 < found["sampled cells/s"] < 2800
 
 
 def test_figures_and_what_is_missing_in_them(demo, stub, capsys, monkeypatch, tmp_path):
@@ -534,9 +515,11 @@ def test_figures_and_what_is_missing_in_them(demo, stub, capsys, monkeypatch, tm
     assert "matplotlib is not installed" in ok(main(capsys, *flags)) and not (tmp_path / "b" / "pca.png").exists()
     monkeypatch.undo()
     ok(main(capsys, *flags))
-    for name in ("errors", "ablations", "genes", "pca"):
+    for name in ("errors", "methods", "genes", "pca"):
         assert (tmp_path / "b" / f"{name}.png").stat().st_size > 5000
     rows = {"control": row("floor", 3.0), "a": row("method", 2.0), "a:b": row("method", None), "c": row("method", 1.0)}
-    figure = bench.plot_ablations(plt, rows, ["a", "a:b", "c"], dict.fromkeys(rows, "red"))
-    assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, 1.0] and not figure.axes[1].patches
+    colors = bench.row_colors(rows)
+    assert colors["a"] == colors["a:b"] != colors["c"]
+    figure = bench.plot_methods(plt, rows, colors)
+    np.testing.assert_array_equal([bar.get_width() for bar in figure.axes[0].patches], [2.0, np.nan, 1.0])
     plt.close("all")
