@@ -79,8 +79,6 @@ METHODS = {
     "scbig:paper": "scbig.py",
     "celltarnet:paper": "celltarnet.py",
 }
-# and what a demo-size run of one needs besides: that preset's schedule is the U-Net's, with which an MLP learns badly
-DEMO = dict.fromkeys(("primeflow:mlp", "primeflow:pca", "primeflow:pca-ot"), "--lr 1e-3 --batch-size 64 --steps 3000")
 DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same
 
 # what the papers print of their own methods, by name of the data and split; other genes or splits give other numbers
@@ -116,13 +114,12 @@ class Config(data.DataConfig):
     embedding: str = ""             # gene vectors for linear and kernel: .npz (names, emb), .pt, .tsv or .csv
     pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
-    preset: str = ""                # size of the methods: demo, paper; '' is demo for --data demo, else paper
+    preset: str = ""                # of the methods: demo, paper; '' is demo for --data demo, else paper
     device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
     out: str = ""                   # folder; '' is runs/bench-DATA-SPLIT
     keys: tuple[str, ...] = ()      # metrics to print; default those of the papers' tables
     jobs: int = 0                   # runs at the same time; 0 is one per CPU core for demo-size models, else 1
     plot: bool = False              # figures as PNG files (needs matplotlib)
-    condition: str = ""             # condition of the gene and PCA figures; '' is the one with the largest effect
     dry_run: bool = False           # print the commands and stop
     stages: bool = False            # predict training conditions too, and say where each method's error enters
     speed: bool = False             # measure speed instead
@@ -325,15 +322,8 @@ class Job:
         return (self.folder / "ckpt.pt").exists()
 
     def command_now(self):
-        """The command that starts it, or goes on with it."""
-        return ([*self.command[:2], "--resume"] if self.begun() else self.command) + ["--out", str(self.folder)]
-
-
-def preset_of(config):
-    """The size that the methods will take: demo or paper."""
-    if config.preset:
-        return config.preset
-    return "demo" if config.data == "demo" else "paper"
+        """Script and flags that start it, or go on with it."""
+        return (self.command[:1] + ["--resume"] if self.begun() else self.command) + ["--out", str(self.folder)]
 
 
 def asked_methods(config):
@@ -351,8 +341,6 @@ def asked_methods(config):
         if name in METHODS:
             file, *own = shlex.split(METHODS[name])
             script = HERE / file
-            if preset_of(config) == "demo":
-                own += shlex.split(DEMO.get(name, ""))
             flags = own + flags
         elif not name.endswith(".py") or not script.is_file():
             raise DataError(f"--methods {text}: no method and no script; choose all, none, the path of a script or "
@@ -373,9 +361,9 @@ def common_flags(config):
     flags += ["--eval-cells", str(config.eval_cells)]
     if config.split == "cv":
         flags += ["--folds", str(config.n_folds)]
-    for name in ("preset", "device"):
-        if getattr(config, name):
-            flags += [f"--{name}", getattr(config, name)]
+    flags += ["--preset", config.preset]
+    if config.device:
+        flags += ["--device", config.device]
     return flags
 
 
@@ -391,37 +379,42 @@ def jobs(config, out):
             for seed in config.seeds:
                 folder = out / f"{Path(name).stem}-f{fold}-s{seed}-{tag}"
                 where = ["--fold", str(fold), "--seed", str(seed)]
-                command = [sys.executable, str(script), *common, *where, *flags]
-                result.append(Job(text, fold, seed, folder, command))
+                result.append(Job(text, fold, seed, folder, [str(script), *common, *where, *flags]))
     return result
 
 
-def last_line(process):
-    """What a process that failed said last."""
-    return (process.stderr.strip().splitlines() or [f"ended with code {process.returncode}"])[-1]
+def child(*command, **env):
+    """Run python with these arguments: (seconds, what it printed). Where it fails a DataError with its last line."""
+    start = time.perf_counter()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))} | env
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+        raise DataError(f"{shlex.join(map(str, command))}: {last}")
+    return time.perf_counter() - start, done.stdout
 
 
 def run_jobs(todo, n_parallel):
-    """Run what is missing. Returns [(job, last line of its error)] of those that failed."""
+    """Run what is missing. Returns [(job, its error)] of those that failed."""
     failed = []
-    env = dict(os.environ)
+    threads = {}
     if n_parallel > 1:                          # whatever is left to do: other threads give other last digits
-        env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
+        threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
 
     def run(job):
         print(f"{'resuming' if job.begun() else 'running'} {job}", flush=True)
-        return subprocess.run(job.command_now(), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return child(*job.command_now(), **threads)
 
     with ThreadPoolExecutor(n_parallel) as pool:
         futures = {pool.submit(run, job): job for job in todo}
-        began = time.perf_counter()
         try:
             for i, future in enumerate(as_completed(futures)):
-                job = futures[future]
-                if not job.finished() or future.result().returncode:
-                    failed.append((job, last_line(future.result())))
-                how = "FAILED" if failed and failed[-1][0] is job else "done"
-                print(f"[{i + 1}/{len(todo)}] {job}: {how}, {data.clock(time.perf_counter() - began)}", flush=True)
+                try:
+                    how = f"done in {data.clock(future.result()[0])}"
+                except DataError as error:
+                    failed.append((futures[future], str(error)))
+                    how = "FAILED"
+                print(f"[{i + 1}/{len(todo)}] {futures[future]}: {how}", flush=True)
         except KeyboardInterrupt:               # the methods got the Ctrl-C too, save, and end: the pool waits for them
             pool.shutdown(cancel_futures=True)
             raise
@@ -599,8 +592,10 @@ def against_baselines(rows, keys):
                 lost.append(key)
         won = [key for key in of if of[key]["better"]]
         tests[name] = of
-        lines.append(f"{name}: better than every floor and baseline in {', '.join(won) or 'nothing'} ({len(won)} of "
-                     f"{len(of)} metrics)" + f"; LOSES to control or mean in {', '.join(lost)}" * bool(lost))
+        line = f"{name}: better than every floor and baseline in {len(won)} of {len(of)} metrics"
+        if lost:
+            line += f"; LOSES to control or mean in {', '.join(lost)}"
+        lines.append(line)
     return tests, lines
 
 
@@ -614,11 +609,12 @@ def number(value, sd=None):
     return f"{value:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd else "")
 
 
-def short_names(names, width=30):
-    """{name: at most `width` characters}: a long flag string loses its middle; what is alike then is numbered."""
+def short_names(names):
+    """{name: the first word and the last flags of it}; what is alike then is numbered."""
     out = {}
     for name in names:
-        text = name if len(name) <= width else f"{name[:width // 2 - 1]}…{name[len(name) - width + width // 2:]}"
+        method, _, flags = name.partition(" ")
+        text = f"{method} …{flags[-16:]}" if len(flags) > 18 else name
         alike = sum(text == other.partition(" (")[0] for other in out.values())
         out[name] = f"{text} ({alike + 1})" if alike else text
     return out
@@ -662,17 +658,13 @@ def bench(config):
     planned = jobs(config, out)
     if config.dry_run:
         for job in planned:
-            script = Path(job.command[1])
-            shown = script.name if script.parent == HERE else str(script)
-            print("# done: " * job.finished() + shlex.join(["python", shown, *job.command_now()[2:]]))
+            script, *flags = job.command_now()
+            script = Path(script).name if Path(script).parent == HERE else script
+            print("# done: " * job.finished() + shlex.join(["python", script, *flags]))
         return 0
     embedding = data.read_vectors(config.embedding, "--embedding") if config.embedding else None
     folds = {fold: score_fold(config, fold, embedding) for fold in config.folds}     # cheap, and finds bad input first
     first = folds[config.folds[0]][0]
-    if config.condition and config.condition not in first.part("test"):
-        raise DataError(f"--condition {config.condition}: is no test condition; choose from "
-                        f"{', '.join(first.part('test'))}")
-
     todo = [job for job in planned if not job.finished()]
     resumed = sum(job.begun() for job in todo)
     if len(todo) < len(planned) or resumed:
@@ -685,10 +677,10 @@ def bench(config):
         runs += score_run(job, folds[job.fold][0], config)
     rows = collect(runs)
     every = max(len(row["per_condition"]) for row in rows.values())
-    partial = [name for name, row in rows.items() if row["kind"] in ("floor", "baseline")
-               and len(row["per_condition"]) < every]
+    asked = list(metrics.FLOORS) + list(GRIDS) * config.baselines
+    partial = [name for name in asked if name not in rows or len(rows[name]["per_condition"]) < every]
     for name in partial:
-        del rows[name]
+        rows.pop(name, None)
     for name, values in published_rows(config).items():
         rows[name] = {"kind": "published", "mean": values, "sd": {}, "per_condition": {}}
     order = ("floor", "baseline", "prediction", "method", "replicate", "published")
@@ -696,9 +688,8 @@ def bench(config):
 
     keys = list(config.keys or metrics.TABLE_KEYS)
     tests, lines = against_baselines(rows, keys)
-    missing = partial + ["kernel"] * (config.baselines and "kernel" not in [*rows, *partial])
-    if missing:
-        lines.append(f"left out, since not defined for all test conditions: {', '.join(missing)}")
+    if partial:
+        lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
     title = f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, " \
         f"seeds {list(config.seeds)}: {len(first.part('train'))} training and {len(first.part('test'))} test " \
         f"conditions, {len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition"
@@ -764,7 +755,7 @@ def stages(config, runs, dataset, rows):
             continue
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "pred.h5ad")
-            child(job.command[1], "--ckpt", job.folder / "ckpt.pt", "--predict", *groups, "--cells", n, "--out", file,
+            child(job.command[0], "--ckpt", job.folder / "ckpt.pt", "--predict", *groups, "--cells", n, "--out", file,
                   *(["--device", config.device] if config.device else []))
             cells = predicted_cells(file, dataset)
             training = np.mean([metrics.l2(cells[g].toarray().mean(0), one[g]) for g in groups])
@@ -804,7 +795,7 @@ def plot(config, out, rows, runs, dataset):
     genes = dataset.eval_genes
     mean = {v: x.mean(0) for v, x in dataset.controls("test", genes).items()}
     size = {g: np.linalg.norm(dataset.cells(g, genes).mean(0) - mean[covariate(g)]) for g in dataset.part("test")}
-    condition = config.condition or max(size, key=size.get)
+    condition = max(size, key=size.get)
     cells = {"control": dataset.controls("test", genes, covariate(condition)), "real": dataset.cells(condition, genes)}
     if config.baselines:
         effects, _ = fit_baseline("ridge", dataset)
@@ -830,7 +821,8 @@ def plot_errors(plt, rows, colors):
     shown = [name for name, row in rows.items() if row["per_condition"]]
     errors = [[v["l2"] for v in rows[name]["per_condition"].values() if v.get("l2") is not None] for name in shown]
     figure, axis = plt.subplots(figsize=(8, 1.2 + 0.28 * len(shown)))
-    axis.boxplot(errors, orientation="horizontal", tick_labels=shown, showfliers=False, widths=0.7)
+    axis.boxplot(errors, orientation="horizontal", tick_labels=shown, showfliers=False, widths=0.7,
+                 medianprops={"color": "black"})
     for i, values in enumerate(errors):
         axis.plot(values, [i + 1] * len(values), "o", color=colors[shown[i]], markersize=3.5)
     axis.invert_yaxis()
@@ -916,16 +908,6 @@ print(counter.get_total_flops())
 """
 
 
-def child(*command):
-    """Run python with these arguments: (seconds, what it printed)."""
-    start = time.perf_counter()
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise DataError(f"{shlex.join(map(str, command))}: {last_line(done)}")
-    return time.perf_counter() - start, done.stdout
-
-
 def matrix_rate(device, dtype):
     """FLOP/s of a large matrix product: what the device can do at best."""
     n = 8192 if device.type == "cuda" else 2048
@@ -978,7 +960,7 @@ def speed(config):
     for text, (script, flags) in asked_methods(config).items():
         with tempfile.TemporaryDirectory() as folder:
             row = measure(script, common_flags(config) + flags, config.device, 400 if cuda else 40, Path(folder))
-        rows.append({"method": text, "preset": preset_of(config), **row})
+        rows.append({"method": text, "preset": config.preset, **row})
         print(f"measured {text}", flush=True)
     print(render([list(rows[0])] + [[str(value) for value in row.values()] for row in rows]))
     print(json.dumps({"methods": rows, "torch": torch.__version__, "threads": torch.get_num_threads(),
@@ -995,23 +977,24 @@ def main(argv=None):
         data.add_flags(parser, Config, {"demo": {"hvg": DEMO_HVG}})
         typed = parser.parse(argv)
         config = Config(**typed)
-        if "hvg" not in typed and preset_of(config) == "demo":
+        config.preset = config.preset or ("demo" if config.data == "demo" else "paper")
+        if "hvg" not in typed and config.preset == "demo":
             config.hvg = DEMO_HVG
         unknown = sorted(set(config.keys) - set(metrics.KEYS))
         if unknown:
             raise DataError(f"--keys {' '.join(unknown)}: unknown; the metrics are {' '.join(metrics.KEYS)}")
-        if config.jobs < 0 or config.eval_cells < 0 or min(*config.seeds, *config.folds) < 0:
-            raise DataError("--jobs, --seeds, --folds and --eval-cells must not be negative")
+        if config.jobs < 0 or config.eval_cells < 0:
+            raise DataError("--jobs and --eval-cells must not be negative")
+        for of in (config.seeds, config.folds):
+            if min(of) < 0 or len(set(of)) < len(of):
+                raise DataError(f"--seeds and --folds: {' '.join(map(str, of))} is negative, or has one twice")
         names = [text.partition("=")[0] for text in config.pred]
         ours = {*METHODS, *GRIDS, *metrics.FLOORS, "replicate", ""}
         if any("=" not in text for text in config.pred) or len(set(names)) < len(names) or set(names) & ours:
             raise DataError(f"--pred {' '.join(config.pred)}: give NAME=FILE.h5ad, every name once and none of ours")
-        for repeated in (config.seeds, config.folds):
-            if len(set(repeated)) < len(repeated):
-                raise DataError(f"{' '.join(map(str, repeated))}: something is asked for twice")
         cuda = config.device.startswith("cuda") or (not config.device and torch.cuda.is_available())
         if not config.jobs:
-            config.jobs = os.cpu_count() or 1 if preset_of(config) == "demo" and not cuda else 1
+            config.jobs = os.cpu_count() or 1 if config.preset == "demo" and not cuda else 1
         if not config.eval_cells:
             config.eval_cells = 100 if config.data == "demo" else 1000
         if config.data == "demo" and config.split == "transfer":
