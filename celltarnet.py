@@ -34,6 +34,9 @@ Deviations (numbers that back them: README, experiments):
 13. All sizes and the schedule are ours, after TarFlow; P names none. Sampling is sequential with cached keys.
 14. Every process draws its own batch, conditions included; none comes twice in it while there are enough.
 15. --effect-readout (demo): the flow models what a linear effect per gene and perturbation leaves; P has none.
+16. Sampling in the demo, log p untouched: --token-strength tells H half of the perturbation, since what it says beyond
+    the linear effect is learned by heart from few conditions; --calibration shifts cells, linearly in the conditions,
+    to the training means, which a likelihood alone misses; --stratified takes noise that covers each gene evenly.
 """
 import copy
 import datetime
@@ -77,6 +80,9 @@ class Config(data.RunConfig):
     patch: int = 1                  # P: genes per slot (paper 1); more is faster and coarser
     dropout: float = 0.1            # ours
     effect_readout: bool = False    # a linear effect per gene and perturbation beside the flow (ours; paper none)
+    token_strength: float = 1.0     # in sampling, of what the flow's tokens are told of the perturbation (paper 1)
+    calibration: float = 0.0        # ridge penalty of shifts that match generated means to training's; 0: none (paper)
+    stratified: bool = False        # noise of a group of generated cells covers each gene's range evenly (paper not)
     dequantise: float = 0.1         # sigma_d, log1p CP10k: noise on the targets (ours; TarFlow 0.05 to 0.15)
     denoise_weight: float = 0.5     # lambda_denoise; 0 removes the denoising task (ablation)
     contrast_weight: float = 0.05   # lambda_cont after a ramp over a tenth of the steps; 0: no contrast (ablation)
@@ -89,16 +95,15 @@ class Config(data.RunConfig):
     warmup: int = 1000              # steps of linear warm-up (TarFlow: an epoch)
     lr_min: float = 1e-6            # end of the cosine (TarFlow)
     ema: float = 0.999              # decay of averaged weights used for prediction; 0 is none
-    score: str = ""                 # with --ckpt: AnnData file; log p of its cells under conditions
+    score: str = ""                 # with --ckpt: AnnData file; log p of its cells under conditions, written to --out
     score_under: tuple[str, ...] = ()  # with --score: these conditions; all of the training file if none is named
     score_controls: int = 1         # with --score: control cells over which p is averaged
 
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    positive = ("heads", "width", "blocks", "layers", "context_layers", "patch", "neighbours", "rank",
-                "cells_per_context", "score_controls", "dequantise", "temperature")
-    for name in positive:
+    for name in ("heads", "width", "blocks", "layers", "context_layers", "patch", "neighbours", "rank",
+                 "cells_per_context", "score_controls", "dequantise", "temperature"):
         if getattr(config, name) == 0:
             raise DataError(f"--{name.replace('_', '-')} 0: must be positive")
     if config.width % config.heads:
@@ -113,13 +118,13 @@ def check(config):
         raise DataError("--cells-per-context 1: the contrast needs a second cell of the same context; give 2, or "
                         "--contrast-weight 0")
     if config.score and config.predict:
-        raise DataError("--score and --predict are two uses of a checkpoint; give one (the conditions to score under "
-                        "are --score-under)")
+        raise DataError("--score and --predict are two uses of a checkpoint; conditions to score are --score-under")
 
 
 PRESETS = {"paper": {}, "demo": dict(
-    folds=5, hvg=1000, steps=1000, lr=5e-3, lr_min=1e-5, warmup=50, width=32, heads=2, layers=1, context_layers=1,
-    patch=4, dropout=0.0, effect_readout=True, ema=0.99, neighbours=20, rank=10, eval_cells=100)}
+    folds=5, hvg=1000, steps=800, lr=5e-3, lr_min=1e-5, warmup=50, width=32, heads=2, layers=1, context_layers=1,
+    patch=4, dropout=0.0, effect_readout=True, token_strength=0.5, calibration=3.0, stratified=True, ema=0.99,
+    neighbours=20, rank=10, eval_cells=100)}
 SAMPLING = {"score", "score_under", "score_controls"}   # flags that --ckpt may change
 
 
@@ -156,7 +161,7 @@ def gene_order(corr):
 
 
 def block_orders(n_blocks, first, padding, seed):
-    """N orders (T P,) of the genes, padding last: `first` (G,) and its reverse, then random ones and theirs."""
+    """N orders (T P,) of the genes and padding: `first` (G,) and its reverse, then random ones and theirs."""
     G, generator, orders = len(first), torch.Generator().manual_seed(seed), []
     for i in range(0, n_blocks, 2):
         genes = torch.randperm(G, generator=generator) if i else first
@@ -304,31 +309,32 @@ class FlowBlock(nn.Module):
         mu, a = self.parameters_of(u, self.context(H, which))
         return self.genes((u - mu) * torch.exp(-a)), -a.sum((-2, -1))
 
-    def step(self, t, u, v, label, keys, caches):
-        """One slot t (1,) of the inverse: reads u (B, T + 1, P) at t, the values of patch t - 1, and writes it at
-        t + 1. All shapes are the same for every slot, so that a step can be compiled, or captured as a CUDA graph."""
-        h = self.value(u.index_select(1, t)) + label.index_select(1, t)  # (B, 1, d)
-        mask = self.mask.index_select(0, t)
+    def step(self, before, v, label, mask, real, t, keys, caches):
+        """One slot of the inverse: its values (B, 1, P), from those of the slot before; v, label, mask, real are the
+        slot's own, t (1,) is its number, where its kv go into the caches. Shapes are the same for every slot, so that a
+        step can be compiled, or captured as a CUDA graph."""
+        h = self.value(before) + label                                   # (B, 1, d)
         for layer, kv, cache in zip(self.layers, keys, caches):
             h = layer(h, kv, mask, cache, t)
-        mu, a = self.affine(h, self.real.index_select(0, t))
-        u.index_copy_(1, t + 1, torch.addcmul(mu, v.index_select(1, t), torch.exp(a)))
+        mu, a = self.affine(h, real)
+        return torch.addcmul(mu, v, torch.exp(a))
 
     def inverse(self, x, H, which, step):
         """Inverse of forward, slot by slot, with the kv of earlier slots cached. x (B, T P) -> the same; step: the
         method above, or what it was compiled to."""
         v, (label, keys) = self.slots(x), self.context(H, which)
-        u = F.pad(torch.zeros_like(v), (0, 0, 1, 0))                     # (B, T + 1, P), the start slot first
         caches = [torch.zeros_like(kv[:, 2:]) for kv in keys]            # of self-attention: (B, T, 2 d)
-        for t in torch.arange(v.shape[1], device=v.device)[:, None]:
-            step(self, t, u, v, label, keys, caches)
-        return self.genes(u[:, 1:])
+        t, now, u = torch.arange(v.shape[1], device=v.device), torch.zeros_like(v[:, :1]), []
+        for slot in zip(v.split(1, 1), label.split(1, 1), self.mask.split(1), self.real.split(1), t.split(1)):
+            now = step(self, now, *slot, keys, caches)
+            u.append(now)
+        return self.genes(torch.cat(u, dim=1))
 
 
 class Context(typing.NamedTuple):
     """What the flow is told of n contexts."""
     H: torch.Tensor         # (n, T + 2, d) tokens: CLS, patches of the control cell, perturbation
-    effect: torch.Tensor    # (n, T P) linear effect of the perturbation, in standard deviations; (1, 1) zero if none
+    effect: torch.Tensor    # (n, G) linear effect of the perturbation, in standard deviations; zero without readout
 
 
 class CellTARNet(nn.Module):
@@ -344,15 +350,16 @@ class CellTARNet(nn.Module):
         self.n_pert = G + len(panel.perturbations)                       # columns of c that stand for perturbations
         self.register_buffer("mean", mean)
         self.register_buffer("std", (var + config.dequantise ** 2).sqrt())   # of the dequantised values
+        own = len(panel.perturbations) + sum(map(len, panel.covariates.values()))
+        self.register_buffer("shift", torch.zeros(1 + own, G))           # of generated cells, see calibrate()
 
         # context tokens: CLS, the control cell's patches, the perturbation
-        own = len(panel.perturbations) + sum(map(len, panel.covariates.values()))
         self.gene, self.own = nn.Parameter(0.5 * torch.randn(G + self.padding, d)), nn.Parameter(torch.zeros(own, d))
         self.gene_to_pert = nn.Linear(d, d, bias=False)
         self.value, self.special = nn.Linear(P, d), nn.Parameter(0.5 * torch.randn(2, d))  # CLS, place of the pert.
         self.context_layers = nn.ModuleList(ContextLayer(config) for _ in range(config.context_layers))
         self.context_norm = nn.LayerNorm(d)
-        self.gene_out = nn.Parameter(torch.zeros(d, G + self.padding)) if config.effect_readout else None
+        self.effects = nn.Parameter(torch.zeros(own, G), requires_grad=config.effect_readout)
 
         # flow: the first order is the file's, or clusters where patches are sparse
         graph, first = None, torch.arange(G)
@@ -365,18 +372,19 @@ class CellTARNet(nn.Module):
         if config.contrast_weight:
             self.projection = nn.Sequential(nn.LayerNorm(G), nn.Linear(G, 512), nn.GELU(), nn.Linear(512, 128))
 
-    def standard(self, x):
-        """log1p CP10k (..., G) -> standardised and padded (..., T P)."""
-        return F.pad((x - self.mean) / self.std, (0, self.padding))
+    def standard(self, x, effect=0):
+        """log1p CP10k (B, G) -> standardised, without its effect (B, G), and padded (B, T P)."""
+        return F.pad((x - self.mean) / self.std - effect, (0, self.padding))
 
-    def encode(self, control, c):
-        """control (n, G) log1p CP10k, c (n, V) of multi_hot() -> Context."""
+    def encode(self, control, c, strength=1.0):
+        """control (n, G) log1p CP10k, c (n, V) of multi_hot() -> Context; strength: of the perturbations in H."""
         y = self.blocks[0].slots(self.standard(control))
         place = self.gene[self.blocks[0].order].unflatten(0, (-1, self.patch)).mean(1)
         with torch.autocast(y.device.type, enabled=False):               # the effect is part of the values: fp32
             table = torch.cat([self.gene_to_pert(self.gene[:self.n_genes]), self.own])
-            pert = c @ table                                             # a sum: doubles never seen are additive here
-            effect = y.new_zeros(1, 1) if self.gene_out is None else pert @ self.gene_out
+            told = torch.cat([strength * c[:, :self.n_pert], c[:, self.n_pert:]], dim=1)
+            pert = told @ table                                          # a sum: doubles never seen are additive here
+            effect = c[:, self.n_genes:] @ self.effects
         h = torch.cat([self.special[0].expand(len(y), 1, -1), self.value(y) + place,
                        (pert + self.special[1])[:, None]], dim=1)
         for layer in self.context_layers:
@@ -386,7 +394,7 @@ class CellTARNet(nn.Module):
     def flow(self, x, context, which):
         """Cells x (B, G) log1p CP10k, of which each has one of the n contexts, which (B,) -> z (B, G), log p(x |
         context) (B,), fp32."""
-        z, log_det = self.standard(x) - self.effect_of(context, which), -self.std.log().sum()
+        z, log_det = self.standard(x, context.effect.index_select(0, which)), -self.std.log().sum()
         for block in self.blocks:
             z, d = block(z, context.H, which)
             log_det = log_det + d
@@ -398,12 +406,7 @@ class CellTARNet(nn.Module):
         u = F.pad(z, (0, self.padding))
         for block in reversed(self.blocks):
             u = block.inverse(u, context.H, which, step)
-        u = u + self.effect_of(context, which)
-        return u[:, :self.n_genes] * self.std + self.mean
-
-    def effect_of(self, context, which):
-        """The linear effect on each of B cells: (B, T P), or (1, 1) without the readout."""
-        return context.effect if self.gene_out is None else context.effect.index_select(0, which)
+        return (u[:, :self.n_genes] + context.effect.index_select(0, which)) * self.std + self.mean
 
     def forward(self, x, which, control, c, contrasted):
         """log p (B,) of cells x (B, G) under their contexts, which (B,), of control (n, G) and c (n, V); embeddings
@@ -483,7 +486,10 @@ def sample(model, z, control, c, config, step=FlowBlock.step):
 
     The dequantisation noise is taken back where it shows: values within twice its deviation of zero become zero.
     """
-    x = model.inverse(z, model.encode(control, c), torch.arange(len(z), device=z.device), step)
+    context = model.encode(control, c, config.token_strength)
+    x = model.inverse(z, context, torch.arange(len(z), device=z.device), step)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x + model.shift[0] + c[:, model.n_genes:] @ model.shift[1:]
     return torch.where(x.abs() < 2 * config.dequantise, 0, x)
 
 
@@ -505,12 +511,22 @@ def cells_at_once(run):
     return min(1024, max(1, int(data.room(run.device) // (4 * slots * config.width * (4 * config.layers + 16)))))
 
 
+def draw_noise(shape, stratified, generator, device):
+    """Standard normal noise (n, G). stratified: of each gene's n values one lies in every n-th of the distribution, in
+    random order (a Latin hypercube): each cell is as likely as before, but the mean of few cells varies less."""
+    if not stratified:
+        return torch.randn(shape, generator=generator, device=device)
+    rank = torch.rand(shape, generator=generator, device=device).argsort(dim=0)
+    within = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+    return torch.special.ndtri((rank + within) / shape[0]).clamp(-6, 6).float()
+
+
 def generate(model, run, group, control, columns, seed):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
     for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory; calls are independent.
     """
     generator = torch.Generator(run.device).manual_seed(seed)
-    noise = torch.randn(control.shape, generator=generator, device=run.device)     # the same for any chunks
+    noise = draw_noise(control.shape, run.config.stratified, generator, run.device)     # the same for any chunks
     c = multi_hot([group], run.panel).to(run.device)
     chunks = math.ceil(len(control) / cells_at_once(run))
     columns, out = torch.as_tensor(columns, device=run.device), []
@@ -539,65 +555,48 @@ def score(run, state):
     config = run.config
     run.panel = panel = data.Panel(**state["panel"])
     _, controls, _ = data.open_prediction(config, state, panel, known(panel), run.device)
-    asked = config.score_under or [name for part in state["split"].values() for name in part]
+    asked = config.score_under or [name for names in state["split"].values() for name in names]
     asked = sorted({condition for condition, _ in data.asked_conditions(asked, known(panel))})
     cells = data.read_cells(config.score, config, control_required=False, perturbed_required=False)
     data.lognormalise(cells)
     columns, covariate = data.match_genes(cells.genes, panel.genes), cells.covariate
-    if (columns < 0).any():
-        raise DataError(f"--score {config.score}: lacks {(columns < 0).sum():,} of the {len(columns):,} genes of the "
-                        f"model ({panel.genes[columns.argmin()]}, ...); add them (zero where not measured)")
-    if lost := sorted(set(covariate) - set(controls)):
+    missing = [panel.genes[i] for i in np.flatnonzero(columns < 0)]
+    lost = sorted(set(covariate) - set(controls))
+    if missing:
+        raise DataError(f"--score {config.score}: lacks {len(missing)} of the {len(columns)} genes of the model "
+                        f"({missing[0]}, ...); add them (zero where not measured)")
+    if lost:
         raise DataError(f"--score {config.score}: no control cells for {lost[0]}; there are {', '.join(controls)}")
 
     model = load_model(config, panel, state["parts"]).to(run.device).eval()
-    own = {value: torch.from_numpy(data.pick_rows(x, config.score_controls, data.seed_of(value, config.seed)))
-           for value, x in controls.items()}
-    chunks = [rows for value in controls for rows in
-              batches(np.flatnonzero(covariate == value), cells_at_once(run))]
-    torch.manual_seed(config.seed)
+    groups = [np.flatnonzero(covariate == value) for value in sorted(set(covariate))]
+    chunks = [rows for g in groups for rows in np.array_split(g, math.ceil(len(g) / cells_at_once(run)))]
     scored, began = [], time.perf_counter()
+    torch.manual_seed(config.seed)
     try:
         for rows in chunks:
             value = covariate[rows[0]]
+            own = data.pick_rows(controls[value], config.score_controls, data.seed_of(value, config.seed))
+            own = torch.from_numpy(own).to(run.device)
             x = torch.from_numpy(cells.X[rows][:, columns].toarray()).to(run.device)
             x = x + config.dequantise * torch.randn_like(x)
             c = multi_hot([data.group_name(condition, value) for condition in asked], panel).to(run.device)
             with run.autocast():
-                log_p = [log_likelihood(model, x, own[value].to(run.device), one[None]) for one in c]
-            scored.append(torch.stack(log_p, dim=1).cpu().numpy())
+                scored.append(torch.stack([log_likelihood(model, x, own, one[None]) for one in c], dim=1).cpu().numpy())
             left = (time.perf_counter() - began) * (len(chunks) / len(scored) - 1)
             run.say(f"scored {len(scored)} of {len(chunks)} parts of the cells, {data.clock(left)} left")
     except KeyboardInterrupt:
-        run.say("\ninterrupted: what was scored so far is kept")
+        run.say("\ninterrupted: what was scored so far is written")
     if not scored:
-        raise DataError(f"--score {config.score}: no cell was scored")
+        raise DataError("--score: interrupted before a cell was scored")
     rows, log_p = np.concatenate(chunks[:len(scored)]), np.concatenate(scored)
-    condition = cells.condition[rows]
-    obs = {"condition": condition, "best": np.array(asked, dtype=object)[log_p.argmax(1)]}
-    obs |= {key: cells.obs(key)[rows] for key in config.covariate_keys}
-    data.write_h5ad(run.out, log_p, obs, asked, {"method": METHOD, "scale": "log p, nats, of log1p CP10k"},
-                    cells.names[rows])
-    for part, names in state["split"].items():
-        report_scores(run, part, log_p / len(columns), condition, asked, {name.partition("@")[0] for name in names})
-    run.say(f"wrote {run.out}: log p of {len(log_p):,} cells under {len(asked)} conditions")
-
-
-def batches(rows, most):
-    """Rows (n,) in order, in as many pieces of about the same size as it takes to have at most `most` in each."""
-    return np.array_split(rows, math.ceil(len(rows) / most)) if len(rows) else []
-
-
-def report_scores(run, part, log_p, condition, asked, names):
-    """Print, of the cells whose own condition is among `names` and those asked for, how high it stands among all; log_p
-    (n, C) per gene, condition (n,)."""
-    mine = np.flatnonzero(np.isin(condition, list(names & set(asked))))
-    if len(mine):
-        own = log_p[mine, [asked.index(name) for name in condition[mine]]]
-        place = 1 + (log_p[mine] > own[:, None]).sum(1)
-        run.say(f"{len(mine):,} cells of {part} conditions: log p {own.mean():.3f} per gene under their own condition, "
-                f"which is first for {(place == 1).mean():.1%} (chance {1 / len(asked):.1%}), on average at place "
-                f"{place.mean():.1f} of {len(asked)}")
+    condition, best = cells.condition[rows], np.array(asked, dtype=object)[log_p.argmax(axis=1)]
+    obs = {"condition": condition, "best": best} | {key: cells.obs(key)[rows] for key in config.covariate_keys}
+    uns = {"method": METHOD, "scale": "log p, nats, of log1p CP10k"}
+    data.write_h5ad(run.out, log_p, obs, asked, uns, cells.names[rows])
+    right = (best == condition)[np.isin(condition, asked)]
+    run.say(f"wrote {run.out}: log p of {len(rows):,} cells under {len(asked)} conditions; highest under their own for "
+            f"{right.sum():,} of the {len(right):,} whose condition is among these")
 
 
 other_use = score                       # what --ckpt is for besides --predict
@@ -611,6 +610,25 @@ def rate(step, config):
         return config.lr * (step + 1) / (config.warmup + 1)
     part = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * min(1, part))) / 2
+
+
+def calibrate(run, model):
+    """Set model.shift (1 + perturbations and covariates, G), log1p CP10k: a ridge regression, on an intercept and the
+    conditions, of what the means of generated training conditions lack. In float64; every process does the same."""
+    names, columns = run.dataset.part("train"), np.arange(len(run.panel.genes))
+    model.eval()
+    model.shift.zero_()
+    cells = predict(run, model, dict.fromkeys(names, 100), run.dataset.control_cells("train"), columns)
+    model.train()
+    run.capped = 0
+    real = [data.gene_moments(run.dataset.X, run.dataset.rows[g])[0] / len(run.dataset.rows[g]) for g in names]
+    lacking = np.stack(real) - np.stack([cells[g].mean(axis=0) for g in names])
+    codes = multi_hot(names, run.panel)[:, model.n_genes:].double().numpy()
+    design = np.concatenate([np.ones((len(names), 1)), codes], axis=1)
+    penalty = run.config.calibration * np.eye(design.shape[1])
+    penalty[0, 0] = 0                                                    # the intercept is free
+    shift = np.linalg.solve(design.T @ design + penalty, design.T @ lacking)
+    model.shift.copy_(torch.from_numpy(shift))
 
 
 def train(run, state):
@@ -671,6 +689,8 @@ def train(run, state):
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config.ema)
 
+        if config.calibration and step == config.steps:
+            calibrate(run, ema)
         if config.eval_every and step % config.eval_every == 0:
             run.validate(step, ema)
         run.finish(step, parts, loss=loss, nll=nll, denoise=denoise, contrast=contrast)      # log, checkpoint, Ctrl-C

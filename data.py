@@ -27,6 +27,7 @@ import gzip
 import inspect
 import io
 import json
+import mmap
 import os
 import re
 import sys
@@ -45,7 +46,7 @@ import scipy.sparse as sp
 import torch
 
 CONTROL = "control"
-PERT_KEYS = ("condition", "perturbation", "perturbation_name", "pert", "gene", "target_gene", "guide_identity",
+PERT_KEYS = ("condition", "perturbation", "target", "perturbation_name", "pert", "gene", "target_gene", "guide_identity",
              "guide_ids", "perturbations", "drug", "treatment", "cov_drug")
 CONTROL_LABELS = ("control", "ctrl", "non-targeting", "non_targeting", "NT", "NegCtrl", "DMSO", "vehicle",
                   "unperturbed", "PBS", "NTC", "non-target", "safe-targeting", "intergenic", "scramble", "scrambled",
@@ -149,9 +150,29 @@ def _open(path):
             if is_other(file):
                 raise DataError(f"{path}: {message}")
         if not {"obs", "var"} <= set(file):
-            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(file), 8)}): obs, var and X are "
-                            "expected; save it as .h5ad")
+            there = _listed(sorted(map(str, file)), 8)
+            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {there}): obs, var and X are expected; save it "
+                            "as .h5ad")
         yield file
+
+
+def _check_heaps(path):
+    """HDF5 never returns from a heap of strings with an object of size 0, as a hole in a file leaves: look first."""
+    if os.path.getsize(path) > 2**32:             # it would take a while, and so large a file is hardly all text
+        return
+    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        heap = content.find(b"GCOL\1\0\0\0")
+        while heap >= 0:
+            end = min(heap + int.from_bytes(content[heap + 8:heap + 16], "little"), len(content))
+            at = heap + 16
+            while at + 16 <= end:               # index (2 bytes), references (2), unused (4), size (8), content
+                index = int.from_bytes(content[at:at + 2], "little")
+                size = int.from_bytes(content[at + 8:at + 16], "little")
+                if index == 0 and size < 16:
+                    raise DataError(f"{path}: byte {at}: has a hole in its text; the file is truncated or damaged: "
+                                    "download it again")
+                at += size if index == 0 else 16 + -(-size // 8) * 8
+            heap = content.find(b"GCOL\1\0\0\0", heap + 8)
 
 
 @contextlib.contextmanager
@@ -165,7 +186,8 @@ def _reading(path, file=None):
             raise
         reason = " ".join(str(error.args[-1] if error.args else error).split())
         if "lock file" in reason:
-            raise DataError(f"{path}: another program has it open for writing; close it there, or read a copy") from None
+            raise DataError(f"{path}: another program has it open for writing; close it there, or read a "
+                            "copy") from None
         if file and (plugin := _missing_plugin(file)):
             raise DataError(f"{path}: is compressed with {plugin}, an HDF5 plugin that is not installed; pip install "
                             "hdf5plugin and set HDF5_PLUGIN_PATH to its plugins, or write the file again with "
@@ -318,7 +340,7 @@ def _length(frame):
 def _leaves(group, depth=4):
     """Names of the columns or matrices below a group: one whose name holds slashes is stored as nested groups."""
     names = []
-    for key in group:
+    for key in (key for key in group if isinstance(key, str)):     # h5py gives names that are no text as bytes
         node = group.get(key)
         nested = isinstance(node, h5py.Group) and depth and not len(node.attrs)
         if nested and not any(parts <= set(node) for parts in ({"codes", "categories"}, {"values", "mask"})):
@@ -366,8 +388,9 @@ def _matrix(node, shape, where, limit):
         indptr = node["indptr"].astype(np.int64)[...]
         agree = indptr[0] == 0 and np.all(np.diff(indptr) >= 0) and indptr[-1] == size
     if not agree:
-        raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(node['indptr'])} pointers, "
-                        f"{size} indices, {len(node['data'])} values for {shape}); the file is damaged: write it again")
+        raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(node['indptr'])} "
+                        f"pointers, {size} indices, {len(node['data'])} values for {shape}); the file is damaged: "
+                        "write it again")
     if 8 * size > limit:
         X = StoredRows([_HDF5Array(a) for a in arrays], indptr, n_minor, where)
         if layout == "csc":
@@ -485,6 +508,7 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     config = config or DataConfig()
     notes = []
     with _open(path) as file:
+        _check_heaps(path)
         obs = file["obs"]
         matrix, var, where = _choose_layer(file, config.layer, path)
         n, G = _length(obs), _length(var)
@@ -601,7 +625,8 @@ class StoredRows:
     """
 
     def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
-        self.arrays, self.stored_width, self.where, self.note = arrays, width, where, note
+        self.arrays, self.stored_width = arrays, width
+        self.where, self.note = where, note
         self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
         self.keep = np.ones(width, dtype=bool)                  # columns
         self.factor = None                                      # per cell; counts times this are CP10k
@@ -617,9 +642,10 @@ class StoredRows:
 
     def __getitem__(self, rows):
         start, size = self.start[rows], self.size[rows]
-        stop, first, last = start + size, *np.ones((2, len(start)), dtype=bool)
-        first[1:] = last[:-1] = start[1:] != stop[:-1]          # rows that follow one another are one read
-        runs = list(zip(start[first].tolist(), stop[last].tolist()))
+        stop = start + size
+        apart = np.ones(len(start) + 1, dtype=bool)             # rows that follow one another are one read
+        apart[1:-1] = start[1:] != stop[:-1]
+        runs = list(zip(start[apart[:-1]].tolist(), stop[apart[1:]].tolist()))
         values, indices = (array.read(runs) for array in self.arrays)
         _check_indices(indices, self.stored_width, self.where)
         X = _canonical(sp.csr_matrix((values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False),
@@ -646,7 +672,8 @@ class _FlatArray:
     """The same past HDF5, for what lies uncompressed in a file: pieces of `chunk` values, each at its byte offset."""
 
     def __init__(self, file, dtype, offsets, chunk=2**40):
-        self.file, self.dtype, self.offsets, self.chunk = file, np.dtype(dtype), offsets, chunk
+        self.file, self.dtype = file, np.dtype(dtype)
+        self.offsets, self.chunk = offsets, chunk
 
     @classmethod
     def of(cls, dataset):
@@ -708,8 +735,8 @@ def _spool(blocks, shape, where):
 def _transposed(X):
     """The rows of a matrix that is stored by column, in blocks, by way of a temporary file for each block of rows.
     X: StoredRows whose rows are the columns."""
-    columns, n, total = len(X.size), X.stored_width, int(X.size.sum())
-    step = -(-n // min(256, 1 + total // BLOCK_NNZ))
+    columns, n = len(X.size), X.stored_width
+    step = -(-n // min(256, 1 + int(X.size.sum()) // BLOCK_NNZ))
     entry = np.dtype([("row", np.int32), ("column", np.int32), ("value", np.float32)])
     files = [tempfile.TemporaryFile() for _ in range(0, n, step)]
     for block in row_blocks(X, np.arange(columns)):
@@ -732,12 +759,12 @@ def _transposed(X):
 _JOINT = re.compile(r"[\s+;|,_]*[+;|,_][\s+;|,_]*")
 # the plus of A+B and A + B, but not of CD4+ T, Na+/K+, 1e+05 or GENE_+_12345.1
 _PLUS = re.compile(r"(?<=[^\s+_/])(?: \+ |(?:(?<!\d[eE])|(?=\+\D))\+)(?=[^\s+_/\-])")
-# what may follow the word for a control, perhaps several times: _1, -00001, _rep2, _24hr, sg3, _0.1%
-_MARK = r"[-_. #:]*(?:replicate|rep|sgrna|grna|guide|sg|batch|lane|day|[rgdt])?[-_. #:]*\d+(?:\.\d+)?" \
+# what may follow the word for a control, a few times: _1, -00001, _rep2, _24hr, sg3, _0.1%
+_MARK = r"[-_. #:]*(?:replicate|rep|sgrna|grna|guide|sg|batch|lane|day|[rgdt])?[-_. #:]*\d+(?!\d)" \
         r"(?: ?(?:hours|hour|hrs|hr|h|days|day|d|mins|min|[nuµm]M|%))?"
-_MARKS = re.compile(f"(?:{_MARK})+", re.I)
+_MARKS = re.compile(f"(?:{_MARK}){{1,4}}", re.I)
 _CONTROL_WORDS = "|".join(re.sub("[-_]", "[-_ ]?", word) for word in CONTROL_LABELS)
-_CONTROL = re.compile(f"(?:sg[-_ ]?)?(?:{_CONTROL_WORDS})(?:{_MARK})*", re.I)
+_CONTROL = re.compile(f"(?:sg[-_ ]?)?(?:{_CONTROL_WORDS})(?:{_MARK}){{0,4}}", re.I)
 
 
 def is_control_label(token):
@@ -775,19 +802,22 @@ class LabelRules:
         self.genes, self.separator = set(genes), separator
         patterns = [p.strip() for p in control_label.split(",") if p.strip()] + [control_label.strip()]
         self.declared = [re.compile(re.escape(p).replace(r"\*", ".*")) for p in patterns if p]
-        self.known, self.seen_controls, self.split = set(), set(), {}
+        self.known = set()                      # perturbations by evidence, genes apart
+        self.seen_controls = set()
+        self.split = {}                         # label -> condition, where one label names several perturbations
         texts = {self._bare(label) for label in labels} - {""}
         todo = list(texts)
         while todo:
             text = todo.pop()
+            if self.is_control(text):
+                continue
+            cuts = list(_cuts(text))
             found = {side for cut in _cuts(text, _PLUS) for side in cut}
-            for left, right in _cuts(text):
-                found |= {right} if self.is_control(left) else set()
-                found |= {left} if self.is_control(right) else set()
-            if not self.is_control(text):
-                found = {side for side in found if side and not _MARKS.fullmatch(side)} - texts
-                texts |= found
-                todo += found
+            found.update([right for left, right in cuts if self.is_control(left)][-1:])     # the longest control
+            found.update([left for left, right in cuts if self.is_control(right)][:1])
+            found = {side for side in found if side and not _MARKS.fullmatch(side)} - texts
+            texts |= found
+            todo += found
         for text in sorted(texts, key=len):     # what a label may be made of is shorter and known by then
             if self.tokens(text) == [text]:
                 self.known.add(text)
@@ -815,7 +845,7 @@ class LabelRules:
         """The known perturbations and controls that make up a text, or None."""
         if self._knows(text):
             return [text]
-        for left, right in _cuts(text):
+        for left, right in reversed(list(_cuts(text))):         # the longest name first
             if self._knows(left):
                 rest = self._known_parts(right) if right else []
                 if rest is not None:
@@ -830,11 +860,14 @@ class LabelRules:
             return [part.strip() for part in parts if part.strip()]
         parts = self._known_parts(label)
         if parts is None:
-            for left, right in _cuts(label, _PLUS):
-                sides = [self._known_parts(left) or [left], self.tokens(right)]
-                if all(self._knows(part) or re.search(r"[^\W\d_]", part) for side in sides for part in side):
-                    return [part for side in sides for part in side]
-        return parts or ([label] if label else [])
+            parts, start = [], 0
+            for left, right in [*_cuts(label, _PLUS), (label, "")]:
+                part = self._bare(label[start:len(left)])
+                parts += self._known_parts(part) or [part]
+                start = len(label) - len(right)
+            if not all(self._knows(part) or re.search(r"[^\W\d_]", part) for part in parts):
+                parts = [label]                 # 05 is no name
+        return [part for part in parts if part]
 
     def canonical(self, label, dose=""):
         """'ctrl+B_A' -> 'A+B'; 'control' when only controls are named; '' for a missing label."""
@@ -877,8 +910,8 @@ class LabelRules:
         notes, usual = [], {word.lower() for word in CONTROL_LABELS}
         marked = sorted(token for token in self.seen_controls if token.lower() not in usual)
         if marked and not self.declared:
-            notes.append(f"took {len(marked)} numbered labels for controls: {_listed(marked)} (--control-label names the "
-                         "labels that are, 'NT_*' many)")
+            notes.append(f"took {len(marked)} numbered labels for controls: {_listed(marked)} (--control-label NAME "
+                         "takes that label alone, 'NAME*' all that begin so)")
         if self.split and not self.separator:
             label, name = min(self.split.items(), key=lambda item: (item[0] == item[1], item))
             notes.append(f"read {len(self.split):,} labels as several perturbations, such as {label} as "
@@ -923,8 +956,8 @@ def _find_labels(obs, config, path, symbols, control_required, perturbed_require
         key, labels, condition = usable[0]
         for other, columns, its_condition in usable[1:]:
             if any(a != b for a, b in _combine([its_condition, condition])[0]):
-                raise DataError(f"{path}: obs columns {key} ({_some(labels)}) and {other} ({_some(columns)}) disagree on "
-                                "the conditions; choose one with --pert-key")
+                raise DataError(f"{path}: obs columns {key} ({_some(labels)}) and {other} ({_some(columns)}) disagree "
+                                "on the conditions; choose one with --pert-key")
         if way == "gene":
             notes.append("took a label for the control that is a gene's name too, since no other label is one "
                          "(--control-label names another)")
@@ -939,7 +972,8 @@ def _find_labels(obs, config, path, symbols, control_required, perturbed_require
     listing = "; ".join(f"{k} ({_some([_column(obs, k)])})" for k in columns[:12]) or "no columns"
     advice = "Name the column with --pert-key and its control value with --control-label"
     if not candidates:
-        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has {listing}. {advice}")
+        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has {listing}. "
+                        f"{advice}")
     name, labels = candidates[0]
     if set(make_rules(symbols, labels).apply(labels)[0].values) - {""} == {CONTROL}:
         raise DataError(f"{path}: column {name} has only control cells; nothing is perturbed. {advice}")
@@ -993,8 +1027,8 @@ def _some(columns):
 
 
 def _gene_names(names, gene_key, wanted, notes):
-    """Of {column of var: names of the genes}, index first: those of --gene-key, else of the index, unless a column holds
-    more of the wanted names (Ensembl index). A gene without a symbol goes by its identifier."""
+    """Of {column of var: names of the genes}, index first: those of --gene-key, else of the index, unless a column
+    holds more of the wanted names (Ensembl index). A gene without a symbol goes by its identifier."""
     index = next(iter(names))
     best = gene_key or max(names, key=lambda key: len(wanted & set(names[key])))    # the first of equals: the index
     if best not in (index, gene_key):
@@ -1006,7 +1040,8 @@ def _gene_names(names, gene_key, wanted, notes):
 def _unique(names):
     """Duplicates get -1, -2, ... in order of appearance, skipping names that exist, as anndata does.
     Returns the unique names and the set of names that were duplicated."""
-    taken, counter, out = set(names), {}, []
+    taken = set(names)
+    counter, out = {}, []
     for name in names:
         unique = name
         if name in counter:
@@ -1026,7 +1061,8 @@ def _scale(X, config, where, notes, check=True):
     """'counts' or 'lognorm', from the declaration or from the values; anything else is a DataError."""
     if config.counts and config.lognorm:
         raise DataError("--counts and --lognorm contradict each other; give one")
-    low, high, integer = np.inf, -np.inf, True
+    low, high = np.inf, -np.inf
+    integer = True
     stored = outside = 0
     for block in row_blocks(X, np.arange(X.shape[0])):
         values = X[block].data
@@ -1042,6 +1078,8 @@ def _scale(X, config, where, notes, check=True):
     if low < 0 and check:
         raise DataError(f"{where}: holds negative values (lowest {low:.3g}): scaled or centred data cannot be used; "
                         "choose the layer with raw counts or log-normalised values with --layer")
+    if low < 0:
+        notes.append(f"holds values below 0, the lowest {low:.3g}, which measured cells cannot have")
     above = f"{outside:,} of {stored:,} values are above {LOG_MAX:g}, the highest {high:.6g}"
     if config.lognorm:
         if outside or integer:
@@ -1398,7 +1436,8 @@ class Dataset:
     """
 
     def __init__(self, cells, split, config, device="cpu"):
-        self.source, self.split, self.config, self.device = cells, split, config, torch.device(device)
+        self.source, self.split = cells, split
+        self.config, self.device = config, torch.device(device)
         self.file_scale = cells.scale
         pairs = cells.pairs
         rank = sorted(range(len(pairs)), key=lambda i: (pairs[i][0] != CONTROL, pairs[i]))
@@ -1547,7 +1586,8 @@ class Rows:
 
 class _Populations(Mapping):
     def __init__(self, dataset, groups, genes):
-        self.dataset, self.names, self.genes = dataset, groups, genes
+        self.dataset, self.names = dataset, groups
+        self.genes = genes
 
     def __getitem__(self, group):
         return self.dataset.cells(group, self.genes)
@@ -1630,6 +1670,8 @@ def read_controls(path, config, panel):
     """({covariate: (n, G)} control cells of a user's file, log1p CP10k, on a model's genes, and the columns (M,) of the
     genes that it lacks, which are at their training mean. A file without labels is all control cells."""
     cells = read_cells(path, config, perturbed_required=False, genes=panel.genes)
+    for note in cells.notes:
+        print(f"note: {path}: {note}")
     lognormalise(cells)
     column = match_genes(cells.genes, panel.genes)
     missing = np.flatnonzero(column < 0)
@@ -1995,27 +2037,37 @@ def demo_file(cell_types=1, folder="runs"):
 
 # ------------------------------------------------------------------------------------------------ prior knowledge
 
-def _text_lines(path, flag):
-    """(number, line) of a text file: plain, .gz, or the first member of a .zip; empty lines are left out."""
+def _records(path, flag, parse, wanted, header=False):
+    """parse(line) of every line of a text file: plain, .gz, or the first member of a .zip; empty lines are left out.
+
+    A line for which parse raises ValueError is an error that says what is `wanted`; the first line may be a header.
+    """
     try:
         if path.endswith(".zip"):
             archive = zipfile.ZipFile(path)
-            handle = io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8")
+            handle = io.TextIOWrapper(archive.open(archive.namelist()[0]), "utf-8-sig")
         else:
-            handle = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8")
+            handle = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig")
         with handle:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
+            lines = [line.rstrip("\r\n") for line in handle]
     except (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, IndexError) as error:
         raise DataError(f"{flag} {path}: cannot be read as text ({error}); check the path, or download it "
                         "again") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = parse(line)
+            except ValueError:
+                if header and number == 1:
+                    continue
+                raise DataError(f"{flag} {path}: line {number}: expected {wanted}, found '{line[:40]}'; mend or remove "
+                                "it") from None
+            yield record
 
 
 def read_vectors(path, flag):
     """{NAME: (p,) float32} of an .npz (names, emb), a .pt ({name: tensor}) or a .tsv/.csv (name, numbers). Vectors of
     zeros, which some files hold for what they do not know, are left out. Pickled objects are not loaded."""
-    names, rows = [], []
     if path.endswith((".npz", ".pt")):
         try:
             if path.endswith(".npz"):
@@ -2030,20 +2082,18 @@ def read_vectors(path, flag):
             raise DataError(f"{flag} {path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' "
                             "and 'emb' (.npz) or a dict {name: 1-d tensor} (.pt), no pickled objects") from None
     else:
-        for number, line in _text_lines(path, flag):
-            name, *values = line.split("," if path.endswith((".csv", ".csv.gz")) else "\t")
-            try:
-                row = np.array(values, dtype=np.float32)
-                if len(row) == 0 or (rows and len(row) != len(rows[0])):
-                    raise ValueError
-            except ValueError:
-                if number == 1:                 # a header
-                    continue
-                raise DataError(f"{flag} {path}: line {number}: expected a name and {len(rows[0]) if rows else 'some'} "
-                                f"numbers, found {len(values)} fields after '{name[:20]}'; mend or remove it") from None
-            names.append(name)
-            rows.append(row)
-        rows = np.array(rows)
+        separator = "," if path.endswith((".csv", ".csv.gz")) else "\t"
+        lengths = set()
+
+        def vector(line):
+            name, *values = line.split(separator)
+            row = np.array(values, dtype=np.float32)
+            if len(row) == 0 or len(lengths | {len(row)}) > 1:
+                raise ValueError
+            lengths.add(len(row))
+            return name, row
+        pairs = list(_records(path, flag, vector, "a name and numbers, as many as in the other lines", header=True))
+        names, rows = [name for name, _ in pairs], np.array([row for _, row in pairs])
     if len(rows) == 0 or not np.isfinite(rows).all():
         raise DataError(f"{flag} {path}: holds {'NaN or infinite values' if len(rows) else 'no vectors'}; remove them")
     return {str(name).upper(): row for name, row in zip(names, rows) if row.any()}
@@ -2052,40 +2102,34 @@ def read_vectors(path, flag):
 def read_edges(path, info=""):
     """{(GENE, GENE)} of STRING's protein.links (with its protein.info) or of lines gene, gene[, score], separated by
     blanks, tabs or commas. Kept: no score, or at least 700 of 1,000 (0.7 where scores end at 1; paper 2.1)."""
-    symbol, edges = {}, set()
-    for number, line in _text_lines(info, "--ppi-info") if info else ():
-        identifier, *name = line.split("\t")
-        if not name:
-            raise DataError(f"--ppi-info {info}: line {number}: expected a protein and its name, separated by a tab; "
-                            "mend or remove it")
-        symbol[identifier] = name[0]
-    for number, line in _text_lines(path, "--ppi"):
-        pair = line.replace(",", " ").split()
-        try:
-            score = float(pair[2]) if len(pair) == 3 else 1.0
-            if len(pair) not in (2, 3):
-                raise ValueError
-        except ValueError:
-            if number == 1:                     # a header
-                continue
-            raise DataError(f"--ppi {path}: line {number}: expected gene, gene and perhaps a score, found "
-                            f"'{line[:40]}'; mend or remove it") from None
+    def protein(line):
+        identifier, name, *_ = line.split("\t")
+        return identifier, name
+
+    def edge(line):
+        first, second, *score = line.replace(",", " ").split()
+        if len(score) > 1:
+            raise ValueError
+        return first, second, float(score[0]) if score else 1.0
+    symbol = {}
+    if info:
+        symbol = dict(_records(info, "--ppi-info", protein, "a protein and its name, separated by a tab"))
+    edges = set()
+    for first, second, score in _records(path, "--ppi", edge, "gene, gene and perhaps a score", header=True):
         if score >= (700 if score > 1 else 0.7):
-            edges.add(tuple(symbol.get(name, name).upper() for name in pair[:2]))
+            edges.add((symbol.get(first, first).upper(), symbol.get(second, second).upper()))
     return edges
 
 
 def read_gmt(path):
     """{pathway: {GENE}} of a GMT file: name, description, genes, separated by tabs."""
-    sets = {}
-    for number, line in _text_lines(path, "--pathways"):
-        name, *rest = line.split("\t")
-        genes = {gene.strip().upper() for gene in rest[1:]} - {""}
+    def pathway(line):
+        name, _, *genes = line.split("\t")
+        genes = {gene.strip().upper() for gene in genes} - {""}
         if not genes:
-            raise DataError(f"--pathways {path}: line {number}: expected a name, a description and genes, separated by "
-                            f"tabs, found {1 + len(rest)} fields; mend or remove it")
-        sets[name] = genes
-    return sets
+            raise ValueError
+        return name, genes
+    return dict(_records(path, "--pathways", pathway, "a name, a description and genes, separated by tabs"))
 
 
 # ------------------------------------------------------------------------------------------------ runs of a method
@@ -2155,14 +2199,17 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
         config = cls(**state["config"] | kept)
     if bool(config.ckpt) != any(getattr(config, use[2:]) for use in uses):
         raise DataError(f"--ckpt FILE and {' or '.join(uses)} belong together; to go on with a run use --resume")
+    least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2}
     for f in fields(cls):
         value = getattr(config, f.name)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-        least = 1 if f.name in ("steps", "batch_size", "cells") else 2 if f.name == "eval_cells" else 0
-        if any(v < least for v in numbers) or (f.name == "lr" and value == 0):
-            raise DataError(f"--{f.name.replace('_', '-')} {value}: must "
-                            + (f"be at least {least}" if least else "be positive" if f.name == "lr" else
-                               "not be negative"))
+        flag = f"--{f.name.replace('_', '-')} {value}"
+        if f.name in least and value < least[f.name]:
+            raise DataError(f"{flag}: must be at least {least[f.name]}")
+        if f.name == "lr" and value <= 0:
+            raise DataError(f"{flag}: must be positive")
+        if any(v < 0 for v in numbers):
+            raise DataError(f"{flag}: must not be negative")
     return config, state
 
 
@@ -2271,8 +2318,8 @@ def open_prediction(config, state, panel, names, device):
     if config.controls:
         controls, missing = read_controls(config.controls, config, panel)
         if len(missing):
-            print(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are at "
-                "their training mean, and not in the prediction")
+            print(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are "
+                  "at their training mean, and not in the prediction")
             columns = np.setdiff1d(columns, missing)
     else:
         dataset = load_run(config, device)
@@ -2298,7 +2345,8 @@ def open_prediction(config, state, panel, names, device):
 def asked_conditions(texts, names):
     """[(condition, covariate)] of --predict, canonical, in any spelling that files may have: A_B, B|A, (+)-JQ1.
     names: the perturbations that the model knows. Raises DataError for others, and for controls."""
-    known = {piece for text in texts for piece in _pieces(text) if perturbation_name(piece) in names}
+    pieces = {piece for text in texts for piece in {text} | _pieces(text.partition("@")[0])}
+    known = {piece for piece in pieces if perturbation_name(piece) in names}
     rules = LabelRules((), known)
     asked = []
     for text in texts:
@@ -2438,8 +2486,9 @@ def _shown(value):
     """A default as it would be typed."""
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
-    return {True: "on", False: "off", None: "auto", "": "''"}.get(value, value) if not isinstance(value, (int, float)) \
-        or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return f"{value:g}"
+    return {"True": "on", "False": "off", "None": "auto", "": "''"}.get(str(value), value)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2469,6 +2518,10 @@ def clean_errors():
     except DataError as error:
         print("error:", *str(error).split("\n"), file=sys.stderr)   # one line, whatever a label or a path holds
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({str(error).split('. ')[0]}); lower --batch-size, or the sizes that the method "
+              "has flags for (--gene-subset, --recompute, --hvg)", file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as error:               # gloo and NCCL, where another process of a run has died
         partner = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if not partner or int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -2491,22 +2544,39 @@ def clean_errors():
 def describe(data, split=""):
     """What `python data.py FILE` prints, as one JSON-serialisable object. cells and genes are those of the file, before
     quality control; conditions, controls and parts are counted after it."""
-    cells, per = data.source, {}
+    cells = data.source
+    size = {}
     for group, condition in zip(data.groups, data.condition):
-        per[condition] = per.get(condition, 0) + len(data.rows[group])
-    controls, orders = per.pop(CONTROL), [order(c) for c in per]
-    sizes = {"min": min(per.values()), "median": float(np.median(list(per.values()))), "max": max(per.values())}
-    facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "conditions": len(per),
-             "singles": orders.count(1), "doubles": orders.count(2), "more": sum(o > 2 for o in orders),
-             "controls": controls, "pert_key": cells.pert_key, "control_labels": cells.controls,
+        size[condition] = size.get(condition, 0) + len(data.rows[group])
+    controls = size.pop(CONTROL)
+    orders = [order(condition) for condition in size]
+    sizes = list(size.values())
+    facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "scale": data.file_scale,
+             "conditions": len(size), "singles": orders.count(1), "doubles": orders.count(2),
+             "more": sum(n > 2 for n in orders), "pert_key": cells.pert_key, "controls": controls,
+             "control_labels": cells.controls,
+             "cells_per_condition": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
              "covariates": {key: len(set(cells.obs(key))) for key in data.config.covariate_keys},
-             "cells_per_condition": sizes, "scale": data.file_scale, "perturbations": len(data.perturbations),
-             "perturbed_genes_in_panel": int((data.pert_gene >= 0).sum()), "panel_genes": len(data.genes),
-             "notes": cells.notes}
+             "panel_genes": len(data.genes), "perturbations": len(data.perturbations),
+             "perturbed_genes_in_panel": int((data.pert_gene >= 0).sum())}
     if split:
         facts["split"] = {part: {"conditions": len(data.split[part]),
                                  "cells": sum(len(data.rows[g]) for g in data.part(part))} for part in PARTS}
-    return facts
+    return facts | {"notes": cells.notes}
+
+
+def _print_facts(facts):
+    """The console form of describe(): a fact a line."""
+    rows = {key.replace("_", " "): value for key, value in facts.items() if key not in ("split", "notes")}
+    rows |= facts.get("split", {})
+    for key, value in rows.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {number:,g}" for name, number in value.items()) or "none"
+        elif isinstance(value, list):
+            value = _listed(value)
+        print(f"{key:<25} {value:,}" if isinstance(value, int) else f"{key:<25} {value}")
+    for note in facts["notes"]:
+        print(f"note: {note}")
 
 
 def main(argv=None):
@@ -2519,54 +2589,35 @@ def main(argv=None):
                         help="additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN")
     parser.add_argument("--fold", type=int, default=0, help="which fold of the split")
     parser.add_argument("--folds", type=int, default=10, help="number of folds of --split cv")
-    demo = parser.add_argument_group("demo")
-    for flag, meaning in (("--cells", "number of cells"), ("--genes", "number of genes"),
-                          ("--cell-types", "number of cell types"), ("--seed", "random seed")):
-        demo.add_argument(flag, type=int, default=None, help=meaning)
-    add_flags(parser.add_argument_group("data"), DataConfig)
-    args = vars(parser.parse_args(argv))
-    simulation = {k: args[k] for k in ("cells", "genes", "cell_types", "seed") if args[k] is not None}
+    for name in ("cells", "genes", "cell-types", "seed"):
+        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help="of the demo")
+    add_flags(parser, DataConfig)
+    args = parser.parse(argv)
+    file, out = args["file"], args["out"]
+    split = args["split"]
+    simulation = {name: args[name] for name in ("cells", "genes", "cell_types", "seed") if name in args}
     with clean_errors():
-        if args["file"] == "demo":
-            out = args["out"] or "demo.h5ad"
-            simulate(out, **simulation)
-            print(f"wrote {out}")
+        if file == "demo":
+            simulate(out or "demo.h5ad", **simulation)
+            print(f"wrote {out or 'demo.h5ad'}")
             return
         if simulation:
             flag = next(iter(simulation)).replace("_", "-")
             raise DataError(f"--{flag}: belongs to 'python data.py demo'; remove it")
-        if args["out"] and Path(args["out"]).resolve() == Path(args["file"]).resolve():
-            raise DataError(f"--out {args['out']}: is the input itself and would be lost; choose another name")
+        if out and Path(out).resolve() == Path(file).resolve():
+            raise DataError(f"--out {out}: is the input itself and would be lost; choose another name")
         config = DataConfig(**{f.name: args[f.name] for f in fields(DataConfig) if f.name in args})
-        data = load(args["file"], config, args["split"], args["fold"], args["folds"])
-        facts = describe(data, args["split"])
+        data = load(file, config, split, args["fold"], args["folds"])
+        facts = describe(data, split)
         if args["json"]:
             print(json.dumps(facts))
         else:
-            print_facts(facts)
-        if args["out"]:
-            write_prepared(args["out"], data)
+            _print_facts(facts)
+        if out:
+            write_prepared(out, data)
             n, G = data.X.shape
-            print(f"wrote {args['out']}: log1p CP10k, {n:,} cells x {G:,} genes, grouped by condition",
+            print(f"wrote {out}: log1p CP10k, {n:,} cells x {G:,} genes, grouped by condition",
                   file=sys.stderr if args["json"] else sys.stdout)
-
-
-def print_facts(facts):
-    """The console form of describe()."""
-    per = facts["cells_per_condition"]
-    print(f"{facts['file']}: {facts['cells']:,} cells x {facts['genes']:,} genes, {facts['scale']}")
-    print(f"conditions  {facts['conditions']} ({facts['singles']} singles, {facts['doubles']} doubles, {facts['more']} "
-          f"of more) in obs column {facts['pert_key']}")
-    print(f"controls    {facts['controls']:,} cells labelled {', '.join(facts['control_labels'])}")
-    print(f"cells       {per['min']} to {per['max']} per condition, median {per['median']:g}")
-    if facts["covariates"]:
-        print("covariates  " + ", ".join(f"{k} ({n} values)" for k, n in facts["covariates"].items()))
-    print(f"panel       {facts['panel_genes']:,} genes; {facts['perturbed_genes_in_panel']} of "
-          f"{facts['perturbations']} perturbations are genes of it")
-    for part, n in facts.get("split", {}).items():
-        print(f"{part:<11} {n['conditions']} conditions, {n['cells']:,} cells")
-    for note in facts["notes"]:
-        print(f"note        {note}")
 
 
 if __name__ == "__main__":

@@ -326,32 +326,6 @@ def benjamini_hochberg(p):
     return out
 
 
-ENRICHMENT = ("module", "pathway", "overlap", "module_genes", "pathway_genes", "p", "p_adjusted")
-
-
-def enrichment(modules, genes, sets):
-    """Rows (see ENRICHMENT) of the gene sets that a module holds more of than chance would give it, most significant
-    first: hypergeometric test among the given genes, Benjamini-Hochberg over all pairs, adjusted p below 0.05.
-
-    modules (G,) int: module of every gene; genes [G]: their names; sets {name: names in upper case}, those with fewer
-    than three of the genes left out."""
-    symbol = np.array([gene.upper() for gene in genes])
-    inside = {name: np.isin(symbol, list(members)) for name, members in sets.items()}
-    inside = {name: mask for name, mask in inside.items() if mask.sum() >= 3}
-    rows = []
-    for k in np.unique(modules):
-        own = modules == k
-        for name, mask in inside.items():
-            counts = int((own & mask).sum()), int(own.sum()), int(mask.sum())
-            p = stats.hypergeom.sf(counts[0] - 1, len(symbol), counts[2], counts[1])
-            rows.append((int(k), name, *counts, float(p)))
-    if not rows:
-        return []
-    adjusted = benjamini_hochberg(np.array([row[-1] for row in rows]))
-    rows = [(*row, float(q)) for row, q in zip(rows, adjusted) if q < 0.05]
-    return sorted(rows, key=lambda row: (row[-1], row[0], row[1]))
-
-
 def welch_t(mean, var, n, control_mean, control_var):
     """scanpy's t-test_overestim_var: Welch's t with n cells on both sides, (mean - control) / sqrt((var + var_c) / n).
 

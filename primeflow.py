@@ -4,26 +4,27 @@ A network predicts the velocity that turns Gaussian noise into a cell, all genes
 (multi-hot) and the covariates (one-hot). Control cells are training targets too, with an empty perturbation; they are
 never the source. Each gene is a position of a U-Net: its encoded value plus a learned identity. In a fifth of the
 training cells the condition is replaced by a learned null vector, so that sampling can exaggerate the condition:
-v = v_null + w (v_condition - v_null). The MLP, PCA and optimal transport ablations are flags.
+v = v_null + w (v_condition - v_null). The MLP, PCA and optimal transport ablations are flags. On small data the MLP is
+better than the U-Net in a tenth of its time, best with the flow started at control cells: --preset demo is that.
 
 Paper: "PRiMeFlow: capturing complex expression heterogeneity in perturbation response modelling" (P; the numbers of
 its tables count those of its appendix E). An official repository exists under a licence that asks for rights in
 return: nobody who wrote this file has looked at it. The U-Net follows the paper's description of OpenAI's
 guided-diffusion (MIT), called GD; protocol and optimiser where the paper is silent are PerturBench's.
 
-    python primeflow.py                                         demo data, laptop size, 1.5 minutes on 2 cores
+    python primeflow.py                                         demo data, laptop size, half a minute
     torchrun --nproc-per-node 4 primeflow.py --data sciplex.h5 --covariates cell_type      the paper: table 1
     torchrun --nproc-per-node 4 primeflow.py --data norman.h5 --preset norman              the paper: table 2
     python primeflow.py --data sciplex.h5 --covariates cell_type --accumulate 16           one GPU, the same batch
     python primeflow.py --data sciplex.h5 --covariates cell_type --accumulate 16 --resume  go on after Ctrl-C or a crash
-    python primeflow.py --ckpt runs/X/ckpt.pt --predict TF1@type2 TF1+TF2 --guidance 3 --cells 500 --out pred.h5ad
+    python primeflow.py --ckpt runs/X/ckpt.pt --predict TF1@type2 TF1+TF2 --cells 500 --out pred.h5ad
 Ablations: --velocity mlp (PRiMeFlow-MLP), with --space pca (FM-PCA), and --coupling ot (FM-PCA-OT, close to CellFlow;
 --ot-cells 128, Norman 256). The paper's values (tables 3 to 6), with --accumulate 1:
-              --hidden  --mlp-layers  --batch-size  --dropout  --p-null  --path         --sigma  --lr     --weight-decay
-    MLP         3072      1 1 3 2          512         0         0       linear          .01     3.71e-5    4.05e-7
-      Norman    2048      2 3 5 1         1024        .1        .1       trigonometric   .1      8.56e-6    9.58e-7
-    FM-PCA      3072      2 3 4 4         1024        .2        .4       trigonometric   .1      8.18e-5    1.28e-10
-      Norman    1792      4 2 2 4         2048        .2        .4       trigonometric   .01     1.73e-4    6.75e-6
+             --hidden  --mlp-layers  --batch-size  --dropout  --p-null  --path         --sigma  --lr     --weight-decay
+    MLP        3072      1 1 3 2          512         0         0       linear          .01     3.71e-5    4.05e-7
+      Norman   2048      2 3 5 1         1024        .1        .1       trigonometric   .1      8.56e-6    9.58e-7
+    FM-PCA     3072      2 3 4 4         1024        .2        .4       trigonometric   .1      8.18e-5    1.28e-10
+      Norman   1792      4 2 2 4         2048        .2        .4       trigonometric   .01     1.73e-4    6.75e-6
 
 Deviations from paper (P) or guided-diffusion (GD), and what P leaves open (numbers: README, experiments):
  1. Value and identity of a gene are added. P's equation 3, which says how, is lost in the text at hand.
@@ -36,17 +37,19 @@ Deviations from paper (P) or guided-diffusion (GD), and what P leaves open (numb
  7. Highly variable genes come from training and control cells, scanpy's 'seurat', all covariates together; P takes
     4,000 by 'seurat_v3' per covariate and adds DE genes that were chosen on the test pairs too.
  8. MLP: --mlp-layers counts linear layers, of the decoder the hidden ones: were table 4's one layer all of it, nothing
-    would mix cell, condition and time.
- 9. PCA: 50 components over one scale, so that their mean variance is the noise's.
-10. OT: targets are perturbed cells; conditions are drawn by their cells; P's "unbalanced" with tau 1 is ordinary
-    Sinkhorn; the entropy is CellFlow's.
-11. Convolutions run on (B, C, L), the fastest layout on CPUs; not measured on GPUs.
-12. A perturbation that no training condition holds has an untrained input; a gene that the file never perturbs has
+    would mix cell, condition and time. PCA: 50 components over one scale, so that their mean variance is the noise's.
+ 9. OT: targets are perturbed cells, conditions drawn by their cells; P's "unbalanced" with tau 1 is ordinary Sinkhorn.
+10. Convolutions run on (B, C, L), the fastest layout on CPUs; not measured on GPUs.
+11. A perturbation that no training condition holds has an untrained input; a gene that the file never perturbs has
     none, and is refused. The order of the genes matters to a convolution: all genes are generated, in training's order.
+12. Ours, off in the paper's presets, for small data: --coupling control (P starts at control cells for OT alone) with
+    --sigma 1, which smooths the velocity over cells; --standardise, so that baselines need not be learned;
+    --effect-readout, an additive effect; --control-profile, as similar covariates respond alike; --balanced.
 """
 import contextlib
 import copy
 import datetime
+import itertools
 import json
 import math
 import os
@@ -83,7 +86,7 @@ class Config(data.RunConfig):
     control_split: str = "0.5,0.25,0.25"  # controls' shares in train,val,test (PerturBench)
     velocity: typing.Literal["unet", "mlp"] = "unet"        # mlp: PRiMeFlow-MLP (ablation)
     space: typing.Literal["genes", "pca"] = "genes"         # pca: the flow runs in principal components (ablation)
-    coupling: typing.Literal["independent", "ot"] = "independent"  # ot: control cells as source, matched (ablation)
+    coupling: typing.Literal["independent", "control", "ot"] = "independent"  # source: noise, controls, matched ones
     width: int = 256                # D, base channels of the U-Net; features of value and time (paper)
     multipliers: tuple[int, ...] = (1, 2, 2, 4, 4)  # channels per level, in D; a level halves the genes (paper)
     blocks: int = 2                 # residual blocks per level (paper)
@@ -99,6 +102,10 @@ class Config(data.RunConfig):
     sigma: float = 0.0              # noise added on the path (paper)
     ot_cells: int = 128             # cells per condition in a coupling; --batch-size is a multiple (paper, table 7)
     ot_epsilon: float = 1.0         # entropy, in units of the mean cost (CellFlow)
+    effect_readout: bool = False    # a linear map from the condition to the genes is added to the velocity (ours)
+    standardise: bool = False       # centre covariates on their controls, divide by the gene's deviation (ours)
+    control_profile: bool = False   # a covariate is known by the similarity of its controls, not by its name (ours)
+    balanced: bool = False          # draw conditions alike, not by their cells (ours)
     accumulate: int = 4             # forward passes per step (paper)
     clip: float = 5.0               # largest norm of the gradient; 0 does not clip (paper)
     weight_decay: float = 0.0       # of Adam, as L2 (paper)
@@ -120,6 +127,8 @@ def check(config):
             raise DataError(f"--heads {config.heads}: must divide the {deepest} channels of the deepest level")
         if config.groups < 1 or config.width % config.groups:
             raise DataError(f"--groups {config.groups}: must divide --width {config.width}")
+    if config.standardise and config.space == "pca":
+        raise DataError("--space pca: components are of expression as it is; add --no-standardise")
     if len(config.mlp_layers) != 4:
         raise DataError("--mlp-layers takes four numbers: value, condition, time, decoder")
     if config.coupling == "ot" and (config.ot_cells < 1 or config.batch_size % config.ot_cells):
@@ -136,9 +145,10 @@ def check(config):
 
 
 PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4), batch_size=100), "demo": dict(
-    steps=1500, batch_size=32, accumulate=1, lr=1e-2, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
-    control_split="", width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1, dropout=0.0, hidden=256,
-    mlp_layers=(2, 2, 2, 2), ot_cells=16, guidance=(1.0, 3.0), ode_steps=10, eval_cells=100)}
+    steps=1500, batch_size=64, accumulate=1, lr=2e-3, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
+    control_split="", velocity="mlp", hidden=256, mlp_layers=(2, 2, 2, 2), dropout=0.2, coupling="control", sigma=1.0,
+    standardise=True, effect_readout=True, control_profile=True, balanced=True, p_null=0.0, guidance=(1.0,),
+    ode_steps=10, eval_cells=100, width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1, ot_cells=16)}
 SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
 other_use = None                        # what --ckpt is for besides --predict
 
@@ -314,40 +324,74 @@ class MLPVelocity(nn.Module):
 
 
 class Space(nn.Module):
-    """The coordinates of the flow: log1p expression of the G genes, or S principal components over one scale, chosen
-    so that their mean variance is that of the noise."""
+    """The coordinates of the flow: log1p expression of the G genes, as it is or standardised; or S principal components
+    over one scale, chosen so that their mean variance is that of the noise.
+
+    profiles (V, G) are the mean control cells of the V combinations of covariates: origin of their cells when
+    standardised, and what --control-profile compares."""
 
     def __init__(self, config, panel):
         super().__init__()
         G = len(panel.genes)
-        self.pca = config.space == "pca"
+        self.pca, self.standardise = config.space == "pca", config.standardise
         self.size = min(config.pcs, G) if self.pca else G
+        self.covariates = [",".join(values) for values in itertools.product(*panel.covariates.values())]
+        self.register_buffer("profiles", torch.zeros(len(self.covariates), G))
+        self.register_buffer("trained", torch.zeros(len(self.covariates), dtype=torch.bool))  # has perturbed cells
+        self.register_buffer("deviation", torch.ones(G))
         if self.pca:
             self.register_buffer("mean", torch.zeros(G))
             self.register_buffer("loadings", torch.zeros(G, self.size))
             self.register_buffer("scale", torch.ones(()))
 
     def fit(self, dataset):
-        """PCA of training cells and training controls."""
-        if not self.pca:
-            return
+        """From training cells and training controls."""
         X, rows = dataset.X, dataset.fit_rows
-        if len(rows) <= self.size:
-            raise DataError(f"--pcs {self.size}: there are {len(rows)} training cells; use fewer components")
-        basis = metrics.fit_pca(lambda: (X[block].toarray() for block in data.row_blocks(X, rows)), self.size)
+        for covariate, controls in dataset.control_rows["train"].items():
+            mean = data.gene_moments(X, controls)[0] / len(controls)
+            self.profiles[self.covariates.index(covariate)] = torch.from_numpy(mean)
+        for group in dataset.part("train"):
+            self.trained[self.covariates.index(group.partition("@")[2])] = True
         total, square = data.gene_moments(X, rows)
-        variance = np.sum(square / len(rows) - (total / len(rows)) ** 2)
-        self.mean.copy_(torch.from_numpy(basis.mean))
-        self.loadings.copy_(torch.from_numpy(basis.loadings.copy()))
-        self.scale.fill_(math.sqrt(variance * basis.explained.mean()))   # root mean eigenvalue
+        variance = np.maximum(square / len(rows) - (total / len(rows)) ** 2, 0)
+        self.deviation.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=0.01))        # a silent gene stays silent
+        if self.pca:
+            if len(rows) <= self.size:
+                raise DataError(f"--pcs {self.size}: there are {len(rows)} training cells; use fewer components")
+            basis = metrics.fit_pca(lambda: (X[block].toarray() for block in data.row_blocks(X, rows)), self.size)
+            self.mean.copy_(torch.from_numpy(basis.mean))
+            self.loadings.copy_(torch.from_numpy(basis.loadings.copy()))
+            self.scale.fill_(math.sqrt(variance.sum() * basis.explained.mean()))         # root mean eigenvalue
 
-    def encode(self, x):
-        """(n, G) log1p CP10k -> (n, S)."""
-        return (x - self.mean) @ self.loadings / self.scale if self.pca else x
+    def encode(self, x, profile):
+        """x (n, G) log1p CP10k, profile (n or 1, G) the mean control cells of their covariates -> (n, S)."""
+        if self.pca:
+            return (x - self.mean) @ self.loadings / self.scale
+        return (x - profile) / self.deviation if self.standardise else x
 
-    def decode(self, z):
-        """(n, S) -> (n, G) log1p CP10k."""
-        return z * self.scale @ self.loadings.T + self.mean if self.pca else z
+    def decode(self, z, profile):
+        """z (n, S), profile (n or 1, G) -> (n, G) log1p CP10k."""
+        if self.pca:
+            return z * self.scale @ self.loadings.T + self.mean
+        return z * self.deviation + profile if self.standardise else z
+
+    def profile(self, covariate, control):
+        """Mean control cell (1, G): of training, or, where training lacks the covariate, of the given cells (n, G)."""
+        if covariate in self.covariates:
+            return self.profiles[self.covariates.index(covariate)][None]
+        return control.mean(dim=0, keepdim=True)
+
+    def similarity(self, profile):
+        """profile (1, G) -> (V,): a one-hot for a covariate that has perturbed training cells; another one is a mixture
+        of those, weighted by exp(-4 (d / median d)^2), d the distance of the mean control cells."""
+        known = self.profiles[self.trained]
+        distance = (profile - self.profiles).norm(dim=1)
+        same = (distance == 0) & self.trained
+        if same.any():
+            return same.float()
+        unit = torch.pdist(known).median() if len(known) > 1 else 1.0
+        near = -4 * (distance / unit).square()
+        return torch.softmax(near.masked_fill(~self.trained, -torch.inf), dim=0)
 
 
 class PRiMeFlow(nn.Module):
@@ -355,8 +399,10 @@ class PRiMeFlow(nn.Module):
 
     def __init__(self, config, panel):
         super().__init__()
-        self.width, self.space = config.width, Space(config, panel)
-        columns = len(panel.perturbations) + sum(map(len, panel.covariates.values()))
+        self.width, self.control_profile = config.width, config.control_profile
+        self.space = Space(config, panel)
+        covariates = sum(map(len, panel.covariates.values()))
+        columns = len(panel.perturbations) + (len(self.space.covariates) if self.control_profile else covariates)
         if config.velocity == "unet":
             self.net = UNetVelocity(self.space.size, config)
             E = 4 * config.width                                         # GD: two layers, no dropout
@@ -368,15 +414,17 @@ class PRiMeFlow(nn.Module):
             self.time = mlp([config.width] + [E] * n_time, config.dropout)
             self.condition = mlp([columns] + [E] * n_condition, config.dropout)
         self.null = nn.Parameter(torch.zeros(E))
+        self.effect = zeroed(nn.Linear(columns, self.space.size, bias=False)) if config.effect_readout else None
 
-    def time_embedding(self, t):
-        """(n,) times in [0, 1] -> (n, E)."""
-        return self.time(sinusoid(1000 * t[:, None], self.width).squeeze(-1))
+    def conditioning(self, t, hidden):
+        """t (n,) in [0, 1], hidden (n or 1, E) of the condition -> (n, F), what the net takes."""
+        return self.net.conditioning(self.time(sinusoid(1000 * t[:, None], self.width).squeeze(-1)), hidden)
 
     def forward(self, x, t, c, drop):
         """x (B, S), t (B,), c (B, columns) condition, drop (B,) bool: where the null replaces it -> (B, S)."""
-        h = torch.where(drop[:, None], self.null, self.condition(c).float())
-        return self.net(x, self.net.conditioning(self.time_embedding(t), h))
+        hidden = torch.where(drop[:, None], self.null, self.condition(c).float())
+        v = self.net(x, self.conditioning(t, hidden))
+        return v if self.effect is None else v + self.effect(c * ~drop[:, None]).float()
 
 
 # -------------------------------------------------------------------------------- losses
@@ -441,11 +489,12 @@ def sample(velocity, model, x, c, guidance, config):
     float32.
     """
     K = config.ode_steps
-    time = model.time_embedding(torch.arange(K, dtype=x.dtype, device=x.device) / K)
-    conditioned = model.net.conditioning(time, model.condition(c[None]).float())         # (K, F)
-    null = model.net.conditioning(time, model.null[None])
+    t = torch.arange(K, dtype=x.dtype, device=x.device) / K
+    conditioned = model.conditioning(t, model.condition(c[None]).float())        # (K, F)
+    null = model.conditioning(t, model.null[None])
+    effect = 0.0 if model.effect is None else model.effect(c[None]).float()      # (1, S)
     for i in range(K):
-        v = velocity(x, conditioned[i:i + 1])
+        v = velocity(x, conditioned[i:i + 1]) + effect
         if guidance != 1:
             v_null = velocity(x, null[i:i + 1])
             v = v_null + guidance * (v - v_null)
@@ -453,12 +502,14 @@ def sample(velocity, model, x, c, guidance, config):
     return x
 
 
-def condition_vector(group, panel):
-    """(columns,) float32: multi-hot of the perturbations (none for control), then a one-hot per covariate column."""
-    condition = group.partition("@")[0]
-    names = [] if condition == data.CONTROL else condition.split("+")
-    hot = torch.from_numpy(np.isin(panel.perturbations, names).astype(np.float32))
-    return torch.cat([hot, panel.one_hot([group])[0]])
+def condition_vector(group, model, panel, profile):
+    """(columns,) of a group, on the device of profile (1, G), its mean control cell: multi-hot of its perturbations,
+    then a one-hot per covariate column or, with --control-profile, the similarity to known covariates."""
+    names = group.partition("@")[0].split("+")
+    hot = torch.from_numpy(np.isin(panel.perturbations, names).astype(np.float32)).to(profile.device)
+    if model.control_profile:
+        return torch.cat([hot, model.space.similarity(profile)])
+    return torch.cat([hot, panel.one_hot([group])[0].to(profile.device)])
 
 
 def known(panel):
@@ -477,22 +528,24 @@ def load_model(config, panel, saved):
 def generate(model, run, group, control, columns, seed, guidance=None):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), as many as control cells (n, G) log1p CP10k, for
     columns (E,) of the panel, ascending: (n, E) float32. All genes are generated, in the order of training, and the
-    columns cut out. The values of the control cells are used by --coupling ot alone."""
+    columns cut out. The values of the control cells matter where they are the source, or their covariate is new."""
     config, S = run.config, model.space.size
     w = config.guidance[0] if guidance is None else guidance
-    c = condition_vector(group, run.panel).to(run.device)
-    if config.coupling == "ot":
-        x = model.space.encode(torch.from_numpy(control).to(run.device))
-    else:
+    control = torch.from_numpy(control).to(run.device)
+    profile = model.space.profile(group.partition("@")[2], control)
+    c = condition_vector(group, model, run.panel, profile)
+    if config.coupling == "independent":
         generator = torch.Generator(run.device).manual_seed(seed)
         x = torch.randn(len(control), S, generator=generator, device=run.device)         # the same for any chunks
+    else:
+        x = model.space.encode(control, profile)
     widest = 24 * S * config.width if config.velocity == "unet" else 8 * (S + config.hidden)
     most = min(1000, max(1, data.room(run.device) // (4 * widest)))      # cells at once
     columns, out = torch.as_tensor(columns, device=run.device), []
     for part in x.tensor_split(math.ceil(len(x) / most)):
         with run.autocast():
             z = sample(run.compiled(model.net.forward), model, part, c, w, config)
-        out.append(model.space.decode(z).index_select(1, columns).cpu())
+        out.append(model.space.decode(z, profile).index_select(1, columns).cpu())
     return torch.cat(out).numpy()
 
 
@@ -502,6 +555,7 @@ def train(run, state):
     """Train to --steps and return the model that predicts."""
     config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
     A, B, ot = config.accumulate, config.batch_size, config.coupling == "ot"
+    n = config.ot_cells if ot else 1                                     # cells of a group in a batch
 
     # model, optimiser, schedule; a resumed run takes them over, the PCA included
     torch.manual_seed(config.seed)
@@ -518,15 +572,17 @@ def train(run, state):
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     begin, net, space = run.resume(state, parts, cells=A * B), run.wrap(model), model.space
 
-    # training cells: perturbed and control alike, but controls are no targets where they are the source
-    condition = torch.stack([condition_vector(g, panel) for g in dataset.groups]).to(device)         # (groups, columns)
-    group_of = np.zeros(dataset.X.shape[0], dtype=np.int64)
-    for i, g in enumerate(dataset.groups):
-        group_of[dataset.rows[g]] = i
-    controls = np.concatenate(list(dataset.control_rows["train"].values()))
-    cells = np.setdiff1d(dataset.fit_rows, controls) if ot else dataset.fit_rows
-    cells, group_of = torch.from_numpy(cells).to(device), torch.from_numpy(group_of).to(device)
-    run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(cells):,} training cells, "
+    # training groups: covariate, condition, chance to be drawn; controls are no targets where they are the source
+    covariate = torch.tensor([space.covariates.index(v) for v in dataset.covariate], device=device)
+    condition = torch.stack([condition_vector(g, model, panel, space.profiles[v][None])
+                             for g, v in zip(dataset.groups, covariate.tolist())])       # (groups, columns)
+    cells = {g: len(dataset.rows[g]) for g in dataset.part("train")}
+    if config.coupling == "independent":
+        cells |= {data.group_name(data.CONTROL, v): len(rows) for v, rows in dataset.control_rows["train"].items()}
+    share = torch.tensor([float(cells.get(g, 0)) for g in dataset.groups], device=device)
+    if config.balanced:
+        share = share.sign()
+    run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(cells.values()):,} training cells, "
             f"{len(panel.genes):,} genes")
 
     for step in range(begin + 1, config.steps + 1):
@@ -534,19 +590,17 @@ def train(run, state):
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         for a in range(A):
-            # batch: cells at random; with OT, of the condition of each of a few cells as many as --ot-cells, matched
-            # with controls
-            rows = cells[torch.randint(len(cells), (B // config.ot_cells if ot else B,), device=device)]
-            if ot:
-                group = group_of[rows]
-                rows = dataset.draw(group, config.ot_cells)
-                source = dataset.draw(dataset.controls_for(group), config.ot_cells)
-            x1, c = space.encode(dataset.gather(rows)), condition[group_of[rows]]        # (B, S), (B, columns)
-            if ot:
-                x0 = space.encode(dataset.gather(source)).unflatten(0, (-1, config.ot_cells))
-                x0, x1 = couple(x0, x1.unflatten(0, (-1, config.ot_cells)), config.ot_epsilon)
-            else:
+            # batch: n cells of each of B / n groups, which are drawn by their cells or alike
+            group = torch.multinomial(share, B // n, replacement=True)
+            each = group.repeat_interleave(n, output_size=B)
+            profile = space.profiles[covariate[each]]                     # (B, G)
+            x1, c = space.encode(dataset.gather(dataset.draw(group, n)), profile), condition[each]
+            if config.coupling == "independent":
                 x0 = torch.randn_like(x1)
+            else:
+                x0 = space.encode(dataset.gather(dataset.draw(dataset.controls_for(group), n)), profile)
+            if ot:
+                x0, x1 = couple(x0.unflatten(0, (-1, n)), x1.unflatten(0, (-1, n)), config.ot_epsilon)
             t, drop = torch.rand(B, device=device), torch.rand(B, device=device) < config.p_null
 
             # forward in bf16 where chosen, loss in fp32; processes exchange gradients in the last pass only

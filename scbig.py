@@ -22,7 +22,8 @@ Ablations of table 6: --clustering kmeans or unordered, --encoder transformer, -
 
 Deviations (numbers that back them: README, experiments):
  1. Token k is module k (P). C cuts the genes into runs of 64 that drift off the modules.
- 2. The time features reach 100 t; C's reach 10,000 t, which learns other velocities at just the time points of an ODE.
+ 2. The time features reach 10 t; C's reach 10,000 t: the structure losses, which see the velocity at a few fixed
+    times, then teach it other values at just these.
  3. Structure losses in every step, on 3 conditions of the batch (P); C: an optimiser of its own, now and then.
  4. The pathway transport is solved in the log domain, epsilon relative to the mean cost, gradient by the envelope
     theorem: C's kernel form underflows, so that far predictions have no loss. 100 iterations (P), 50 in C.
@@ -37,8 +38,12 @@ Deviations (numbers that back them: README, experiments):
 12. The model that predicts is the last one; C selects on validation conditions.
 13. Genes that a file of embeddings lacks are fitted from expression by ridge; C draws them at random or takes 0.
 14. Pathways need three genes of the panel, which fits P's 969; C takes those with one.
-15. Ours: priors from training cells where no file is given, no dropout on attention weights, and, off in the paper
-    preset, --ema.
+15. --effect-readout and --residual (demo): a linear effect in the velocity, and generated cells keep what the
+    autoencoder loses of their control cell: 30 conditions teach the network no additivity, and its decoder returns
+    conditional means, without the variance and the zeros of cells.
+16. --schedule cosine, --sigma 0.1, --condition-dropout 0.8, --ema (demo): short training of a small model, whose
+    latents spread less than the paper's noise.
+17. Ours: priors from training cells where no file is given, no dropout on attention weights.
 """
 import copy
 import datetime
@@ -78,6 +83,7 @@ class Config(data.RunConfig):
     ppi_info: str = ""              # STRING protein.info, which names the proteins of --ppi
     pathways: str = ""              # .gmt, .gmt.gz or .gmt.zip (paper: Reactome)
     pert_embeddings: str = ""       # as --gene-embeddings, of perturbed genes or drugs (paper: ESM2, ChemBERTa)
+    schedule: typing.Literal["constant", "cosine"] = "constant"         # of both stages (official); ours: cosine
     # modules
     clustering: typing.Literal["grc", "kmeans", "unordered"] = "grc"    # the others are ablations
     modules: int = 32               # K (paper)
@@ -104,8 +110,11 @@ class Config(data.RunConfig):
     sigma: float = 0.5              # noise on the path (official)
     corr_weight: float = 0.1        # eq. 9, module correlation (paper); 0 removes it (ablation)
     path_weight: float = 0.1        # eq. 9, pathway transport (paper); 0 removes it (ablation)
+    path_iterations: int = 100      # of its Sinkhorn plan (paper A.1.2; official 50)
     structure_conditions: int = 3   # conditions per structure loss (official)
     structure_cells: int = 64       # cells of each (official)
+    effect_readout: bool = False    # a linear map of the perturbations' sum, from zero, in the velocity (ours)
+    residual: bool = False          # what the autoencoder loses of a control cell is given to the generated one (ours)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none (official)
     ode_steps: int = 10             # midpoint steps, in the structure losses and in sampling
     analyse: bool = False           # with --ckpt: write the attention that each module receives, per test condition
@@ -133,9 +142,10 @@ def check(config):
 
 
 PRESETS = {"paper": {}, "demo": dict(
-    steps=500, hvg=1000, batch_size=512, conditions_per_batch=8, lr=1e-3, modules=8, width=64, layers=2, heads=4,
-    inducing=4, latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128, pretrain_lr=2e-3,
-    pretrain_check=200, hidden=256, condition_dropout=0.8, structure_cells=32, ema=0.98, ode_steps=5, eval_cells=100)}
+    steps=500, hvg=1000, batch_size=512, conditions_per_batch=8, lr=1e-3, schedule="cosine", modules=8, width=64,
+    layers=2, heads=4, inducing=4, latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128,
+    pretrain_lr=2e-3, pretrain_check=200, hidden=256, condition_dropout=0.8, effect_readout=True, residual=True,
+    sigma=0.1, structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, eval_cells=100)}
 SAMPLING = {"ode_steps", "analyse"}     # flags that --ckpt may change
 
 
@@ -284,20 +294,20 @@ def sinkhorn(cost, epsilon, iterations, columns=None, tolerance=0.0):
     with torch.autocast(cost.device.type, enabled=False):
         kernel = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon
         n, m = kernel.shape[-2:]
-        b = kernel.new_full((m,), 1 / m) if columns is None else columns.to(kernel)
-        f = kernel.new_zeros(*kernel.shape[:-1], 1)
+        column = kernel.new_full((m,), n / m) if columns is None else n * columns.to(kernel)
+        log_column, f = column.log(), kernel.new_zeros(*kernel.shape[:-1], 1)
         for i in range(0, iterations, 10):
-            g = b.log() - (kernel + f).logsumexp(-2, keepdim=True)                   # (..., 1, m)
-            f = -math.log(n) - (kernel + g).logsumexp(-1, keepdim=True)              # (..., n, 1)
-            plan = (kernel + f + g).exp()
+            g = log_column - (kernel + f).logsumexp(-2, keepdim=True)                # (..., 1, m)
+            f = -(kernel + g).logsumexp(-1, keepdim=True)                            # (..., n, 1)
+            plan = (kernel + f + g).exp()                                            # times n: its rows sum to 1
             u, v = torch.ones_like(f), torch.ones_like(g)
             for _ in range(min(10, iterations - i) - 1):
-                v = b / (u.mT @ plan)
-                u = 1 / (n * (plan @ v.mT))
+                v = column / (u.mT @ plan)
+                u = (plan @ v.mT).reciprocal()
             f, g = f + u.log(), g + v.log()
-            if tolerance and ((kernel + f + g).exp().sum(-2) - b).abs().sum(-1).max() < tolerance:
+            if tolerance and ((kernel + f + g).exp().sum(-2) - column).abs().sum(-1).max() < n * tolerance:
                 break
-        return (kernel + f + g).exp()
+        return (kernel + f + g).exp() / n
 
 
 def kmeans(x, K, seed=42, restarts=10, iterations=300):
@@ -502,6 +512,7 @@ class Flow(nn.Module):
         self.query = nn.Parameter(torch.randn(d))
         self.kv = nn.Linear(256 if config.dose_key else p, 2 * d, bias=False)
         self.pooled = nn.Linear(d + covariates, 256)
+        self.effect = nn.Parameter(torch.zeros(self.kv.in_features, config.latent)) if config.effect_readout else None
         self.time_mlp = nn.Sequential(nn.Linear(1024, h), nn.SiLU(), nn.Linear(h, h))
         self.state = nn.ModuleList([nn.Linear(config.latent, h), nn.Linear(h, h)])
         self.join_time, self.join_state = nn.Linear(h, h), nn.Linear(h, h, bias=False)
@@ -509,7 +520,8 @@ class Flow(nn.Module):
         self.joint, self.out = nn.Linear(h, h), nn.Linear(h, config.latent)
 
     def condition(self, tokens, mask, dose, covariates):
-        """Attention pooling over the slots that hold a perturbation: tokens, mask, dose (C, slots) -> (C, 256)."""
+        """Attention pooling over the slots that hold a perturbation: tokens, mask, dose (C, slots) -> (C, 256); and the
+        part of the velocity that is linear in them (C, 1, D)."""
         def split(x):                                                    # (C, slots, 64) -> (C, 8 heads, slots, 8)
             return x.unflatten(-1, (8, -1)).transpose(1, 2)
         row = self.pert_learned[tokens]
@@ -520,38 +532,42 @@ class Flow(nn.Module):
         q = self.query.to(k).view(1, 8, 1, -1).expand(len(k), -1, -1, -1)
         pooled = F.scaled_dot_product_attention(q, split(k), split(v), attn_mask=mask[:, None, None],
                                                 scale=1 / 8)             # official scale
-        return self.pooled(torch.cat([pooled.flatten(1), covariates], dim=1))
+        c = self.pooled(torch.cat([pooled.flatten(1), covariates], dim=1))
+        if self.effect is None:
+            return c, c.new_zeros(len(c), 1, 1)
+        return c, (a * mask[..., None]).sum(1, keepdim=True) @ self.effect
 
     def time(self, t):
         """(...) times in [0, 1] -> (..., h): their part of the joint layer."""
-        angle = 100 * t[..., None] * torch.exp(-math.log(100) * torch.arange(512, device=t.device) / 512)
+        angle = 10 * t[..., None] * torch.exp(-math.log(10) * torch.arange(512, device=t.device) / 512)
         return self.join_time(self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1)))
 
-    def velocity(self, z, told, training=False):
-        """z (C, b, D), told (C, b or 1, h): time and condition, both already in the joint layer -> (C, b, D)."""
+    def velocity(self, z, told, effect, training=False):
+        """z (C, b, D); told (C, b or 1, h): time and condition, both already in the joint layer; effect (C, 1, D or 1)
+        -> (C, b, D) float32."""
         def act(x):
             return F.dropout(F.silu(x), self.dropout, training)
         x = act(self.state[1](act(self.state[0](z))))
         x = act(self.join_state(x) + told)
-        return self.out(act(self.joint(x))).float()
+        return (self.out(act(self.joint(x))) + effect).float()
 
-    def integrate(self, z, condition):
-        """Midpoint rule from t=0 to 1: control latents (C, b, D), condition (C, 256) -> perturbed latents."""
+    def integrate(self, z, condition, effect):
+        """Midpoint rule from t=0 to 1: control latents (C, b, D), condition() -> perturbed latents."""
         K = self.steps
         time = self.time(torch.linspace(0, 1, 2 * K + 1, device=z.device))
         told = (time[:, None, None] + self.join_condition(condition)[:, None]).unbind()     # each (C, 1, h)
         for i in range(0, 2 * K, 2):
-            middle = torch.add(z, self.velocity(z, told[i]), alpha=0.5 / K)
-            z = torch.add(z, self.velocity(middle, told[i + 1]), alpha=1 / K)
+            middle = torch.add(z, self.velocity(z, told[i], effect), alpha=0.5 / K)
+            z = torch.add(z, self.velocity(middle, told[i + 1], effect), alpha=1 / K)
         return z
 
     def forward(self, z_t, t, condition, keep, start, chosen):
         """Velocity (C, b, D) at z_t (C, b, D) and t (C, b), under condition (slots() of it) with keep (C, 256) as its
         dropout mask; and the end points of start (S, n, D), control latents of the chosen (S,) conditions, without
         dropout."""
-        c = self.condition(*condition)
-        v = self.velocity(z_t, self.time(t) + self.join_condition(c * keep)[:, None], self.training)
-        return v, self.integrate(start, c[chosen])
+        c, effect = self.condition(*condition)
+        v = self.velocity(z_t, self.time(t) + self.join_condition(c * keep)[:, None], effect, self.training)
+        return v, self.integrate(start, c[chosen], effect[chosen])
 
 
 class Dose(nn.Module):
@@ -642,13 +658,22 @@ def ot_partners(z0, z1, u, epsilon):
 
 # -------------------------------------------------------------------------------- sampling
 
+def decode(autoencoder, start, end, control=None):
+    """Cells (n, G) at the latents end (n, D); with the control cells (n, G) that start (n, D) encodes, their residuals
+    are added: what the autoencoder makes of them falls short of them in variance and zeros."""
+    if control is None:
+        return autoencoder.decode(end)
+    cells, controls = autoencoder.decode(torch.cat([end, start])).chunk(2)
+    return cells + (control - controls)
+
+
 @torch.no_grad()
-def sample(integrate, model, control, condition):
+def sample(integrate, model, control, condition, residual):
     """One perturbed cell per control cell (n, G) log1p CP10k, of one condition (slots() of it): encode, integrate the
     flow, decode. integrate: model.flow.integrate, compiled or not. Returns (n, G) float32, which may be negative."""
-    z = model.autoencoder.encode(control)
-    z = integrate(z[None], model.flow.condition(*condition))
-    return model.autoencoder.decode(z[0])
+    start = model.autoencoder.encode(control)
+    end = integrate(start[None], *model.flow.condition(*condition))[0]
+    return decode(model.autoencoder, start, end, control if residual else None)
 
 
 def token_names(panel, config):
@@ -726,12 +751,22 @@ def generate(model, run, group, control, columns, seed):
     columns, out = torch.as_tensor(columns, device=run.device), []
     for cells in np.array_split(control, chunks):
         with run.autocast():
-            x = sample(run.compiled(model.flow.integrate), model, torch.from_numpy(cells).to(run.device), condition)
+            x = sample(run.compiled(model.flow.integrate), model, torch.from_numpy(cells).to(run.device), condition,
+                       config.residual)
         out.append(x.index_select(1, columns).cpu())
     return torch.cat(out).numpy()
 
 
 # -------------------------------------------------------------------------------- training
+
+def learning_rates(optimizer, config, steps):
+    """Schedule of a stage: constant, or 5% of linear warm-up and a cosine to 0."""
+    def factor(step):
+        if config.schedule == "constant":
+            return 1.0
+        return min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
 
 def pretrain(run, state, model):
     """Stage 1: reconstruction (eq. 5), validated on training and control cells set aside; leaves the best weights in
@@ -739,10 +774,11 @@ def pretrain(run, state, model):
     config, dataset, device = run.config, run.dataset, run.device
     autoencoder, B = model.autoencoder, config.pretrain_batch_size
     optimizer = torch.optim.Adam(autoencoder.parameters(), lr=config.pretrain_lr, fused=True)
+    schedule = learning_rates(optimizer, config, config.pretrain_steps)
     best = copy.deepcopy(autoencoder)
     best.register_buffer("error", torch.tensor(math.inf))                # of the best weights
     best.register_buffer("checks", torch.tensor(0))                      # validations since
-    parts = {"model": model, "best": best.to(device), "optimizer": optimizer}
+    parts = {"model": model, "best": best.to(device), "optimizer": optimizer, "schedule": schedule}
     begin = run.resume(state, parts, stage="pretraining", steps=config.pretrain_steps, cells=B)
     net = run.wrap(autoencoder)
 
@@ -760,6 +796,7 @@ def pretrain(run, state, model):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        schedule.step()
 
         if len(held) and (step % config.pretrain_check == 0 or step == config.pretrain_steps):
             error = reconstruction_error(run, autoencoder, held)
@@ -810,7 +847,8 @@ def train(run, state):
     # stage 2: the flow alone is trained
     ema = copy.deepcopy(model) if config.ema else model
     optimizer = torch.optim.Adam(model.flow.parameters(), lr=config.lr, fused=True)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    schedule = learning_rates(optimizer, config, config.steps)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     begin, net = run.resume(second, parts), run.wrap(model.flow)
     autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
 
@@ -836,11 +874,12 @@ def train(run, state):
         # structure losses latents of n controls, and n real cells, of S of the conditions
         run.start(step)
         pick = torch.randint(len(group), (C,), device=device)
-        z1 = latents[dataset.draw(group[pick], b)].unflatten(0, (C, b))
-        z0 = latents[dataset.draw(dataset.controls_for(group[pick]), b)].unflatten(0, (C, b))
+        both = torch.cat([group[pick], dataset.controls_for(group[pick])])
+        z1, z0 = latents[dataset.draw(both, b)].unflatten(0, (2, C, b))
         keep = (torch.rand(C, 256, device=device) >= config.condition_dropout) / (1 - config.condition_dropout)
         chosen = group[pick[spread]]
-        start = latents[dataset.draw(dataset.controls_for(chosen), n)].unflatten(0, (S, n))
+        rows = dataset.draw(dataset.controls_for(chosen), n)
+        start = latents[rows]                                                                # (S n, D)
         real = dataset.gather(dataset.draw(chosen, n)).unflatten(0, (S, n))                  # (S, n, G)
 
         # pairs of control and perturbed latents, a point between them, and the velocity to learn (eq. 6)
@@ -848,16 +887,18 @@ def train(run, state):
         z1 = ot_partners(z0, z1, u, config.ot_epsilon)
         z_t = torch.lerp(z0, z1, t[..., None]) + config.sigma * torch.randn_like(z0)
         with run.autocast():
-            v, end = net(z_t, t, [a[pick] for a in told], keep, start, spread)
-            pred = autoencoder.decode(end.flatten(0, 1)).unflatten(0, (S, n))                # (S, n, G)
+            v, end = net(z_t, t, [a[pick] for a in told], keep, start.unflatten(0, (S, n)), spread)
+            control = dataset.gather(rows) if config.residual else None
+            pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
         flow = (v - (z1 - z0)).square().mean()
         corr = correlation_loss(pred, real, member) if config.corr_weight else zero
-        path = pathway_loss(pred, real, model.pathways) if config.path_weight else zero
+        path = pathway_loss(pred, real, model.pathways, 0.1, config.path_iterations) if config.path_weight else zero
         loss = flow + config.corr_weight * corr + config.path_weight * path                  # eq. 9
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         if config.ema:
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.flow.parameters()), list(model.flow.parameters()), 1 - config.ema)
@@ -881,11 +922,13 @@ def write_modules(run, model):
     """modules.tsv: every gene with its module, numbered as in the other tables; with --pathways
     modules_enrichment.tsv: which pathways a module holds more of than chance would give it."""
     if run.rank == 0:
-        modules, genes = model.autoencoder.module_of.cpu().numpy(), run.panel.genes
+        genes, modules = run.panel.genes, model.autoencoder.module_of.tolist()
         write_table(run.out / "modules.tsv", ("gene", "module"), zip(genes, modules))
         if run.config.pathways:
-            write_table(run.out / "modules_enrichment.tsv", metrics.ENRICHMENT,
-                        metrics.enrichment(modules, genes, data.read_gmt(run.config.pathways)))
+            named = {k: [gene for gene, module in zip(genes, modules) if module == k] for k in sorted(set(modules))}
+            header = ("module", "pathway", "overlap", "module_genes", "pathway_genes", "p", "p_adjusted")
+            write_table(run.out / "modules_enrichment.tsv", header,
+                        metrics.enrichment(named, data.read_gmt(run.config.pathways), genes))
 
 
 @torch.no_grad()

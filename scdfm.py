@@ -28,9 +28,12 @@ Deviations (numbers that back them: README, experiments):
  8. Evaluation genes have the highest means in training control cells; C picks variable genes on the test cells.
  9. The model that predicts is the last one; C selects on its test set.
 10. --conditions-per-batch takes the MMD within each condition and averages; 1 in P and C.
-11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots for
-    triples, values clamped at 512, output at 0.
-12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop.
+11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots
+    for triples, values clamped at 512; output at 0 and at the training maximum of the gene (data.as_measured).
+12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop: a learned vector.
+13. --effect-readout and --precondition (demo): the flow starts as that of a Gaussian per gene shifted by a
+    linear effect per perturbation, and the network learns the rest. Small data do not teach it the table of effects.
+14. Every process draws its own batch and gene subset, from (seed, step, process).
 """
 import copy
 import datetime
@@ -463,7 +466,7 @@ def train(run, state):
 
     # training conditions: index of their group, and their slots, once
     names = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in names], device=device)
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
     tokens, weight = (a.to(device) for a in slots([g.partition("@")[0] for g in names], panel))
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} training conditions, {G:,} genes "
             f"({S:,} per step)")
@@ -471,11 +474,12 @@ def train(run, state):
     for step in range(begin + 1, config.steps + 1):
         # batch: b cells of each of C conditions, their controls, a gene subset, times and noise
         run.start(step)
-        pick = torch.randint(len(group), (C,), device=device)
+        pick = torch.randint(len(group), (C,), device=dataset.where)
         genes = torch.randperm(G, device=device)[:S]
         x1 = dataset.gather(dataset.draw(group[pick], b), genes)                             # (B, S)
         control = dataset.gather(dataset.draw(dataset.controls_for(group[pick]), b), genes)
         t, x0 = torch.rand(C * b, device=device), torch.randn(C * b, S, device=device)
+        pick = pick.to(device)
 
         # forward in bf16 where chosen, loss in fp32
         with run.autocast():

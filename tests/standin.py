@@ -5,8 +5,8 @@
 A tensor on it wraps a CPU tensor. An operation that mixes the two raises, as on CUDA. Waits (.item(), .tolist(), masks
 of unknown size), copies to the CPU and copies to the device are counted: in training steps, from Run.start() to the
 return of the step's optimiser, and in generate(). The last line is one JSON object:
-{"calls": {"step": n, "generate": n}, "step": {"kind file:line": n}, "generate": {"kind": n}, "operations": {"step": n, ...}}
-operations: kernels that an uncompiled step would launch, views apart.
+{"calls": {"step": n, "generate": n}, "step": {"kind file:line": n}, "generate": {"kind": n},
+"operations": {"step": n, "generate": n}}, the operations being what an uncompiled run would launch, views apart.
 """
 import collections
 import importlib

@@ -60,7 +60,7 @@ def categorical(group, key, values, codes="int8", write=text):
     """The form of anndata 0.8 and later; '' is missing (code -1); one category is not used."""
     categories = ["unused"] + sorted(set(values) - {""}, reverse=True)
     node = group.create_group(key)
-    node.attrs["encoding-type"], node.attrs["encoding-version"], node.attrs["ordered"] = "categorical", "0.2.0", False
+    node.attrs.update({"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False})
     node["codes"] = np.array([categories.index(v) if v else -1 for v in values], dtype=codes)
     write(node, "categories", categories)
 
@@ -184,21 +184,6 @@ def test_every_matrix_layout(tmp_path, layout, monkeypatch):
         same_cells(cells, X)
 
 
-def test_a_matrix_of_many_blocks(tmp_path, monkeypatch):
-    """Everything that works in blocks of stored values gives the same with blocks of 50."""
-    X = make_counts(60)
-    path = write_file(tmp_path / "file.h5", X, LABELS)
-    config = data.DataConfig(hvg=10, min_cells=25)
-    whole = data.load(path, config, "unseen")
-    moments = data.gene_moments(whole.X, whole.fit_rows)
-    monkeypatch.setattr(data, "BLOCK_NNZ", 50)
-    blocks = data.load(path, config, "unseen")
-    assert blocks.genes == whole.genes and len(whole.genes) < len(GENES)
-    assert np.array_equal(blocks.X.toarray(), whole.X.toarray())
-    assert np.allclose(data.gene_moments(blocks.X, blocks.fit_rows), moments, rtol=1e-12)
-    assert np.array_equal(data.detected_cells(blocks.X, blocks.fit_rows), data.detected_cells(whole.X, whole.fit_rows))
-
-
 COLUMNS = {
     "text": lambda g, k, v: text(g, k, v), "bytes": fixed_bytes, "ascii": ascii_bytes, "categorical": categorical,
     "categorical-int16": lambda g, k, v: categorical(g, k, v, "int16"),
@@ -291,7 +276,8 @@ def test_uns_of_any_kind(tmp_path):
     path = write_file(tmp_path / "file.h5", make_counts(60), LABELS)
     with h5py.File(path, "a") as file:
         uns = file.create_group("uns")
-        uns["n"], uns["name"], uns["mean"], uns["nothing"] = 3, "x", np.arange(4.0), h5py.Empty("f4")
+        for key, value in {"n": 3, "name": "x", "mean": np.arange(4.0), "nothing": h5py.Empty("f4")}.items():
+            uns[key] = value
         uns["table"] = np.zeros(2, dtype=[("a", int)])
         uns.create_group("deeper")["value"] = 1
         text(uns, "names", ["a", "b"])
@@ -307,7 +293,7 @@ def test_uns_of_any_kind(tmp_path):
     ("A+B", "A+B"), ("B+A", "A+B"), ("B_A", "A+B"), ("A,B", "A+B"), ("A;B", "A+B"), ("B | A", "A+B"), ("A + B", "A+B"),
     ("A+A", "A"), ("C+A+B", "A+B+C"), ("C_A_B", "A+B+C"), ("A+ctrl+B", "A+B"),
     ("HLA-A", "HLA-A"), ("HLA-A+C7orf26", "C7orf26+HLA-A"), ("RP11-34P13.7", "RP11-34P13.7"), ("Y_RNA", "Y_RNA"),
-    ("Y_RNA+A", "A+Y_RNA"), ("A_guide1", "A_guide1"), ("drug_x", "drug_x"),
+    ("Y_RNA+A", "A+Y_RNA"), ("Y_RNA_A", "A+Y_RNA"), ("A_guide1", "A_guide1"), ("drug_x", "drug_x"),
     ("(+)-JQ1", "(plus)-JQ1"), ("A+(+)-JQ1", "(plus)-JQ1+A"), ("2,4-DNP", "2,4-DNP"), ("A;Ro[1;2]", "A;Ro[1;2]"),
     ("(x;y)+A", "(x;y)+A"), ("A+B (x|y)", "A+B (x|y)"),
     ("A_NegCtrl0__A_NegCtrl0", "A"), ("A_B__A_B", "A+B"), ("C3orf72_NegCtrl0__C3orf72_NegCtrl0", "C3orf72"),
@@ -317,19 +303,12 @@ def test_uns_of_any_kind(tmp_path):
     ("DMSO", "control"), ("vehicle", "control"), ("unperturbed", "control"), ("PBS", "control"),
     ("", ""), ("NTRK1", "NTRK1"), ("PBSX", "PBSX")])
 def test_canonical_labels(label, expected):
-    genes = {"A", "B", "C", "HLA-A", "C7orf26", "RP11-34P13.7", "Y_RNA"}
+    genes = {"A", "B", "C", "HLA-A", "C7orf26", "RP11-34P13.7", "Y_RNA", "Y", "RNA"}
     labels = np.array([label, "C3orf72_NegCtrl0__C3orf72_NegCtrl0"], dtype=object)
     rules = data.LabelRules(labels, genes)
     assert rules.canonical(label) == expected == rules.canonical(expected)  # the canonical form stays as it is
     perturbed = {token for token in rules.tokens(label) if not rules.is_control(token)}
     assert len(perturbed) == (data.order(expected) if label else 0)
-
-
-def test_underscore_splits_known_perturbations_that_are_no_genes():
-    labels = np.array(["drugX", "drugY", "drugX_drugY", "drugX_drugZ"], dtype=object)
-    rules = data.LabelRules(labels, set())
-    assert rules.canonical("drugY_drugX") == "drugX+drugY"
-    assert rules.canonical("drugX_drugZ") == "drugX_drugZ"
 
 
 def test_control_labels():
@@ -590,272 +569,6 @@ def test_panel_note_counts_perturbations_without_a_gene(tmp_path):
     assert any(note.startswith("1 of 2 perturbations are no gene of the panel (drugA)") for note in loaded.source.notes)
 
 
-# ------------------------------------------------------------------------------------------------ splits
-
-SINGLES = [f"G{i:02}" for i in range(30)]
-DOUBLES = ["+".join(sorted((SINGLES[i], SINGLES[j]))) for i in range(0, 26, 2) for j in (i + 1, i + 2, i + 3)]
-ALL = sorted(SINGLES + DOUBLES + ["G00+G01+G05"])
-GROUPS = [(c, "") for c in ALL]
-
-
-def check_parts(split, names):
-    listed = split["train"] + split["val"] + split["test"]
-    assert sorted(listed) == sorted(names)                                  # cover every condition, once
-    assert split["train"] and split["test"] and all(split[p] == sorted(split[p]) for p in split)
-
-
-@pytest.mark.parametrize("name", ["additive", "holdout", "cv", "combo", "unseen"])
-@pytest.mark.parametrize("fold", [0, 1, 3])
-def test_named_splits_are_disjoint_and_complete(name, fold):
-    split = data.make_split(name, GROUPS, {}, fold)
-    check_parts(split, ALL)
-    assert split["val"] and split == data.make_split(name, GROUPS[::-1], {}, fold)
-    assert split != data.make_split(name, GROUPS, {}, fold + 1)
-    if name in ("additive", "cv", "combo"):
-        assert set(SINGLES) <= set(split["train"])
-
-
-@pytest.mark.parametrize("fold", range(4))
-def test_additive_split_is_the_official_one(tmp_path, fold):
-    """Doubles as spelled in the file, sorted, shuffled by RandomState(42 + fold); int(0.3 n) test, int(0.1 n) val."""
-    rng, genes = np.random.default_rng(0), SINGLES
-    pairs = [d.split("+") for d in DOUBLES]
-    spelled = ["+".join(p if rng.random() < 0.5 else p[::-1]) for p in pairs] + ["G03+G02", "G02+G03"]
-    labels = ["ctrl"] * 10 + [f"{s}+ctrl" for s in SINGLES] + spelled
-    path = write_file(tmp_path / "file.h5ad", make_counts(len(labels), len(genes)), labels, genes)
-    split = data.load(path, split="additive", fold=fold).split
-    first = {}
-    for label in sorted(set(spelled)):
-        first.setdefault(frozenset(label.split("+")), label)
-    doubles = sorted(first.values())
-    np.random.RandomState(42 + fold).shuffle(doubles)
-    n = len(doubles)
-
-    def names(some):
-        return sorted("+".join(sorted(label.split("+"))) for label in some)
-    assert split["test"] == names(doubles[:int(0.3 * n)])
-    assert split["val"] == names(doubles[int(0.3 * n):int(0.3 * n) + int(0.1 * n)])
-    assert split != data.make_split("additive", [(c, "") for c in set(names(doubles)) | set(SINGLES)], {}, fold)
-
-
-@pytest.mark.parametrize("fold", range(4))
-def test_holdout_split(fold):
-    split = data.make_split("holdout", GROUPS, {}, fold)
-    in_doubles = {g for d in DOUBLES for g in d.split("+")}
-    n = min(12, round(0.12 * len(in_doubles)))
-    held = [{c for c in split[p] if "+" not in c} for p in ("test", "val")]
-    assert len(held[0]) == n and len(held[1]) == n // 2 and held[0] | held[1] <= in_doubles
-    for condition in ALL:
-        genes = set(condition.split("+"))
-        part = "test" if genes & held[0] else "val" if genes & held[1] else "train"
-        assert condition in split[part]
-    many = [(f"X{i}+X{i + 1}", "") for i in range(200)] + [(f"X{i}", "") for i in range(201)]
-    assert len([c for c in data.make_split("holdout", many, {})["test"] if "+" not in c]) == 12
-
-
-def test_cv_folds_partition_the_doubles():
-    combos = [c for c in ALL if "+" in c]
-    folds = [data.make_split("cv", GROUPS, {}, k, 7) for k in range(7)]
-    assert sorted(c for s in folds for c in s["test"]) == combos
-    for k in range(7):
-        assert folds[k]["val"] == folds[(k + 1) % 7]["test"]
-        assert abs(len(folds[k]["test"]) - len(combos) / 7) < 1
-
-
-def test_combo_split_has_the_sizes_of_perturbench():
-    doubles = [(f"D{i:03}+E{i:03}", "") for i in range(131)]
-    split = data.make_split("combo", doubles + [(s, "") for s in SINGLES], {})
-    assert len(split["val"]) == 45 and len(split["test"]) == 46
-    assert len([c for c in split["train"] if "+" in c]) == 40
-
-
-@pytest.mark.parametrize("fold", range(3))
-def test_unseen_split(fold):
-    split = data.make_split("unseen", GROUPS, {}, fold)
-    held = [{c for c in split[p] if "+" not in c} for p in ("test", "val")]
-    assert len(held[0]) == round(0.25 * 30) and len(held[1]) == 3
-    assert not any((held[0] | held[1]) & set(c.split("+")) for c in split["train"])  # no double with an unseen gene
-    assert not any(held[0] & set(c.split("+")) for c in split["val"])
-
-
-@pytest.mark.parametrize("fold", range(4))
-def test_transfer_split(fold):
-    groups = [(c, v) for c in SINGLES[:20] for v in ("A549", "K562", "MCF7")] + [("only", "K562")]
-    split = data.make_split("transfer", groups, {}, fold)
-    held = {p: [n.split("@") for n in split[p]] for p in ("val", "test")}
-    perturbations = [c for p in held for c, _ in held[p]]
-    assert len(perturbations) == len(set(perturbations)) == 18              # each in at most one covariate; 3 x 6
-    assert "only" in split["train"]
-    for line in ("A549", "K562", "MCF7"):
-        n = [sum(v == line for _, v in held[p]) for p in ("val", "test")]
-        assert sum(n) <= int(0.3 * 20) and 0 <= n[1] - n[0] <= 1            # cap, half and half within the line
-    whole = {c for c, _ in groups} - set(perturbations)
-    assert sorted(split["train"]) == sorted(whole | {data.group_name(c, v) for c, v in groups if c in perturbations
-                                                     and [c, v] not in held["val"] + held["test"]})
-
-
-def test_transfer_split_with_few_perturbations():
-    kang = data.make_split("transfer", [("STIM", f"type{i}") for i in range(13)], {})
-    assert len(kang["test"]) == 2 and len(kang["val"]) == 2 and len(kang["train"]) == 9   # round(0.3 x 13) = 4
-    one = data.make_split("transfer", [("STIM", "B"), ("STIM", "T")], {})
-    assert len(one["test"]) == len(one["train"]) == 1 and one["val"] == []
-    three = data.make_split("transfer", [(c, v) for c in "abc" for v in ("1", "2", "3")], {})
-    assert len(three["test"]) == 2 and len(three["val"]) == 1
-
-
-@pytest.mark.parametrize("name, groups, message", [
-    ("additive", [("A", ""), ("B", "")], "--split additive needs doubles, this file has 0; use"),
-    ("cv", [("A", ""), ("B", "")], "--split cv needs doubles, this file has 0"),
-    ("combo", [("A", "")], "--split combo needs doubles, this file has 0"),
-    ("holdout", [("A", "")], "--split holdout needs doubles, this file has 0"),
-    ("unseen", [("A", "")], "no train condition, nothing to learn from; .* Choose another --split"),
-    ("unseen", [("A+B", ""), ("C+D", "")], "no test condition, nothing to predict; this file has 2 conditions"),
-    ("combo", [("A", ""), ("A+B", "")], "no test condition"),
-    ("transfer", [("A", ""), ("B", "")], "--split transfer needs covariates .* --covariates"),
-    ("transfer", [("A", "x"), ("B", "y")], "no perturbation was measured in two covariates .x, y.; choose another"),
-    ("random", [("A", "")], "--split random: unknown; choose additive, holdout")])
-def test_impossible_splits(name, groups, message):
-    with pytest.raises(data.DataError, match=message):
-        data.make_split(name, groups, {})
-
-
-def test_impossible_folds():
-    with pytest.raises(data.DataError, match="--fold 10: folds are numbered 0 to 9"):
-        data.make_split("cv", GROUPS, {}, 10)
-    with pytest.raises(data.DataError, match="--folds 100: between 3 and 40 folds"):
-        data.make_split("cv", GROUPS, {}, 0, 100)
-    with pytest.raises(data.DataError, match="--fold -1: folds are numbered from 0"):
-        data.make_split("unseen", GROUPS, {}, -1)
-
-
-SIX = ["A", "B", "C", "A+B", "B+C", "A+B+C"]
-
-
-@pytest.fixture()
-def six(tmp_path):
-    """A file with controls and six conditions, spelled in the manner of GEARS."""
-    labels = ["ctrl"] * 15 + ["A+ctrl", "ctrl+B", "C+ctrl", "B+A", "B+C", "C+A+B"] * 5
-    part = {"A": "train", "B": "train", "C": "valid", "B+A": "test", "B+C": "train", "C+A+B": "train", "ctrl": "none"}
-    column = [part[label.replace("+ctrl", "").replace("ctrl+", "")] for label in labels]
-    return write_file(tmp_path / "six.h5ad", make_counts(45), labels, ["A", "B", "C"] + GENES[3:],
-                      obs={"part": column, "wrong": ["train", "test"] * 22 + ["dev"],
-                           "mixed": ["train", "test"] * 22 + ["val"]})
-
-
-def split_of(path, content, covariates=""):
-    file = path.with_name("split.json")
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
-    return data.load(path, data.DataConfig(covariates=covariates), str(file)).split
-
-
-def test_split_files(six):
-    wanted = {"train": ["A", "A+B+C", "B", "B+C"], "val": ["C"], "test": ["A+B"]}
-    full = {"train": ["A+ctrl", "control+B", "C+B", "B+C+A", "ctrl"], "val": ["ctrl+C"], "test": ["B+A"]}
-    assert split_of(six, full) == wanted
-    assert split_of(six, {**full, "train": ["A", "B", "B,C", "A_B_C"], "test": ["A|B"]}) == wanted
-    assert split_of(six, {"test": ["A+B"], "valid": ["C"]}) == wanted
-    assert split_of(six, {"test": ["A+B", "B+A"]})["train"] == ["A", "A+B+C", "B", "B+C", "C"]
-    assert data.load(six, split="obs:part").split == wanted
-
-
-def test_split_file_with_another_control_spelling(tmp_path):
-    path = column_file(tmp_path / "file.h5ad", {"condition": ["mock"] * 12 + ["KLF1"] * 12 + ["CEBPA"] * 12})
-    (tmp_path / "split.json").write_text('{"test": ["KLF1+ctrl"], "train": ["CEBPA+control", "ctrl"]}')
-    loaded = data.load(path, data.DataConfig(control_label="mock"), str(tmp_path / "split.json"))
-    assert loaded.split == {"train": ["CEBPA"], "val": [], "test": ["KLF1"]}
-
-
-@pytest.mark.parametrize("content, message", [
-    ("{not json", "cannot be read as a split .* it needs"), ("[1, 2]", "cannot be read as a split"),
-    ({"train": ["A"]}, "no list of condition names under 'test'"), ({"test": "A"}, "cannot be read as a split"),
-    ({"test": [1]}, "cannot be read as a split"), ("\x00", "cannot be read as a split"),
-    ({"test": ["A+ctrl"], "train": ["A"]}, "'A.*' is in both (test|train) and (test|train); every condition"),
-    ({"test": ["A", "D"]}, "test condition 'D' has no cells in the data; remove it from the split file"),
-    ({"test": ["A"], "train": ["B"]}, r"4 conditions of the data are in no part \(A\+B, A\+B\+C, B\+C, C\); list them"),
-    ({"test": []}, "no test condition"), ({"test": SIX}, "no train condition"),
-    ({"test": ["A@x"]}, "test condition 'A@x' has no cells")])
-def test_bad_split_files(six, content, message):
-    with pytest.raises(data.DataError, match=message) as error:
-        split_of(six, content)
-    assert "--split" in str(error.value) and "split.json" in str(error.value)
-
-
-@pytest.mark.parametrize("name, message", [
-    ("obs:wrong", "value 'dev' of condition .*; the column must hold train, val and test"),
-    ("obs:mixed", "is in both .* a split is by condition, never by cell"),
-    ("obs:absent", "obs has no column 'absent' .--split.; it has .*part"),
-    ("absent.json", "--split absent.json: cannot be read as a split")])
-def test_bad_split_columns(six, name, message):
-    with pytest.raises(data.DataError, match=message):
-        data.load(six, split=name)
-
-
-def test_split_file_by_covariate(two_types):
-    def split(**parts):
-        return split_of(two_types, parts, "cell_type")
-    one = split(test=["TF1@type1", "TF2"])
-    assert one["test"] == ["TF1@type1", "TF2"] and "TF1@type2" in one["train"] and "TF1" not in one["train"]
-    with pytest.raises(data.DataError, match="'TF1@type1' is in test, but 'TF1' as a whole is in val"):
-        split(test=["TF1@type1"], val=["TF1"])
-
-
-SPLITS = ["additive", "holdout", "cv", "combo", "unseen", "transfer"]
-
-
-@pytest.mark.parametrize("name", SPLITS)
-def test_the_written_split_gives_the_same_split_and_data(two_types, tmp_path, name):
-    config = data.DataConfig(covariates="cell_type", hvg=40)
-    first = data.load(two_types, config, name, fold=1)
-    (tmp_path / "split.json").write_text(json.dumps(first.split))
-    again = data.load(two_types, config, str(tmp_path / "split.json"))
-    assert again.split == first.split and again.genes == first.genes
-    assert np.array_equal(again.fit_rows, first.fit_rows)
-    parts = [set(first.part(p)) for p in data.PARTS]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == 2 * 40         # by group: disjoint and complete
-
-
-# ------------------------------------------------------------------------------------------------ leaks
-
-def change_test_cells(path, out, rows, how):
-    """A copy of a CSR file whose given rows are zeroed, or have their genes shuffled within and across the cells."""
-    with h5py.File(path) as source, h5py.File(out, "w") as target:
-        for name in source:
-            source.copy(name, target)
-        group = target["X"]
-        arrays = [group[key][...] for key in ("data", "indices", "indptr")]
-        X = sp.csr_matrix(tuple(arrays), group.attrs["shape"]).toarray()
-        X[rows] = 0 if how == "zero" else np.random.default_rng(0).permutation(X[rows].ravel()).reshape(len(rows), -1)
-        del target["X"]
-        sparse()(target, "X", X)
-
-
-def fitted(loaded):
-    """Every quantity that is fitted, and the values that a method trains on."""
-    total, square = data.gene_moments(loaded.X, loaded.fit_rows)
-    fit = loaded.X[loaded.fit_rows]
-    return {"split": loaded.split, "rows": loaded.fit_rows.tolist(), "genes": loaded.genes,
-            "eval": loaded.eval_genes.tolist(), "pert_gene": loaded.pert_gene.tolist(),
-            "hvg": data.highly_variable(loaded.X, loaded.fit_rows, 10).tolist(),
-            "mean": (total / len(loaded.fit_rows)).tobytes(), "square": square.tobytes(),
-            "values": fit.data.tobytes(), "indices": fit.indices.tobytes()}
-
-
-@pytest.mark.parametrize("how", ["zero", "permute"])
-@pytest.mark.parametrize("name", SPLITS)
-def test_no_test_cell_is_ever_seen(two_types, tmp_path, name, how):
-    """Zeroing or permuting test cells leaves everything fitted bit-identical; choosing genes on all cells does not."""
-    config = data.DataConfig(covariates="cell_type", hvg=40, min_cells=700, eval_genes=30)
-    before = data.load(two_types, config, name)
-    rows = np.sort(np.concatenate([before.rows[g] for g in before.part("test")]))
-    assert len(rows) and not set(rows) & set(before.fit_rows)
-    change_test_cells(two_types, tmp_path / "changed.h5ad", rows, how)
-    after = data.load(tmp_path / "changed.h5ad", config, name)
-    assert fitted(after) == fitted(before) and len(before.genes) < 70
-    assert not np.array_equal(after.X[rows].toarray(), before.X[rows].toarray())
-    config.hvg_on = "all"
-    assert fitted(data.load(tmp_path / "changed.h5ad", config, name)) != fitted(data.load(two_types, config, name))
-
-
 # ------------------------------------------------------------------------------------------------ sampling
 
 @pytest.fixture(scope="module")
@@ -952,6 +665,17 @@ def test_populations_are_the_real_cells(sampled):
 
 # ------------------------------------------------------------------------------------------------ streaming
 
+def fitted(loaded):
+    """Every quantity that is fitted, and the values that a method trains on."""
+    total, square = data.gene_moments(loaded.X, loaded.fit_rows)
+    fit = loaded.X[loaded.fit_rows]
+    return {"split": loaded.split, "rows": loaded.fit_rows.tolist(), "genes": loaded.genes,
+            "eval": loaded.eval_genes.tolist(), "pert_gene": loaded.pert_gene.tolist(),
+            "hvg": data.highly_variable(loaded.X, loaded.fit_rows, 10).tolist(),
+            "mean": (total / len(loaded.fit_rows)).tobytes(), "square": square.tobytes(),
+            "values": fit.data.tobytes(), "indices": fit.indices.tobytes()}
+
+
 def copy_as(path, out, write):
     """The same file with its matrix stored in another way."""
     X = data.read_cells(path).X.toarray()
@@ -984,8 +708,8 @@ def test_gene_statistics_are_those_of_training_and_control_cells(two_types, monk
             assert np.allclose(corr, expected, atol=1e-5) and corr[4].abs().max() == 0
 
 
-@pytest.mark.parametrize("split", FLAGS_OF_SPLITS)
-@pytest.mark.parametrize("form", ["csr", "csr-chunks", "csr-gzip", "csr-float64", "dense-gzip", "csc", "prepared"])
+@pytest.mark.parametrize("form, split", [("csr-chunks", "transfer"), ("csr-gzip", "additive"),
+                                         ("dense-gzip", "transfer"), ("csc", "additive"), ("prepared", "transfer")])
 def test_streaming_equals_memory(two_types, tmp_path, monkeypatch, form, split):
     """Same genes, splits, fitted quantities, batches for the same seed, populations, prepared file: to the last bit."""
     config, path = data.DataConfig(**FLAGS_OF_SPLITS[split]), tmp_path / "file.h5"
@@ -1126,7 +850,7 @@ def test_populations_written_and_read_back(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "pred.h5ad"
     pred = {"KLF1@CD4+ T, naive": rng.random((4, 3)) * 3, "KLF1+MAP2K6@B": rng.random((2, 3)) * 3}
     control = {"CD4+ T, naive": rng.random((3, 3)) * 3, "B": rng.random((5, 3)) * 3}
-    data.write_populations(path, pred, control, GENES[:3], "cell_type ", "scdfm")
+    data.write_populations(path, pred, control, panel_of(GENES), [0, 1, 2], "cell_type ", "scdfm")
     cells = data.read_cells(path, data.DataConfig(covariates="cell_type", lognorm=True))
     names = [data.group_name(c, v) for c, v in zip(cells.condition, cells.covariate)]
     for name, values in [*pred.items(), *((f"control@{v}", x) for v, x in control.items())]:
@@ -1137,23 +861,6 @@ def test_populations_written_and_read_back(tmp_path):
 
 def panel_of(genes, mean=0.5):
     return data.Panel(genes, [0], [], [], [], [mean] * len(genes), [9.0] * len(genes))
-
-
-def test_controls_of_the_user(tmp_path):
-    """By gene name, which an Ensembl index keeps in a column; genes that the file lacks are at their training mean."""
-    X, wanted = make_counts(60), ["GENE3", "KLF1"]
-    columns = [GENES.index(g) for g in wanted]
-    path = write_file(tmp_path / "file.h5ad", X, ["a"] * 60, key="batch", obs={"type": ["B", "T"] * 30})
-    found, missing = data.read_controls(path, data.DataConfig(covariates="type"), panel_of(wanted))
-    assert np.allclose(found["T"], log_cp10k(X)[1::2, columns], rtol=2e-6) and len(missing) == 0   # all are controls
-    ensembl = [f"ENSG{i}" for i in range(len(GENES))]
-    write_file(path, X, LABELS, index=ensembl, var={"gene_name": GENES})
-    found, missing = data.read_controls(path, data.DataConfig(), panel_of(["GENE3", "ABC", "KLF1"]))
-    assert np.allclose(found[""][:, [0, 2]], log_cp10k(X)[:20, columns], rtol=2e-6)
-    assert list(missing) == [1] and np.all(found[""][:, 1] == 0.5)
-    write_file(path, X, LABELS, index=ensembl, var={"symbols of ours": GENES})
-    with pytest.raises(data.DataError, match="lacks 2 of the model's 2 genes .GENE3, KLF1.; .* with --gene-key"):
-        data.read_controls(path, data.DataConfig(), panel_of(wanted))
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("Can't write data"),
@@ -1471,13 +1178,6 @@ def test_bad_flags(tmp_path, capsys, flags, message):
         assert part in error
 
 
-@pytest.mark.parametrize("split", ["additive", "cv", "holdout", "combo"])
-def test_splits_that_need_doubles(tmp_path, capsys, split):
-    labelled(["control", "KLF1", "CEBPA"] * 9)(tmp_path / "file.h5ad")
-    error = refused(capsys, tmp_path, tmp_path / "file.h5ad", "--split", split)
-    assert f"--split {split} needs doubles, this file has 0; use --split unseen" in error
-
-
 def test_the_input_is_not_overwritten(tmp_path, capsys):
     path = write_file(tmp_path / "out.h5ad", make_counts(60), LABELS)
     assert "is the input itself" in refused(capsys, tmp_path, path)
@@ -1487,13 +1187,13 @@ def test_command_line_in_text(tmp_path, capsys):
     path = write_file(tmp_path / "file.h5ad", make_counts(64), LABELS + [""] * 4)
     data.main([str(path), "--split", "unseen", "--min-cells", "0"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{path}: 60 cells x 30 genes, counts"
-    for start in ("conditions  3 (2 singles, 1 doubles, 0 of more) in obs column condition",
-                  "controls    20 cells labelled control", "cells       10 to 15 per condition, median 15",
-                  "panel       30 genes; 2 of 2 perturbations are genes of it", "train       1 conditions, 15 cells",
-                  "val         0 conditions", "test        2 conditions, 25 cells",
-                  "note        dropped 4 cells without a label"):
-        assert any(line.startswith(start) for line in lines), start
+    for key, value in (("file", path), ("cells", 60), ("genes", 30), ("scale", "counts"), ("conditions", 3),
+                       ("singles", 2), ("doubles", 1), ("controls", 20), ("control labels", "control"),
+                       ("cells per condition", "min 10, median 15, max 15"), ("covariates", "none"),
+                       ("perturbed genes in panel", 2), ("train", "conditions 1, cells 15"),
+                       ("val", "conditions 0, cells 0"), ("test", "conditions 2, cells 25")):
+        assert f"{key:<25} {value}" in lines
+    assert "note: dropped 4 cells without a label" in lines
 
 
 def run(*argv, **options):
@@ -1517,12 +1217,6 @@ def test_command_line_as_a_user_runs_it(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prepared.h5", "small.h5ad"]
     again = data.describe(data.load(tmp_path / "prepared.h5"))
     assert again["conditions"] == 40 and again["scale"] == "lognorm"
-
-
-def test_command_line_refuses_without_a_traceback(tmp_path):
-    done = run("absent.h5ad", "--json", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
-    assert done.stderr.startswith("error: absent.h5ad: no such file") and "Traceback" not in done.stderr
 
 
 def test_a_full_disk(tmp_path):
