@@ -38,6 +38,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
@@ -59,9 +60,12 @@ METHODS = {
     "scdfm:no-mask": "scdfm.py --knn 0",
     "scdfm:plain-attention": "scdfm.py --no-differential",
     "primeflow": "primeflow.py",
+    "primeflow:unet": "primeflow.py --velocity unet",
     "primeflow:mlp": "primeflow.py --velocity mlp",
-    "primeflow:pca": "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1",
-    "primeflow:pca-ot": "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1 --coupling ot",
+    "primeflow:pca": "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1 --no-standardise "
+                     "--coupling independent",
+    "primeflow:pca-ot": "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1 --no-standardise "
+                        "--coupling ot",
     "scbig": "scbig.py",
     "scbig:kmeans": "scbig.py --clustering kmeans",
     "scbig:transformer": "scbig.py --encoder transformer",
@@ -73,11 +77,12 @@ METHODS = {
     "celltarnet:no-prior": "celltarnet.py --prior none",
     "celltarnet:sparse": "celltarnet.py --prior sparse",
     "celltarnet:low-rank": "celltarnet.py --prior low-rank",
-    # the paper's choices where the demo preset has its own (each script's Deviations): append their flags here
-    "scdfm:paper": "scdfm.py",
-    "primeflow:paper": "primeflow.py",
-    "scbig:paper": "scbig.py",
-    "celltarnet:paper": "celltarnet.py",
+    # the demo preset with the paper's choices (each script's Deviations)
+    "scdfm:paper": "scdfm.py --no-effect-readout --no-precondition",
+    "primeflow:paper": "primeflow.py --velocity unet --coupling independent --sigma 0 --no-standardise --no-balanced "
+                       "--no-effect-readout --no-control-profile --p-null 0.2",
+    "scbig:paper": "scbig.py --no-effect-readout --no-residual --condition-dropout 0.9",
+    "celltarnet:paper": "celltarnet.py --no-effect-readout --token-strength 1 --calibration 0 --no-stratified",
 }
 DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same
 
@@ -437,13 +442,6 @@ def check_run(job, dataset):
     return result
 
 
-def training_log(folder):
-    """The lines of a run's log.jsonl that tell of training steps: not of an earlier stage, nor of validation."""
-    path = Path(folder, "log.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if line["step"] > 0 and "stage" not in line and "cells_per_s" in line]
-
-
 # -------------------------------------------------------------------------------- scores
 
 def score(dataset, pred, seed, keys, floors=False):
@@ -518,8 +516,6 @@ def score_run(job, dataset, config):
         result["aggregate"] |= more["aggregate"]
         for group, scores in more["per_condition"].items():
             result["per_condition"][group] |= scores
-    log = training_log(job.folder)
-    result["train_seconds"] = log[-1]["seconds"] if log else None
     rows = [(job.name, "method", result)]
     for suffix, other in result.get("variants", {}).items():
         rows.append((job.name + suffix, "method", other))
@@ -554,7 +550,7 @@ def collect(runs):
         for group in dict.fromkeys(g for r in results[name] for g in r["per_condition"]):
             of = [r["per_condition"][group] for r in results[name] if group in r["per_condition"]]
             row["per_condition"][group] = {k: mean([scores.get(k) for scores in of]) for k in of[0]}
-        for k in ("train_seconds", "peak_memory_mb"):
+        for k in ("seconds", "peak_memory_mb"):
             row[k] = mean([r.get(k) for r in results[name]])
         row["options"] = [r["options"] for r in results[name] if "options" in r]
     return rows
@@ -609,28 +605,17 @@ def number(value, sd=None):
     return f"{value:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd else "")
 
 
-def short_names(names):
-    """{name: the first word and the last flags of it}; what is alike then is numbered."""
-    out = {}
-    for name in names:
-        method, _, flags = name.partition(" ")
-        text = f"{method} …{flags[-16:]}" if len(flags) > 18 else name
-        alike = sum(text == other.partition(" (")[0] for other in out.values())
-        out[name] = f"{text} ({alike + 1})" if alike else text
-    return out
-
-
 def table(rows, keys):
     """Lines of cells of text, titles first: mean ± sd of every metric, the best **so**, the second best *so*; then what
     it took."""
     style = ("**{}**", "*{}*", "{}")
     place = {k: marks(rows, k) for k in keys}
-    lines = [["", *(k + metrics.KEYS[k].arrow for k in keys), "train s", "peak MB"]]
+    lines = [["", *(k + metrics.KEYS[k].arrow for k in keys), "seconds", "peak MB"]]
     for name, row in rows.items():
         line = [name]
         for k in keys:
             line.append(style[place[k].get(name, 2)].format(number(row["mean"].get(k), row["sd"].get(k))))
-        for value in (row.get("train_seconds"), row.get("peak_memory_mb")):
+        for value in (row.get("seconds"), row.get("peak_memory_mb")):
             line.append("-" if value is None else f"{value:,.0f}")
         lines.append(line)
     return lines
@@ -690,36 +675,30 @@ def bench(config):
     tests, lines = against_baselines(rows, keys)
     if partial:
         lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
-    title = f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, " \
-        f"seeds {list(config.seeds)}: {len(first.part('train'))} training and {len(first.part('test'))} test " \
-        f"conditions, {len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition"
-    parts = [f"# {title}", render(table(rows, keys)), "\n".join(f"- {line}" for line in lines)]
+    title = (f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, seeds {list(config.seeds)}: "
+             f"{len(first.part('train'))} training and {len(first.part('test'))} test conditions, "
+             f"{len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition")
     first_runs = [job for job in good if (job.fold, job.seed) == (config.folds[0], config.seeds[0])]
+    notes = ["\n".join(f"- {line}" for line in lines)]
     if config.stages:
-        parts.append(render(stages(config, first_runs, first, rows)))
-    write_results(out, config, rows, tests, failed, parts)
-
-    # the console: the same, with names and a width that fit
-    short = short_names(rows)
-    shown = {short[name]: row for name, row in rows.items()}
+        notes.append(render(stages(config, first_runs, first, rows)))
+    write_results(out, config, rows, tests, [f"# {title}", render(table(rows, keys)), *notes])
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    parts[:2] = [title, render(table(shown, keys), width)]
-    print("\n" + "\n\n".join(parts))
+    print("\n" + "\n\n".join([title, render(table(rows, keys), width), *notes]))
     for job, error in failed:
         print(f"FAILED: {job}: {error}", file=sys.stderr)
     if config.plot:
-        plot(config, out, shown, {short[job.name]: job for job in first_runs}, first)
+        plot(config, out, rows, first_runs, first)
     print(f"files in {out}")
     return 1 if failed else 0
 
 
-def write_results(out, config, rows, tests, failed, parts):
+def write_results(out, config, rows, tests, parts):
     """bench.json, bench.csv and bench.md."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     data.write_json(out / "bench.json", {
         "data": config.data, "split": config.split, "folds": config.folds, "seeds": config.seeds,
-        "eval_cells": config.eval_cells, "versions": versions, "rows": rows, "tests": tests,
-        "failed": [{"name": job.name, "fold": job.fold, "seed": job.seed, "error": error} for job, error in failed]})
+        "eval_cells": config.eval_cells, "versions": versions, "rows": rows, "tests": tests})
     with data.atomic(out / "bench.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, ["row", "kind", "condition", *metrics.KEYS])
         writer.writeheader()
@@ -777,7 +756,7 @@ KINDS = {"floor": "#BBBBBB", "baseline": "#56B4E9", "prediction": "#D55E00"}
 
 def row_colors(rows):
     """{row name: colour}: one for each method ('scdfm' of 'scdfm:no-mmd' and of 'scdfm --knn 10'), else by kind."""
-    family = {name: re.split(r"[: ]", name)[0] for name, row in rows.items() if row["kind"] == "method"}
+    family = {name: re.split(r"[:\s]", name)[0] for name, row in rows.items() if row["kind"] == "method"}
     families = list(dict.fromkeys(family.values()))
     colors = {name: KINDS.get(row["kind"], "black") for name, row in rows.items()}
     return colors | {name: COLORS[families.index(f) % len(COLORS)] for name, f in family.items()}
@@ -804,8 +783,9 @@ def plot(config, out, rows, runs, dataset):
     for text in config.pred:
         name, pred = read_pred(text, dataset, config)
         cells[name] = pred[condition].toarray()
-    for name, job in runs.items():
-        cells[name] = predicted_cells(job.folder / "pred.h5ad", dataset)[condition].toarray()
+    for job in runs:
+        cells[job.name] = predicted_cells(job.folder / "pred.h5ad", dataset)[condition].toarray()
+    rows, cells = ({textwrap.fill(name, 32): of[name] for name in of} for of in (rows, cells))
     colors = row_colors(rows) | {"real": "black"}
     figures = {"errors": plot_errors(plt, rows, colors), "methods": plot_methods(plt, rows, colors),
                "genes": plot_genes(plt, condition, cells, colors, [dataset.genes[i] for i in genes]),
@@ -820,7 +800,7 @@ def plot_errors(plt, rows, colors):
     """Error of each test condition, a line per row (scDFM figure 3)."""
     shown = [name for name, row in rows.items() if row["per_condition"]]
     errors = [[v["l2"] for v in rows[name]["per_condition"].values() if v.get("l2") is not None] for name in shown]
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.28 * len(shown)))
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(shown)))
     axis.boxplot(errors, orientation="horizontal", tick_labels=shown, showfliers=False, widths=0.7,
                  medianprops={"color": "black"})
     for i, values in enumerate(errors):
@@ -926,9 +906,10 @@ def measure(script, flags, device, steps, folder):
     flags = [*flags, *FEW_STAGE.get(script.stem, ())]
     run = folder / "run"
     child(script, *flags, "--steps", steps, "--out", run)
-    log = training_log(run)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [line for line in lines if "cells_per_s" in line and "stage" not in line][2:]     # after compilation
     result = json.loads((run / "metrics.json").read_text())
-    seconds = np.median([(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log[2:], log[3:])])
+    seconds = np.median([(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log, log[1:])])
 
     total = []
     for n in (1, 3):                            # the difference is two steps, whatever comes before and after
@@ -946,7 +927,7 @@ def measure(script, flags, device, steps, folder):
                   "--out", folder / f"{n}.h5ad")[0] for n in (few, many)]
     sampling = max(took[1] - took[0], 1e-9)     # both start python, load the data and compile
     return {"ms/step": round(1e3 * float(seconds), 2),
-            "cells/s": round(float(np.median([line["cells_per_s"] for line in log[2:]])), 1),
+            "cells/s": round(float(np.median([line["cells_per_s"] for line in log])), 1),
             "peak MB": result["peak_memory_mb"],
             "GFLOP/step": round(flops / 1e9, 2),
             "utilisation": round(flops / float(seconds) / rate, 3),
