@@ -54,6 +54,7 @@ from data import DataError
 HERE = Path(__file__).resolve().parent
 
 # methods and their ablations: name -> script and flags. Add a line to compare your own, or name its script.
+PCA = "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1 --no-standardise"
 METHODS = {
     "scdfm": "scdfm.py",
     "scdfm:no-mmd": "scdfm.py --mmd-weight 0",
@@ -62,10 +63,8 @@ METHODS = {
     "primeflow": "primeflow.py",
     "primeflow:unet": "primeflow.py --velocity unet",
     "primeflow:mlp": "primeflow.py --velocity mlp",
-    "primeflow:pca": "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1 --no-standardise "
-                     "--coupling independent",
-    "primeflow:pca-ot": "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1 --no-standardise "
-                        "--coupling ot",
+    "primeflow:pca": f"{PCA} --coupling independent",
+    "primeflow:pca-ot": f"{PCA} --coupling ot",
     "scbig": "scbig.py",
     "scbig:kmeans": "scbig.py --clustering kmeans",
     "scbig:transformer": "scbig.py --encoder transformer",
@@ -538,7 +537,8 @@ def collect(runs):
     def mean(values):
         return float(np.mean(values)) if values and None not in values else None
     rows, results = {}, {}
-    for name, kind, result in runs:
+    order = ("floor", "baseline", "prediction", "method", "replicate")
+    for name, kind, result in sorted(runs, key=lambda run: order.index(run[1])):
         rows[name] = {"kind": kind, "mean": {}, "sd": {}, "per_condition": {}}
         results.setdefault(name, []).append(result)
     for name, row in rows.items():
@@ -668,8 +668,6 @@ def bench(config):
         rows.pop(name, None)
     for name, values in published_rows(config).items():
         rows[name] = {"kind": "published", "mean": values, "sd": {}, "per_condition": {}}
-    order = ("floor", "baseline", "prediction", "method", "replicate", "published")
-    rows = dict(sorted(rows.items(), key=lambda item: order.index(item[1]["kind"])))
 
     keys = list(config.keys or metrics.TABLE_KEYS)
     tests, lines = against_baselines(rows, keys)
@@ -679,14 +677,17 @@ def bench(config):
              f"{len(first.part('train'))} training and {len(first.part('test'))} test conditions, "
              f"{len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition")
     first_runs = [job for job in good if (job.fold, job.seed) == (config.folds[0], config.seeds[0])]
-    notes = ["\n".join(f"- {line}" for line in lines)]
-    if config.stages:
-        notes.append(render(stages(config, first_runs, first, rows)))
-    write_results(out, config, rows, tests, [f"# {title}", render(table(rows, keys)), *notes])
+    notes = "\n".join(f"- {line}" for line in lines)
+    write_results(out, config, rows, tests, [f"# {title}", render(table(rows, keys)), notes])
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    print("\n" + "\n\n".join([title, render(table(rows, keys), width), *notes]))
+    print("\n" + "\n\n".join([title, render(table(rows, keys), width), notes]))
     for job, error in failed:
         print(f"FAILED: {job}: {error}", file=sys.stderr)
+    if config.stages:
+        text = "\n" + render(stages(config, first_runs, first, rows)) + "\n"
+        print(text)
+        with open(out / "bench.md", "a") as file:
+            file.write(text)
     if config.plot:
         plot(config, out, rows, first_runs, first)
     print(f"files in {out}")
@@ -717,29 +718,25 @@ FIT = 1.5       # an error of up to so many times the noise is taken for noise
 
 def stages(config, runs, dataset, rows):
     """Where the error of each run enters, as lines of a table: l2 of five training conditions beside the sampling noise
-    (one half of their real cells against the other, the same number of cells), l2 of the test beside the replicate."""
-    genes = dataset.eval_genes
+    (one half of their real cells against the other, as many cells), l2 of the test beside the replicate."""
     groups = sorted(dataset.part("train"), key=lambda g: -len(dataset.rows[g]))[:5]
     n = min(config.eval_cells, len(dataset.rows[groups[-1]]) // 2)
-    one, other = {}, {}
-    for g in groups:
-        cells = data.pick_rows(dataset.cells(g, genes), 2 * n, data.seed_of("stages", g))
-        one[g] = cells[:n].mean(0)
-        other[g] = cells[n:].mean(0)
-    noise = np.mean([metrics.l2(one[g], other[g]) for g in groups])
+    real = {g: data.pick_rows(dataset.cells(g, dataset.eval_genes), 2 * n, data.seed_of("stages", g)) for g in groups}
+    noise = np.mean([metrics.l2(real[g][:n].mean(0), real[g][n:].mean(0)) for g in groups])
     replicate = rows["replicate"]["mean"]["l2"]
     lines = [["l2", "training", "noise", "test", "replicate", "where the error enters"]]
     for job in runs:
         if not job.begun():
             continue
+        place = ["--device", config.device] if config.device else []
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "pred.h5ad")
-            child(job.command[0], "--ckpt", job.folder / "ckpt.pt", "--predict", *groups, "--cells", n, "--out", file,
-                  *(["--device", config.device] if config.device else []))
+            child(job.command[0], "--ckpt", job.folder / "ckpt.pt", *place, "--predict", *groups, "--cells", n,
+                  "--out", file)
             cells = predicted_cells(file, dataset)
-            training = np.mean([metrics.l2(cells[g].toarray().mean(0), one[g]) for g in groups])
+            training = np.mean([metrics.l2(cells[g].toarray().mean(0), real[g][:n].mean(0)) for g in groups])
         test = rows[job.name]["mean"]["l2"]
-        where = "nowhere: within the noise"
+        where = "within the noise"
         if training > FIT * noise:
             where = "underfits"
         elif test > FIT * replicate:
@@ -943,6 +940,8 @@ def speed(config):
             row = measure(script, common_flags(config) + flags, config.device, 400 if cuda else 40, Path(folder))
         rows.append({"method": text, "preset": config.preset, **row})
         print(f"measured {text}", flush=True)
+    if not rows:
+        raise DataError("--speed: --methods names none to measure")
     print(render([list(rows[0])] + [[str(value) for value in row.values()] for row in rows]))
     print(json.dumps({"methods": rows, "torch": torch.__version__, "threads": torch.get_num_threads(),
                       "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}))

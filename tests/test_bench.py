@@ -30,6 +30,10 @@ from pathlib import Path
 
 given = sys.argv[1:]
 out = Path(given[given.index("--out") + 1])
+if "--predict" in given:
+    args = (Path(given[given.index("--ckpt") + 1]).parent / "args.json").read_text()
+    shutil.copy(Path(__file__).parent / ("lazy.h5ad" if "--lazy" in args else "exact.h5ad"), out)
+    sys.exit()
 if "--resume" in given:
     args = json.loads((out / "args.json").read_text())
 else:
@@ -213,6 +217,14 @@ def test_kernel_says_nothing_about_what_it_cannot_relate():
     assert not bench.kernel(["D1", "D2"], Y, ["G3"], **kernel_options()).any()
 
 
+def test_what_is_not_defined_for_all_conditions_is_left_out(demo, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(bench.GRIDS, "kernel", (lambda train, Y, test, **_: np.zeros((len(test), Y.shape[1])), [{}]))
+    out = ok(main(capsys, "--data", demo, "--preset", "demo", "--split", "unseen", "--methods", "none",
+                  "--eval-cells", 8, "--out", tmp_path / "b"))
+    assert list(written(tmp_path / "b")) == ["control", "mean", "mean_cells", *list(bench.GRIDS)[:3], "replicate"]
+    assert "left out, since not defined for all test conditions: additive, kernel" in out
+
+
 def test_baseline_cells_are_shifted_controls_of_the_same_covariate(tmp_path):
     data.simulate(tmp_path / "a.h5ad", cells=900, genes=40, cell_types=2)
     dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(covariates="cell_type"), "transfer")
@@ -258,20 +270,15 @@ def test_a_row_is_the_mean_and_the_sd_over_its_runs():
     assert rows["c"]["mean"]["l2"] is rows["c"]["seconds"] is None
 
 
-def test_rows_that_print_the_same_share_a_mark():
+def test_rows_that_print_the_same_share_a_mark_and_replicate_and_published_rows_do_not_compete():
     rows = {"a": row("floor", 1.00004), "b": row("baseline", 1.0), "c": row("method", 2.0), "d": row("prediction", 2.0),
-            "e": row("method", 3.0)}
+            "e": row("method", 3.0), "replicate": row("replicate", 0.5, 0), "paper": row("published", 4.0, 0)}
     assert bench.marks(rows, "l2") == {"a": 0, "b": 0, "c": 1, "d": 1}
     for r in rows.values():
         r["mean"] = {"pds": r["mean"]["l2"]}
     assert bench.marks(rows, "pds") == {"e": 0, "c": 1, "d": 1}                      # the larger the better
     assert [line[1] for line in bench.table(rows, ["pds"])] == ["pds↑", "1.000", "1.000", "*2.000*", "*2.000*",
-                                                                "**3.000**"]
-
-
-def test_replicate_and_published_rows_do_not_compete():
-    rows = {"control": row("floor", 3.0), "replicate": row("replicate", 1.0, 0), "paper": row("published", 0.5, 0)}
-    assert bench.marks(rows, "l2") == {"control": 0}
+                                                                "**3.000**", "0.500", "4.000"]
 
 
 def test_a_method_is_compared_with_the_best_floor_or_baseline():
@@ -306,28 +313,30 @@ def test_published_rows_are_own_methods_and_only_for_their_data():
 
 @pytest.fixture(scope="module")
 def stub(demo, tmp_path_factory):
-    """Path of a script that answers as a method does, for some folds and seeds: controls moved half of the way."""
+    """Path of a script that answers as a method does, for some folds and seeds: controls moved half of the way. Of
+    training conditions it predicts the mean, with --lazy a control cell."""
     folder = tmp_path_factory.mktemp("stub")
     (folder / "stub.py").write_text(STUB)
     for fold, seed in ((0, 0), (0, 1), (1, 1)):
         dataset = data.load(demo, data.DataConfig(hvg=1000), "additive", fold)
-        cells = {}
-        for g in dataset.part("test"):
-            controls = dataset.controls("test", dataset.eval_genes, "")
-            move = dataset.cells(g, dataset.eval_genes).mean(0) - controls.mean(0)
-            cells[g] = data.pick_rows(controls, 8, seed) + 0.5 * move
-        genes = dataset.eval_genes
-        result = metrics.evaluate(cells, dataset.populations("test", genes), dataset.controls("test", genes),
-                                  [dataset.genes[i] for i in genes], dataset.populations("train", genes), seed=seed,
-                                  keys=[k for k in metrics.KEYS if k not in metrics.MMD_RANKS])
+        genes, train, test = dataset.eval_genes, dataset.part("train"), dataset.part("test")
+        names = [dataset.genes[i] for i in genes]
+        controls = dataset.controls("test", genes, "")
+        start = data.pick_rows(controls, 8, seed) - controls.mean(0) / 2
+        cells = {g: start + dataset.cells(g, genes).mean(0) / 2 for g in test}
+        result = metrics.evaluate(cells, dataset.populations("test", genes), controls, names,
+                                  dataset.populations("train", genes), seed=seed)
+        variant = {key: result[key] for key in ("aggregate", "per_condition")}
+        result |= {"seconds": 10 + fold, "peak_memory_mb": 100 + fold, "variants": {" w=3": variant}}
         place = folder / f"f{fold}-s{seed}"
         place.mkdir()
-        labels = np.repeat(np.array(list(cells), dtype=object), 8)
-        data.write_h5ad(place / "pred.h5ad", np.concatenate(list(cells.values())), {"condition": labels},
-                        [dataset.genes[i] for i in dataset.eval_genes])
         data.write_json(place / "split.json", dataset.split)
-        variant = {key: result[key] for key in ("aggregate", "n_valid", "per_condition")}
-        data.write_json(place / "metrics.json", {**result, "seconds": 10 + fold, "peak_memory_mb": 100 + fold, "variants": {" w=3": variant}})
+        data.write_json(place / "metrics.json", result)
+        exact = np.stack([dataset.cells(g, genes).mean(0) for g in train])
+        for path, X, labels in ((place / "pred.h5ad", np.concatenate(list(cells.values())), np.repeat(test, 8)),
+                                (folder / "exact.h5ad", exact, train),
+                                (folder / "lazy.h5ad", controls[:len(train)], train)):
+            data.write_h5ad(path, X, {"condition": np.array(labels, dtype=object)}, names)
     return folder / "stub.py"
 
 
@@ -342,16 +351,14 @@ def test_the_table_holds_what_the_runs_printed(demo, stub, capsys, tmp_path):
     fork = str(stub)
     assert list(rows) == [*metrics.FLOORS, *bench.GRIDS, fork, f"{fork} w=3", "replicate"]
     results = [json.loads(path.read_text()) for path in stub.parent.glob("f*-s1/metrics.json")]
-    assert rows[fork]["runs"] == len(results) == 2 and rows[fork]["seconds"] == 10.5
-    assert rows[fork]["peak_memory_mb"] == 100.5
+    assert (rows[fork]["runs"], rows[fork]["seconds"], rows[fork]["peak_memory_mb"]) == (2, 10.5, 100.5)
     for key in metrics.TABLE_KEYS:
         values = [r["aggregate"][key] for r in results]
         assert rows[fork]["mean"][key] == rows[f"{fork} w=3"]["mean"][key] == pytest.approx(np.mean(values))
         assert rows[fork]["sd"][key] == pytest.approx(np.std(values, ddof=1))
         for floor in metrics.FLOORS:
             values = [r["floors"][floor][key] for r in results]
-            if None not in values:
-                assert rows[floor]["mean"][key] == pytest.approx(np.mean(values)), (floor, key)
+            assert None in values or rows[floor]["mean"][key] == pytest.approx(np.mean(values)), (floor, key)
     assert rows["replicate"]["mean"]["l2"] == pytest.approx(np.mean([r["replicate"]["l2"] for r in results]))
     line = next(line for line in out.splitlines() if line.startswith("| ridge"))
     assert bench.number(rows["ridge"]["mean"]["l2"], rows["ridge"]["sd"]["l2"]) in line
@@ -375,6 +382,22 @@ def test_a_method_of_the_repository_runs_and_loses_after_twenty_steps(demo, caps
     found = written(tmp_path / "b")[name]
     assert found["seconds"] > 0 and found["peak_memory_mb"] > 50 and found["mean"]["l2"] > 0
     assert "LOSES to control or mean in" in out
+
+
+def test_stages_tell_what_underfits_from_what_does_not_transfer(demo, stub, capsys, monkeypatch, tmp_path):
+    flags = flags_of(demo, tmp_path / "b", stub, f"{stub} --lazy")
+    ok(main(capsys, *flags))
+    for folder in (tmp_path / "b").glob("stub-*"):
+        (folder / "ckpt.pt").touch()
+    rows = written(tmp_path / "b")
+    for fit, verdict in ((0.8, "does not transfer"), (1.0, "within the noise")):
+        monkeypatch.setattr(bench, "FIT", fit)
+        out = ok(main(capsys, *flags, "--stages"))
+        lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in out.partition("| l2")[2].splitlines()]
+        exact, lazy = lines[2:4]
+        assert exact[4] == verdict and lazy[4] == "underfits"
+        assert exact[1:4] == lazy[1:4] and float(exact[0]) < 0.8 * float(exact[1]) < float(lazy[0])
+        assert exact[2:4] == [bench.number(rows[name]["mean"]["l2"]) for name in (str(stub), "replicate")]
 
 
 def test_mmd_ranks_are_computed_only_where_asked(demo, stub, capsys, tmp_path):
@@ -467,13 +490,9 @@ def test_a_folder_belongs_to_one_set_of_flags(demo):
     (["--keys", "l3"], ["l3", "pearson_delta"]),
     (["--pred", "x.h5ad"], ["NAME=FILE"]),
     (["--pred", "scdfm=x.h5ad"], ["none of ours"]),
-    (["--pred", "replicate=x.h5ad"], ["none of ours"]),
     (["--pred", "X=nothing.h5ad"], ["nothing.h5ad", "no such file"]),
     (["--seeds", "0", "0"], ["twice"]),
-    (["--seeds", "-1"], ["--seeds"]),
     (["--jobs", "-1"], ["--jobs"]),
-    (["--data", "nothing.h5ad"], ["nothing.h5ad", "no such file"]),
-    (["--split", "sideways"], ["sideways"]),
     (["--embedding", "nothing.npz"], ["nothing.npz"]),
 ])
 def test_misuse(flags, words, demo, capsys, tmp_path):
