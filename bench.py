@@ -40,6 +40,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import timeit
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -522,9 +523,10 @@ def score_run(job, dataset, config):
 
 
 def published_rows(config):
-    """{row name: {key: value}} of the papers that used data and split of this name."""
+    """Rows of the papers that used data and split of this name."""
     of = Path(config.data).stem.lower(), Path(config.split).stem
-    return {name: dict(zip(keys, values)) for name, keys, values in PUBLISHED.get(of, ())}
+    return {name: {"kind": "published", "mean": dict(zip(keys, values)), "sd": {}, "per_condition": {}}
+            for name, keys, values in PUBLISHED.get(of, ())}
 
 
 # -------------------------------------------------------------------------------- rows
@@ -666,8 +668,7 @@ def bench(config):
     partial = [name for name in asked if name not in rows or len(rows[name]["per_condition"]) < every]
     for name in partial:
         rows.pop(name, None)
-    for name, values in published_rows(config).items():
-        rows[name] = {"kind": "published", "mean": values, "sd": {}, "per_condition": {}}
+    rows |= published_rows(config)
 
     keys = list(config.keys or metrics.TABLE_KEYS)
     tests, lines = against_baselines(rows, keys)
@@ -889,11 +890,7 @@ def matrix_rate(device, dtype):
     """FLOP/s of a large matrix product: what the device can do at best."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()                    # waits for the device
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=6)        # item() waits for the device
     return 2 * n ** 3 / min(seconds)
 
 

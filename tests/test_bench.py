@@ -301,7 +301,7 @@ def test_the_table_reads_as_markdown_and_drops_columns_that_do_not_fit():
 
 def test_published_rows_are_own_methods_and_only_for_their_data():
     rows = bench.published_rows(bench.Config(data="x/norman.h5", split="additive"))
-    assert rows["scDFM, scDFM table 1"]["l2"] == 1.7043 and rows["scBIG, scBIG table 1"]["l2"] == 3.92
+    assert [row["mean"]["l2"] for row in rows.values()] == [1.7043, 3.92]
     for other in (("papalexi.h5", "additive"), ("norman19_devel.h5ad", "additive"), ("norman.h5", "unseen")):
         assert not bench.published_rows(bench.Config(data=other[0], split=other[1]))
     for name, keys, values in itertools.chain(*bench.PUBLISHED.values()):
