@@ -608,8 +608,8 @@ def number(value, sd=None):
 
 
 def table(rows, keys):
-    """Lines of cells of text, titles first: mean ± sd of every metric, the best **so**, the second best *so*; then what
-    it took."""
+    """Lines of cells of text, titles first: mean ± sd of every metric, the best **so**, the second best *so*; then the
+    seconds of a run (training, prediction, scores) and its peak memory."""
     style = ("**{}**", "*{}*", "{}")
     place = {k: marks(rows, k) for k in keys}
     lines = [["", *(k + metrics.KEYS[k].arrow for k in keys), "seconds", "peak MB"]]
