@@ -454,7 +454,7 @@ def score(dataset, pred, seed, keys, floors=False):
 
 def read_pred(text, dataset, config):
     """Name and {group: (n, E)} of one --pred NAME=FILE: the test conditions and the evaluation genes, by name."""
-    name, _, file = text.partition("=")
+    name, file = text.split("=", 1)
     genes, cells = metrics.read_prediction(file, config)
     names = [dataset.genes[i] for i in dataset.eval_genes]
     columns = data.match_genes(genes, names)
@@ -609,7 +609,7 @@ def number(value, sd=None):
 
 def table(rows, keys):
     """Lines of cells of text, titles first: mean ± sd of every metric, the best **so**, the second best *so*; then the
-    seconds of a run (training, prediction, scores) and its peak memory."""
+    seconds of a run (training and scoring) and its peak memory."""
     style = ("**{}**", "*{}*", "{}")
     place = {k: marks(rows, k) for k in keys}
     lines = [["", *(k + metrics.KEYS[k].arrow for k in keys), "seconds", "peak MB"]]
