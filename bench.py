@@ -7,13 +7,14 @@
     python bench.py --data norman.h5 --split additive --methods none --pred GEARS=gears.h5ad CPA=cpa.h5ad
     python bench.py --data norman.h5 --split holdout --embedding scgpt.npz   linear and kernel on those gene vectors
     python bench.py --data sciplex.h5 --split transfer --covariates cell_type --keys rmse rmse_rank mmd mmd_rank
-    python bench.py --speed                                                ms per step, cells/s, memory, utilisation
+    python bench.py --stages                                               does a method underfit, or not transfer
+    python bench.py --speed --preset paper --data norman.h5                ms per step, cells/s, memory, utilisation
 
 Every method runs as a user runs it, python METHOD.py, in a process of its own, with the same data flags, split, fold
 and seed; a second call runs only what is missing, and continues what was interrupted. Results are in the folder --out:
 bench.json, bench.csv (a line per condition), bench.md and the runs themselves. Values are mean and standard deviation
-over seeds and folds; the best of a column is bold and the second best underlined (* and ' on the console), floors and
-baselines included; rows that print the same value share the mark.
+over seeds and folds; the best of a column is **so** and the second best *so*, floors and baselines included; rows that
+print the same value share the mark. The replicate and published rows do not compete.
 
 Baselines, fitted to the mean effects (mean of cells minus mean of their controls) of the training conditions and added
 to control cells. Their hyper-parameters are chosen by five-fold cross-validation over training conditions of the kind
@@ -32,15 +33,15 @@ import math
 import os
 import platform
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
+import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
+import timeit
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -54,15 +55,17 @@ from data import DataError
 HERE = Path(__file__).resolve().parent
 
 # methods and their ablations: name -> script and flags. Add a line to compare your own, or name its script.
+PCA = "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1 --no-standardise"
 METHODS = {
     "scdfm": "scdfm.py",
     "scdfm:no-mmd": "scdfm.py --mmd-weight 0",
     "scdfm:no-mask": "scdfm.py --knn 0",
     "scdfm:plain-attention": "scdfm.py --no-differential",
     "primeflow": "primeflow.py",
+    "primeflow:unet": "primeflow.py --velocity unet",
     "primeflow:mlp": "primeflow.py --velocity mlp",
-    "primeflow:pca": "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1",
-    "primeflow:pca-ot": "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1 --coupling ot",
+    "primeflow:pca": f"{PCA} --coupling independent",
+    "primeflow:pca-ot": f"{PCA} --coupling ot",
     "scbig": "scbig.py",
     "scbig:kmeans": "scbig.py --clustering kmeans",
     "scbig:transformer": "scbig.py --encoder transformer",
@@ -74,16 +77,14 @@ METHODS = {
     "celltarnet:no-prior": "celltarnet.py --prior none",
     "celltarnet:sparse": "celltarnet.py --prior sparse",
     "celltarnet:low-rank": "celltarnet.py --prior low-rank",
-    # the paper's choices where the demo preset has its own (each script's Deviations): append their flags here
-    "scdfm:paper": "scdfm.py",
-    "primeflow:paper": "primeflow.py",
-    "scbig:paper": "scbig.py",
-    "celltarnet:paper": "celltarnet.py",
+    # the demo preset with the paper's choices (each script's Deviations)
+    "scdfm:paper": "scdfm.py --no-effect-readout --no-precondition",
+    "primeflow:paper": "primeflow.py --velocity unet --coupling independent --sigma 0 --no-standardise --no-balanced "
+                       "--no-effect-readout --no-control-profile --p-null 0.2",
+    "scbig:paper": "scbig.py --no-effect-readout --no-residual --condition-dropout 0.9",
+    "celltarnet:paper": "celltarnet.py --no-effect-readout --token-strength 1 --calibration 0 --no-stratified",
 }
-# and what a demo-size run of one needs besides: that preset's schedule is the U-Net's, with which an MLP learns badly
-DEMO = dict.fromkeys(("primeflow:mlp", "primeflow:pca", "primeflow:pca-ot"), "--lr 1e-3 --batch-size 64 --steps 3000")
 DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same
-MMD_RANKS = ("mmd_rank", "mmd_pca30_rank")      # distances of all pairs of populations: computed where --keys asks
 
 # what the papers print of their own methods, by name of the data and split; other genes or splits give other numbers
 _SCDFM = ("l2", "mse", "mae", "de_spearman", "pearson_delta", "pds", "pearson_delta_hat", "pearson_delta_hat_top20")
@@ -118,14 +119,14 @@ class Config(data.DataConfig):
     embedding: str = ""             # gene vectors for linear and kernel: .npz (names, emb), .pt, .tsv or .csv
     pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
-    preset: str = ""                # size of the methods: demo, paper; '' is demo for --data demo, else paper
+    preset: str = ""                # of the methods: demo, paper; '' is demo for --data demo, else paper
     device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
     out: str = ""                   # folder; '' is runs/bench-DATA-SPLIT
     keys: tuple[str, ...] = ()      # metrics to print; default those of the papers' tables
     jobs: int = 0                   # runs at the same time; 0 is one per CPU core for demo-size models, else 1
     plot: bool = False              # figures as PNG files (needs matplotlib)
-    condition: str = ""             # condition of the gene and PCA figures; '' is the one with the largest effect
     dry_run: bool = False           # print the commands and stop
+    stages: bool = False            # predict training conditions too, and say where each method's error enters
     speed: bool = False             # measure speed instead
     hvg: int = 5000                 # highly variable genes; the same for all methods
 
@@ -219,46 +220,39 @@ def linear(train, Y, test, lam, k, control, genes, embedding=None):
     return count[:, None] * b + P @ W.T @ G.T
 
 
-def kernel_weights(train, Y, test, k, control, genes, controls, embedding=None):
-    """Weight of every training group for every test group, (m, n): exp(-4 (d / median d)^2), rows sum to 1.
+def kernel(train, Y, test, k, control, genes, controls, embedding=None):
+    """Mean of related training effects, weighted by exp(-4 (d / median d)^2): (n, G) -> (m, G).
 
-    A perturbation that trained in other covariates has its own groups there, d being the distance of the control means
-    (controls: {covariate: (G,)}). An unseen one has the groups of its covariate (of all, where there are none there),
-    d being the distance of the embeddings; where one of its genes has none, its row is zero.
+    A perturbation that trained in other covariates is related to its own groups there, d being the distance of the
+    control means (controls: {covariate: (G,)}). An unseen one is related to the groups of its covariate (to all, where
+    there are none), d being the distance of the embeddings. Where one of its genes has no embedding, its row is zero.
     """
     G, vectors = gene_vectors(Y, control, genes, embedding, k)
+    points = embed(train, vectors, G.shape[1])
 
     def embedded(group):
         return all(vector_of(p, vectors) is not None for p in perturbations(group))
     known = [i for i, g in enumerate(train) if embedded(g)]
-    points = embed(train, vectors, G.shape[1])
-    weights = np.zeros((len(test), len(train)))
-    for row, group, point in zip(weights, test, embed(test, vectors, G.shape[1])):
+    effects = np.zeros((len(test), Y.shape[1]))
+    for effect, group, point in zip(effects, test, embed(test, vectors, G.shape[1])):
         related = [i for i, g in enumerate(train) if perturbations(g) == perturbations(group)]
         if related:
-            here = controls[covariate(group)]
-            d = np.array([np.linalg.norm(controls[covariate(train[i])] - here) for i in related])
+            there = np.stack([controls[covariate(train[i])] for i in related])
+            d = np.linalg.norm(there - controls[covariate(group)], axis=1)
         elif embedded(group) and known:
             related = [i for i in known if covariate(train[i]) == covariate(group)] or known
             d = np.linalg.norm(points[related] - point, axis=1)
         else:
             continue
         weight = np.exp(-4 * (d / max(np.median(d), 1e-12)) ** 2)
-        row[related] = weight / weight.sum()
-    return weights
+        effect += weight @ Y[related] / weight.sum()
+    return effects
 
 
-def kernel(train, Y, test, **options):
-    """Weighted mean of the effects of related training groups: (n, G) -> (m, G). What is related to none is not moved;
-    fit_baseline() leaves the kernel out then."""
-    return kernel_weights(train, Y, test, **options) @ Y
-
-
-LAMBDAS = (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 GRIDS = {
     "linear": (linear, [dict(lam=lam, k=k) for k in (2, 5, 10, 20, 50) for lam in (1e-3, 0.1, 1.0, 10.0, 100.0)]),
     "latent_additive": (latent_additive, [dict(k=k) for k in (1, 2, 4, 8, 16, 32, 64, 128, 10_000)]),
-    "ridge": (ridge, [dict(lam=lam) for lam in LAMBDAS]),
+    "ridge": (ridge, [dict(lam=lam) for lam in (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)]),
     "kernel": (kernel, [dict(k=k) for k in (2, 5, 10, 20, 50)]),
 }
 
@@ -280,28 +274,24 @@ def tune(function, grid, train, Y, test, n_folds=5):
 
 def fit_baseline(name, dataset, embedding=None):
     """Effects that one baseline predicts for the test groups on the evaluation genes (m, E), and the options that
-    cross-validation chose; None for the kernel when it knows nothing about one of the groups."""
+    cross-validation chose; None for a kernel that is related to nothing for one of the groups."""
     function, grid = GRIDS[name]
     train, Y, control = data.training_effects(dataset)
     test = dataset.part("test")
+    given = {}
     if name in ("linear", "kernel"):
-        if embedding is not None:
+        given = {"control": control, "genes": list(dataset.genes), "embedding": embedding}
+        if embedding is not None:               # its width is given
             grid = [options for options in grid if options["k"] == grid[0]["k"]]
-        given = dict(control=control, genes=list(dataset.genes), embedding=embedding)
-        if name == "kernel":
-            rows = dataset.control_rows["train"]
-            given["controls"] = {v: data.gene_moments(dataset.X, r)[0] / len(r) for v, r in rows.items()}
-        grid = [options | given for options in grid]
+    if name == "kernel":
+        rows = dataset.control_rows["train"]
+        given["controls"] = {v: data.gene_moments(dataset.X, r)[0] / len(r) for v, r in rows.items()}
+    grid = [options | given for options in grid]
     options = tune(function, grid, train, Y, test) if len(train) > 1 else grid[0]
-    if name == "kernel" and not kernel_weights(train, Y, test, **options).any(axis=1).all():
+    effects = function(train, Y, test, **options)
+    if name == "kernel" and not effects.any(axis=1).all():
         return None
-    effects = function(train, Y, test, **options)[:, dataset.eval_genes].astype(np.float32)
-    return effects, {k: v for k, v in options.items() if k in ("lam", "k")}
-
-
-def shifted(cells, effect):
-    """Cells of a baseline: control cells (n, E) plus an effect (E,). A rule for generated cells stands here for all."""
-    return cells + effect
+    return effects[:, dataset.eval_genes].astype(np.float32), {k: options[k] for k in options if k not in given}
 
 
 def baseline_populations(name, dataset, effects, eval_cells, seed):
@@ -310,7 +300,7 @@ def baseline_populations(name, dataset, effects, eval_cells, seed):
     for group, effect in zip(dataset.part("test"), effects):
         cells = dataset.controls("test", dataset.eval_genes, covariate(group))
         n = min(len(dataset.rows[group]), eval_cells)
-        out[group] = shifted(data.pick_rows(cells, n, data.seed_of(name, group, seed)), effect)
+        out[group] = data.pick_rows(cells, n, data.seed_of(name, group, seed)) + effect
     return out
 
 
@@ -325,12 +315,20 @@ class Job:
     folder: Path
     command: list
 
+    def __str__(self):
+        return f"{self.name} fold {self.fold} seed {self.seed}"
 
-def preset_of(config):
-    """The size that the methods will take: demo or paper."""
-    if config.preset:
-        return config.preset
-    return "demo" if config.data == "demo" else "paper"
+    def finished(self):
+        """Whether its scores are there: a run writes them last."""
+        return (self.folder / "metrics.json").exists()
+
+    def begun(self):
+        """Whether there is a checkpoint."""
+        return (self.folder / "ckpt.pt").exists()
+
+    def command_now(self):
+        """Script and flags that start it, or go on with it."""
+        return (self.command[:1] + ["--resume"] if self.begun() else self.command) + ["--out", str(self.folder)]
 
 
 def asked_methods(config):
@@ -348,8 +346,6 @@ def asked_methods(config):
         if name in METHODS:
             file, *own = shlex.split(METHODS[name])
             script = HERE / file
-            if preset_of(config) == "demo":
-                own += shlex.split(DEMO.get(name, ""))
             flags = own + flags
         elif not name.endswith(".py") or not script.is_file():
             raise DataError(f"--methods {text}: no method and no script; choose all, none, the path of a script or "
@@ -370,9 +366,9 @@ def common_flags(config):
     flags += ["--eval-cells", str(config.eval_cells)]
     if config.split == "cv":
         flags += ["--folds", str(config.n_folds)]
-    for name in ("preset", "device"):
-        if getattr(config, name):
-            flags += [f"--{name}", getattr(config, name)]
+    flags += ["--preset", config.preset]
+    if config.device:
+        flags += ["--device", config.device]
     return flags
 
 
@@ -388,69 +384,51 @@ def jobs(config, out):
             for seed in config.seeds:
                 folder = out / f"{Path(name).stem}-f{fold}-s{seed}-{tag}"
                 where = ["--fold", str(fold), "--seed", str(seed)]
-                command = [sys.executable, str(script), *common, *where, *flags]
-                result.append(Job(text, fold, seed, folder, command))
+                result.append(Job(text, fold, seed, folder, [str(script), *common, *where, *flags]))
     return result
 
 
-def finished(job):
-    """Whether its scores are there: a run writes them last."""
-    return (job.folder / "metrics.json").exists()
-
-
-def begun(job):
-    """Whether it can go on from a checkpoint."""
-    return (job.folder / "ckpt.pt").exists()
-
-
-def command_now(job):
-    """The command that starts a job, or goes on with it."""
-    return ([*job.command[:2], "--resume"] if begun(job) else job.command) + ["--out", str(job.folder)]
+def child(*command, **env):
+    """Run python with these arguments: (seconds, what it printed). Where it fails a DataError with its last line."""
+    start = time.perf_counter()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))} | env
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+        raise DataError(f"{shlex.join(map(str, command))}: {last}")
+    return time.perf_counter() - start, done.stdout
 
 
 def run_jobs(todo, n_parallel):
-    """Run what is missing. Returns {(name, fold, seed): last line of the error} of those that failed."""
-    failed, done = {}, []
-    lock = threading.Lock()
-    began = time.perf_counter()
-    env = dict(os.environ)
+    """Run what is missing. Returns [(job, its error)] of those that failed."""
+    failed = []
+    threads = {}
     if n_parallel > 1:                          # whatever is left to do: other threads give other last digits
-        env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
+        threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
 
     def run(job):
-        title = f"{job.name} fold {job.fold} seed {job.seed}"
-        print(f"{'resuming' if begun(job) else 'running'} {title}", flush=True)
-        start = time.perf_counter()
-        process = subprocess.run(command_now(job), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                 text=True)
-        error = process.stderr.strip().splitlines()
-        with lock:
-            done.append(job)
-            how = f"done in {data.clock(time.perf_counter() - start)}"
-            if process.returncode or not finished(job):
-                failed[job.name, job.fold, job.seed] = error[-1] if error else f"ended with code {process.returncode}"
-                how = "FAILED"
-            left = len(todo) - len(done)
-            if left:
-                how += f", {left} left, about {data.clock((time.perf_counter() - began) / len(done) * left)}"
-            print(f"[{len(done)}/{len(todo)}] {title}: {how}", flush=True)
+        print(f"{'resuming' if job.begun() else 'running'} {job}", flush=True)
+        return child(*job.command_now(), **threads)
 
     with ThreadPoolExecutor(n_parallel) as pool:
-        futures = [pool.submit(run, job) for job in todo]
+        futures = {pool.submit(run, job): job for job in todo}
         try:
-            for future in futures:
-                future.result()
+            for i, future in enumerate(as_completed(futures)):
+                try:
+                    how = f"done in {data.clock(future.result()[0])}"
+                except DataError as error:
+                    failed.append((futures[future], str(error)))
+                    how = "FAILED"
+                print(f"[{i + 1}/{len(todo)}] {futures[future]}: {how}", flush=True)
         except KeyboardInterrupt:               # the methods got the Ctrl-C too, save, and end: the pool waits for them
-            for future in futures:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
             raise
     return failed
 
 
-def predicted_cells(job, dataset):
-    """{group: (n, E) CSR} that a run has written."""
-    config = data.DataConfig(covariates=dataset.config.covariates)
-    return metrics.read_prediction(job.folder / "pred.h5ad", config)[1]
+def predicted_cells(file, dataset):
+    """{group: (n, E) CSR} that a method has written."""
+    return metrics.read_prediction(file, data.DataConfig(covariates=dataset.config.covariates))[1]
 
 
 def check_run(job, dataset):
@@ -464,19 +442,7 @@ def check_run(job, dataset):
     return result
 
 
-def training_log(folder):
-    """The lines of a run's log.jsonl that tell of training steps: not of an earlier stage, nor of validation."""
-    path = Path(folder, "log.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if line["step"] > 0 and "stage" not in line and "cells_per_s" in line]
-
-
-# -------------------------------------------------------------------------------- results
-
-def scored_keys(config):
-    """The metrics that everything is scored by: all, but of the MMD ranks only what --keys names."""
-    return [k for k in metrics.KEYS if k not in MMD_RANKS or k in config.keys]
-
+# -------------------------------------------------------------------------------- scores
 
 def score(dataset, pred, seed, keys, floors=False):
     """metrics.evaluate() of predicted test cells {group: (n, E)}."""
@@ -488,17 +454,16 @@ def score(dataset, pred, seed, keys, floors=False):
 
 def read_pred(text, dataset, config):
     """Name and {group: (n, E)} of one --pred NAME=FILE: the test conditions and the evaluation genes, by name."""
-    name, _, file = text.partition("=")
+    name, file = text.split("=", 1)
     genes, cells = metrics.read_prediction(file, config)
     names = [dataset.genes[i] for i in dataset.eval_genes]
     columns = data.match_genes(genes, names)
     missing = [gene for gene, column in zip(names, columns) if column < 0]
     absent = [group for group in dataset.part("test") if group not in cells]
-    for what, of, lacking in (("evaluation genes", len(names), missing),
-                              ("test conditions", len(dataset.part("test")), absent)):
+    for what, lacking in (("evaluation genes", missing), ("test conditions", absent)):
         if lacking:
-            raise DataError(f"--pred {text}: lacks {len(lacking)} of the {of} {what} ({', '.join(lacking[:4])}); "
-                            "predict all, or score the file alone with metrics.py")
+            raise DataError(f"--pred {text}: lacks {len(lacking)} of the {what} ({', '.join(lacking[:4])}); predict "
+                            "all, or score the file alone with metrics.py")
     return name, {group: cells[group][:, columns] for group in dataset.part("test")}
 
 
@@ -521,7 +486,7 @@ def score_fold(config, fold, embedding):
     vectors = known_vectors(embedding, dataset, config.embedding) if embedding is not None else None
     others = dict(read_pred(text, dataset, config) for text in config.pred)
     fitted = {name: fit_baseline(name, dataset, vectors) for name in GRIDS} if config.baselines else {}
-    keys = scored_keys(config)
+    keys = [k for k in metrics.KEYS if k not in metrics.MMD_RANKS or k in config.keys]
     no_effect = np.zeros((len(dataset.part("test")), 1), dtype=np.float32)
     runs = []
     for seed in config.seeds:
@@ -529,8 +494,7 @@ def score_fold(config, fold, embedding):
         first = score(dataset, controls, seed, keys, floors=True)
         for name in metrics.FLOORS:
             if first["floors"][name]:
-                floor = {"aggregate": first["floors"][name], "n_valid": first["floors_n_valid"][name],
-                         "per_condition": first["floors_per_condition"][name]}
+                floor = {"aggregate": first["floors"][name], "per_condition": first["floors_per_condition"][name]}
                 runs.append((name, "floor", floor))
         for name, fit in fitted.items():
             if fit is not None:
@@ -538,7 +502,7 @@ def score_fold(config, fold, embedding):
                 runs.append((name, "baseline", score(dataset, cells, seed, keys) | {"options": fit[1]}))
         for name, cells in others.items():
             runs.append((name, "prediction", score(dataset, cells, seed, keys)))
-        runs.append(("replicate", "replicate", {"aggregate": first["replicate"], "n_valid": {}, "per_condition": {}}))
+        runs.append(("replicate", "replicate", {"aggregate": first["replicate"], "per_condition": {}}))
     return dataset, runs
 
 
@@ -547,14 +511,11 @@ def score_run(job, dataset, config):
     result = check_run(job, dataset)
     missing = [k for k in config.keys if k not in result["aggregate"]]
     if missing:
-        cells = predicted_cells(job, dataset)
+        cells = predicted_cells(job.folder / "pred.h5ad", dataset)
         more = score(dataset, {g: cells[g] for g in dataset.part("test")}, job.seed, missing)
-        for part in ("aggregate", "n_valid"):
-            result[part] |= more[part]
+        result["aggregate"] |= more["aggregate"]
         for group, scores in more["per_condition"].items():
             result["per_condition"][group] |= scores
-    log = training_log(job.folder)
-    result["train_seconds"] = log[-1]["seconds"] if log else None
     rows = [(job.name, "method", result)]
     for suffix, other in result.get("variants", {}).items():
         rows.append((job.name + suffix, "method", other))
@@ -562,65 +523,46 @@ def score_run(job, dataset, config):
 
 
 def published_rows(config):
-    """{row name: {key: value}} of the papers that used data and split of this name."""
+    """Rows of the papers that used data and split of this name."""
     of = Path(config.data).stem.lower(), Path(config.split).stem
-    return {name: dict(zip(keys, values)) for name, keys, values in PUBLISHED.get(of, ())}
+    return {name: {"kind": "published", "mean": dict(zip(keys, values)), "sd": {}, "per_condition": {}}
+            for name, keys, values in PUBLISHED.get(of, ())}
 
 
-def mean_of(values):
-    """Their mean; None where one of them is None, or there is none."""
-    return float(np.mean(values)) if values and None not in values else None
-
+# -------------------------------------------------------------------------------- rows
 
 def collect(runs):
-    """[(name, kind, result)] -> {name: {kind, runs, mean, sd, n_valid, per_condition, ...}}, over seeds and folds.
+    """[(name, kind, result)] -> {name: {kind, runs, mean, sd, per_condition, ...}}, over seeds and folds.
 
     A condition counts in per_condition where every run defines it: a mean over fewer seeds would be another quantity.
     """
-    several, kind_of = {}, {}
-    for name, kind, result in runs:
-        several.setdefault(name, []).append(result)
-        kind_of[name] = kind
-    rows = {}
-    for name, results in several.items():
-        row = rows[name] = {"kind": kind_of[name], "runs": len(results), "mean": {}, "sd": {}, "n_valid": {}}
-        for k in dict.fromkeys(k for r in results for k in r["aggregate"]):
-            values = [r["aggregate"][k] for r in results if r["aggregate"].get(k) is not None]
-            row["mean"][k] = mean_of(values)
+    def mean(values):
+        return float(np.mean(values)) if values and None not in values else None
+    rows, results = {}, {}
+    order = ("floor", "baseline", "prediction", "method", "replicate")
+    for name, kind, result in sorted(runs, key=lambda run: order.index(run[1])):
+        rows[name] = {"kind": kind, "mean": {}, "sd": {}, "per_condition": {}}
+        results.setdefault(name, []).append(result)
+    for name, row in rows.items():
+        row["runs"] = len(results[name])
+        for k in dict.fromkeys(k for r in results[name] for k in r["aggregate"]):
+            values = [r["aggregate"][k] for r in results[name] if r["aggregate"].get(k) is not None]
+            row["mean"][k] = mean(values)
             row["sd"][k] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            row["n_valid"][k] = sum(r["n_valid"].get(k, 0) for r in results)
-        by_group = {}
-        for r in results:
-            for group, scores in r["per_condition"].items():
-                for k, v in scores.items():
-                    by_group.setdefault(group, {}).setdefault(k, []).append(v)
-        row["per_condition"] = {g: {k: mean_of(v) for k, v in scores.items()} for g, scores in by_group.items()}
-        for k in ("train_seconds", "peak_memory_mb"):
-            row[k] = mean_of([r.get(k) for r in results])
-        row["options"] = [r["options"] for r in results if "options" in r]
+        for group in dict.fromkeys(g for r in results[name] for g in r["per_condition"]):
+            of = [r["per_condition"][group] for r in results[name] if group in r["per_condition"]]
+            row["per_condition"][group] = {k: mean([scores.get(k) for scores in of]) for k in of[0]}
+        for k in ("seconds", "peak_memory_mb"):
+            row[k] = mean([r.get(k) for r in results[name]])
+        row["options"] = [r["options"] for r in results[name] if "options" in r]
     return rows
 
 
-def partial_rows(rows):
-    """{name of a row that exists for some of the conditions only: (how many, of how many)}."""
-    size = {n: len(row["per_condition"]) for n, row in rows.items() if row["kind"] not in ("replicate", "published")}
-    every = max(size.values(), default=0)
-    return {name: (n, every) for name, n in size.items() if n < every}
-
-
 def competing(rows, key):
-    """{row name: value} of a column, smaller being better. Published rows, the replicate and a row that exists for some
-    of the conditions only do not compete."""
+    """{row name: value} of a column, smaller being better, without the replicate and published rows."""
     sign = -1 if metrics.KEYS[key].arrow == "↑" else 1
-    partial = partial_rows(rows)
-    return {name: sign * row["mean"][key] for name, row in rows.items() if row["mean"].get(key) is not None
-            and row["kind"] not in ("replicate", "published") and name not in partial}
-
-
-def best(rows, key):
-    """Name of the best row of a column, or None."""
-    values = competing(rows, key)
-    return min(values, key=values.get, default=None)
+    return {name: sign * row["mean"][key] for name, row in rows.items()
+            if row["mean"].get(key) is not None and row["kind"] not in ("replicate", "published")}
 
 
 def marks(rows, key):
@@ -630,29 +572,32 @@ def marks(rows, key):
     return {name: order.index(value) for name, value in printed.items() if value in order}
 
 
-def is_better(a, b, key):
-    """Whether the mean of row a is better than that of row b."""
-    if metrics.KEYS[key].arrow == "↑":
-        return a["mean"][key] > b["mean"][key]
-    return a["mean"][key] < b["mean"][key]
-
-
-def paired_tests(rows, keys):
-    """{method: {key: {against, p, better}}}: Wilcoxon over conditions against the best floor or baseline, per key."""
-    out = {}
-    partial = partial_rows(rows)
-    simple = {n: r for n, r in rows.items() if r["kind"] in ("floor", "baseline") and n not in partial}
-    for name, row in rows.items():
-        if row["kind"] not in ("method", "prediction"):
-            continue
+def against_baselines(rows, keys):
+    """{method: {key: {against, p, better}}}: Wilcoxon over conditions against the best floor or baseline of each key;
+    and one line per method: where it is better than that, and where it loses to what has learned nothing."""
+    tests, lines = {}, []
+    for name in [n for n, row in rows.items() if row["kind"] in ("method", "prediction")]:
+        of, lost = {}, []
         for key in keys:
-            against = best(simple, key)
-            if against is not None and row["mean"].get(key) is not None:
-                p = metrics.compare(row, rows[against], key)
-                better = is_better(row, rows[against], key)
-                out.setdefault(name, {})[key] = {"against": against, "p": p, "better": better}
-    return out
+            values = competing(rows, key)
+            simple = [n for n in values if rows[n]["kind"] in ("floor", "baseline")]
+            if name not in values or not simple:
+                continue
+            against = min(simple, key=values.get)
+            p = metrics.compare(rows[name], rows[against], key)
+            of[key] = {"against": against, "p": p, "better": values[name] < values[against]}
+            if any(values[n] < values[name] for n in simple if rows[n]["kind"] == "floor" and n != "additive"):
+                lost.append(key)
+        won = [key for key in of if of[key]["better"]]
+        tests[name] = of
+        line = f"{name}: better than every floor and baseline in {len(won)} of {len(of)} metrics"
+        if lost:
+            line += f"; LOSES to control or mean in {', '.join(lost)}"
+        lines.append(line)
+    return tests, lines
 
+
+# -------------------------------------------------------------------------------- tables
 
 def number(value, sd=None):
     """'0.123', '0.123 ± 0.004'; a standard deviation of zero (a constant) is left out."""
@@ -662,80 +607,37 @@ def number(value, sd=None):
     return f"{value:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd else "")
 
 
-def short_names(names, width):
-    """{name: at most `width` characters}: a long flag string loses its middle; what is alike then is numbered."""
-    out = {}
-    for name in names:
-        text = name if len(name) <= width else f"{name[:width // 2 - 1]}…{name[len(name) - width + width // 2:]}"
-        alike = sum(text == other.partition(" (")[0] for other in out.values())
-        out[name] = f"{text} ({alike + 1})" if alike else text
-    return out
-
-
-PLAIN = ("{}*", "{}'")                  # the best and the second best value
-MARKDOWN = ("**{}**", "<u>{}</u>")
-
-
-def table_columns(rows, keys, style):
-    """[(title, {row name: text})]: mean ± sd of every metric, best and second marked in a style; then what it took."""
-    columns = []
-    for k in keys:
-        place = marks(rows, k)
-        texts = {}
-        for name, row in rows.items():
-            text = number(row["mean"].get(k), row["sd"].get(k))
-            texts[name] = style[place[name]].format(text) if name in place else text
-        columns.append((k + metrics.KEYS[k].arrow, texts))
-    for title, field in (("train s", "train_seconds"), ("peak MB", "peak_memory_mb")):
-        values = {name: row.get(field) for name, row in rows.items()}
-        if any(value is not None for value in values.values()):
-            columns.append((title, {n: "-" if v is None else f"{v:,.0f}" for n, v in values.items()}))
-    return columns
-
-
-def markdown_table(rows, keys):
-    """The table for bench.md."""
-    columns = table_columns(rows, keys, MARKDOWN)
-    lines = ["| | " + " | ".join(title for title, _ in columns) + " |", "|---|" + "---:|" * len(columns)]
+def table(rows, keys):
+    """Lines of cells of text, titles first: mean ± sd of every metric, the best **so**, the second best *so*; then the
+    seconds of a run (training and scoring) and its peak memory."""
+    style = ("**{}**", "*{}*", "{}")
+    place = {k: marks(rows, k) for k in keys}
+    lines = [["", *(k + metrics.KEYS[k].arrow for k in keys), "seconds", "peak MB"]]
     for name, row in rows.items():
-        title = f"{name} *(published)*" if row["kind"] == "published" else name
-        lines.append(f"| {title} | " + " | ".join(texts[name] for _, texts in columns) + " |")
-    return "\n".join(lines)
-
-
-def format_rows(rows, keys, width):
-    """The table for the console, as many columns as fit."""
-    label = short_names(rows, 40)
-    start = max(map(len, label.values()))
-    lines = [" " * start] + [text.ljust(start) for text in label.values()]
-    columns = table_columns(rows, keys, PLAIN)
-    for i, (title, texts) in enumerate(columns):
-        size = 2 + max(len(title), *map(len, texts.values()))
-        if len(lines[0]) + size > width:
-            lines.append(f"{len(columns) - i} more columns in bench.md: {', '.join(title for title, _ in columns[i:])}")
-            break
-        lines = [line + text.rjust(size) for line, text in zip(lines, [title, *texts.values()])]
-    return "\n".join(lines)
-
-
-def reading(rows, tests, keys):
-    """One line per method: on how many metrics it beats the best floor or baseline, and where it loses to a floor."""
-    lines = []
-    floors = {n: r for n, r in rows.items() if r["kind"] == "floor" and n != "additive"}
-    for name, of in tests.items():
-        won = [k for k in keys if k in of and of[k]["better"]]
-        sure = [k for k in won if of[k]["p"] is not None and of[k]["p"] < 0.05]
-        text = f"{name}: better than every floor and baseline in {len(won)} of {len(of)} metrics"
-        if won:
-            text += f" ({', '.join(won)}; p < 0.05 in {len(sure)})"
-        lost = [k for k in keys if k in of and any(is_better(floors[n], rows[name], k) for n in competing(floors, k))]
-        if lost:
-            text += f"; LOSES to control or mean in {', '.join(lost)}"
-        lines.append(text)
-    for name, (n, every) in partial_rows(rows).items():
-        lines.append(f"{name} exists for {n} of {every} conditions and averages over these: it is not ranked")
+        line = [name]
+        for k in keys:
+            line.append(style[place[k].get(name, 2)].format(number(row["mean"].get(k), row["sd"].get(k))))
+        for value in (row.get("seconds"), row.get("peak_memory_mb")):
+            line.append("-" if value is None else f"{value:,.0f}")
+        lines.append(line)
     return lines
 
+
+def render(lines, width=math.inf):
+    """Lines of cells as a markdown table that can be read as it stands: as many columns as fit."""
+    out = ["|"] * (len(lines) + 1)
+    for i, title in enumerate(lines[0]):
+        size = max(len(line[i]) for line in lines)
+        if i and len(out[0]) + size + 3 > width:
+            out.append(f"{len(lines[0]) - i} more columns in bench.md: {', '.join(lines[0][i:])}")
+            break
+        column = [line[i].rjust(size) if i else line[i].ljust(size) for line in lines]
+        column.insert(1, "-" * (size - 1) + ":" if i else "-" * size)
+        out = [f"{line} {text} |" for line, text in zip(out, column)]
+    return "\n".join(out)
+
+
+# -------------------------------------------------------------------------------- bench
 
 def bench(config):
     """Run what is missing, score everything, print and write the table. Returns the exit code."""
@@ -743,212 +645,223 @@ def bench(config):
     planned = jobs(config, out)
     if config.dry_run:
         for job in planned:
-            script = Path(job.command[1])
-            shown = script.name if script.parent == HERE else str(script)
-            print("# done: " * finished(job) + shlex.join(["python", shown, *command_now(job)[2:]]))
+            script, *flags = job.command_now()
+            script = Path(script).name if Path(script).parent == HERE else script
+            print("# done: " * job.finished() + shlex.join(["python", script, *flags]))
         return 0
-    keys = list(config.keys or metrics.TABLE_KEYS)
     embedding = data.read_vectors(config.embedding, "--embedding") if config.embedding else None
     folds = {fold: score_fold(config, fold, embedding) for fold in config.folds}     # cheap, and finds bad input first
     first = folds[config.folds[0]][0]
-    if config.condition and config.condition not in first.part("test"):
-        raise DataError(f"--condition {config.condition}: is no test condition; choose from "
-                        f"{', '.join(first.part('test'))}")
-    todo = [job for job in planned if not finished(job)]
-    resumed = sum(begun(job) for job in todo)
+    todo = [job for job in planned if not job.finished()]
+    resumed = sum(job.begun() for job in todo)
     if len(todo) < len(planned) or resumed:
         print(f"{out} holds {len(planned) - len(todo)} of {len(planned)} runs; {resumed} go on where they stopped, "
               f"{len(todo) - resumed} start", flush=True)
     failed = run_jobs(todo, config.jobs)
-    good = [job for job in planned if (job.name, job.fold, job.seed) not in failed]
+    good = [job for job in planned if job not in [bad for bad, _ in failed]]
     runs = [run for _, several in folds.values() for run in several]
     for job in good:
         runs += score_run(job, folds[job.fold][0], config)
     rows = collect(runs)
-    for name, values in published_rows(config).items():
-        rows[name] = {"kind": "published", "mean": values, "sd": {}, "per_condition": {}}
-    order = ("floor", "baseline", "prediction", "method", "replicate", "published")
-    rows = dict(sorted(rows.items(), key=lambda item: order.index(item[1]["kind"])))
-    tests = paired_tests(rows, keys)
-    lines = reading(rows, tests, keys)
-    if config.baselines and "kernel" not in rows:
-        lines.append("kernel is left out: a test perturbation is in no other covariate and has no gene embedding")
-    title = f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, " \
-        f"seeds {list(config.seeds)}: {len(first.part('train'))} training and {len(first.part('test'))} test " \
-        f"conditions, {len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition"
-    write_results(out, config, rows, tests, failed, title, lines, keys)
+    every = max(len(row["per_condition"]) for row in rows.values())
+    asked = list(metrics.FLOORS) + list(GRIDS) * config.baselines
+    partial = [name for name in asked if name not in rows or len(rows[name]["per_condition"]) < every]
+    for name in partial:
+        rows.pop(name, None)
+    rows |= published_rows(config)
+
+    keys = list(config.keys or metrics.TABLE_KEYS)
+    tests, lines = against_baselines(rows, keys)
+    if partial:
+        lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
+    title = (f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, seeds {list(config.seeds)}: "
+             f"{len(first.part('train'))} training and {len(first.part('test'))} test conditions, "
+             f"{len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition")
+    first_runs = [job for job in good if (job.fold, job.seed) == (config.folds[0], config.seeds[0])]
+    notes = "\n".join(f"- {line}" for line in lines)
+    write_results(out, config, rows, tests, [f"# {title}", render(table(rows, keys)), notes])
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    print(f"\n{title}\n\n{format_rows(rows, keys, width)}")
-    print("* best, ' second best of the floors, baselines, methods and predictions\n")
-    for line in lines:
-        print(line)
-    for (name, fold, seed), error in failed.items():
-        print(f"FAILED: {name} fold {fold} seed {seed}: {error}", file=sys.stderr)
+    print("\n" + "\n\n".join([title, render(table(rows, keys), width), notes]))
+    for job, error in failed:
+        print(f"FAILED: {job}: {error}", file=sys.stderr)
+    if config.stages:
+        text = "\n" + render(stages(config, first_runs, first, rows)) + "\n"
+        print(text)
+        with open(out / "bench.md", "a") as file:
+            file.write(text)
     if config.plot:
-        plot(config, out, rows, good, first)
+        plot(config, out, rows, first_runs, first)
     print(f"files in {out}")
     return 1 if failed else 0
 
 
-def write_results(out, config, rows, tests, failed, title, lines, keys):
+def write_results(out, config, rows, tests, parts):
     """bench.json, bench.csv and bench.md."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    content = {"title": title, "data": config.data, "split": config.split, "folds": config.folds, "seeds": config.seeds,
-               "versions": versions, "threads": torch.get_num_threads(), "rows": rows, "tests": tests,
-               "failed": [{"name": n, "fold": f, "seed": s, "error": e} for (n, f, s), e in failed.items()]}
-    data.write_json(out / "bench.json", content)
+    data.write_json(out / "bench.json", {
+        "data": config.data, "split": config.split, "folds": config.folds, "seeds": config.seeds,
+        "eval_cells": config.eval_cells, "versions": versions, "rows": rows, "tests": tests})
     with data.atomic(out / "bench.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, ["row", "kind", "condition", *metrics.KEYS])
         writer.writeheader()
         for name, row in rows.items():
             for group, scores in row["per_condition"].items():
                 writer.writerow({"row": name, "kind": row["kind"], "condition": group, **scores})
-    about = ("p: paired Wilcoxon signed-rank tests over the conditions against the best floor or baseline (all of them "
-             "in bench.json), two-sided, not corrected for their number; with fewer than six conditions p cannot fall "
-             "below 0.05.")
-    parts = [f"# {title}", markdown_table(rows, keys), "\n".join(f"- {line}" for line in lines), about]
+    about = "Paired Wilcoxon tests against the best floor or baseline, not corrected for their number: bench.json."
     with data.atomic(out / "bench.md") as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n")
+        temporary.write_text("\n\n".join([*parts, about]) + "\n")
+
+
+# -------------------------------------------------------------------------------- stages
+
+FIT = 1.5       # an error of up to so many times the noise is taken for noise
+
+
+def stages(config, runs, dataset, rows):
+    """Where the error of each run enters, as lines of a table: l2 of five training conditions beside the sampling noise
+    (one half of their real cells against the other, as many cells), l2 of the test beside the replicate."""
+    groups = sorted(dataset.part("train"), key=lambda g: -len(dataset.rows[g]))[:5]
+    n = min(config.eval_cells, len(dataset.rows[groups[-1]]) // 2)
+    real = {g: data.pick_rows(dataset.cells(g, dataset.eval_genes), 2 * n, data.seed_of("stages", g)) for g in groups}
+    noise = np.mean([metrics.l2(real[g][:n].mean(0), real[g][n:].mean(0)) for g in groups])
+    replicate = rows["replicate"]["mean"]["l2"]
+    lines = [["l2", "training", "noise", "test", "replicate", "where the error enters"]]
+    for job in runs:
+        if not job.begun():
+            continue
+        place = ["--device", config.device] if config.device else []
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "pred.h5ad")
+            child(job.command[0], "--ckpt", job.folder / "ckpt.pt", *place, "--predict", *groups, "--cells", n,
+                  "--out", file)
+            cells = predicted_cells(file, dataset)
+            training = np.mean([metrics.l2(cells[g].toarray().mean(0), real[g][:n].mean(0)) for g in groups])
+        test = rows[job.name]["mean"]["l2"]
+        where = "within the noise"
+        if training > FIT * noise:
+            where = "underfits"
+        elif test > FIT * replicate:
+            where = "does not transfer"
+        lines.append([job.name, number(training), number(noise), number(test), number(replicate), where])
+    return lines
 
 
 # -------------------------------------------------------------------------------- figures
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#F0E442")  # of the methods; all of Okabe and Ito
-KINDS = {"floor": "#BBBBBB", "baseline": "#56B4E9", "prediction": "#D55E00", "method": "#E69F00"}
-NAME_WIDTH = 26     # characters of a row's name in a figure
+KINDS = {"floor": "#BBBBBB", "baseline": "#56B4E9", "prediction": "#D55E00"}
 
 
-def family(name):
-    """The method of a row: 'scdfm' of 'scdfm:no-mmd' and of 'scdfm --knn 10'."""
-    return re.split(r"[: ]", name)[0]
+def row_colors(rows):
+    """{row name: colour}: one for each method ('scdfm' of 'scdfm:no-mmd' and of 'scdfm --knn 10'), else by kind."""
+    family = {name: re.split(r"[:\s]", name)[0] for name, row in rows.items() if row["kind"] == "method"}
+    families = list(dict.fromkeys(family.values()))
+    colors = {name: KINDS.get(row["kind"], "black") for name, row in rows.items()}
+    return colors | {name: COLORS[families.index(f) % len(COLORS)] for name, f in family.items()}
 
 
-def plot(config, out, rows, good, dataset):
-    """errors.png, ablations.png, genes.png and pca.png in the folder; the last two from the first seed and fold."""
+def plot(config, out, rows, runs, dataset):
+    """errors.png, methods.png, genes.png and pca.png in the folder; the last two from the first seed and fold."""
     try:
         import matplotlib
     except ImportError:
-        print("--plot: matplotlib is not installed; the tables are written, the figures are not")
-        return
+        return print("--plot: matplotlib is not installed; the tables are written, the figures are not")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "figure.constrained_layout.use": True})
     genes = dataset.eval_genes
     mean = {v: x.mean(0) for v, x in dataset.controls("test", genes).items()}
     size = {g: np.linalg.norm(dataset.cells(g, genes).mean(0) - mean[covariate(g)]) for g in dataset.part("test")}
-    condition = config.condition or max(size, key=size.get)
-    real, control = dataset.cells(condition, genes), dataset.controls("test", genes, covariate(condition))
-    pred = {}
+    condition = max(size, key=size.get)
+    cells = {"control": dataset.controls("test", genes, covariate(condition)), "real": dataset.cells(condition, genes)}
     if config.baselines:
-        effects = fit_baseline("ridge", dataset)[0]
-        pred["ridge"] = baseline_populations("ridge", dataset, effects, config.eval_cells, config.seeds[0])[condition]
+        effects, _ = fit_baseline("ridge", dataset)
+        ridge = baseline_populations("ridge", dataset, effects, config.eval_cells, config.seeds[0])
+        cells["ridge"] = ridge[condition]
     for text in config.pred:
-        name, cells = read_pred(text, dataset, config)
-        pred[name] = cells[condition].toarray()
-    for job in good:
-        if (job.fold, job.seed) == (config.folds[0], config.seeds[0]):
-            pred[job.name] = predicted_cells(job, dataset)[condition].toarray()
-    methods = [name for name, row in rows.items() if row["kind"] == "method"]
-    families = list(dict.fromkeys(family(name) for name in methods))
-    methods.sort(key=lambda name: families.index(family(name)))
-    color = {name: COLORS[families.index(family(name)) % len(COLORS)] for name in methods}
-    color |= {name: KINDS[rows[name]["kind"]] for name in pred if name not in color}
-    names = [dataset.genes[i] for i in genes]
-    figures = {"errors": plot_errors(plt, rows), "pca": plot_pca(plt, condition, real, control, pred, color),
-               "genes": plot_genes(plt, condition, real, control, pred, color, names)}
-    if methods:
-        figures["ablations"] = plot_ablations(plt, rows, methods, color)
+        name, pred = read_pred(text, dataset, config)
+        cells[name] = pred[condition].toarray()
+    for job in runs:
+        cells[job.name] = predicted_cells(job.folder / "pred.h5ad", dataset)[condition].toarray()
+    rows, cells = ({textwrap.fill(name, 32): of[name] for name in of} for of in (rows, cells))
+    colors = row_colors(rows) | {"real": "black"}
+    figures = {"errors": plot_errors(plt, rows, colors), "methods": plot_methods(plt, rows, colors),
+               "genes": plot_genes(plt, condition, cells, colors, [dataset.genes[i] for i in genes]),
+               "pca": plot_pca(plt, condition, cells, colors)}
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png")
     plt.close("all")
     print(f"figures: {', '.join(f'{name}.png' for name in figures)}")
 
 
-def plot_errors(plt, rows):
+def plot_errors(plt, rows, colors):
     """Error of each test condition, a line per row (scDFM figure 3)."""
-    shown = {n: r for n, r in rows.items() if r["per_condition"]}
-    short = short_names(shown, NAME_WIDTH)
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.28 * len(shown)), layout="constrained")
-    errors = [[v["l2"] for v in r["per_condition"].values() if v.get("l2") is not None] for r in shown.values()]
-    boxes = axis.boxplot(errors, orientation="horizontal", showfliers=False, patch_artist=True, widths=0.6,
-                         medianprops={"color": "black"})
-    for box, row in zip(boxes["boxes"], shown.values()):
-        box.set_facecolor(KINDS[row["kind"]])
+    shown = [name for name, row in rows.items() if row["per_condition"]]
+    errors = [[v["l2"] for v in rows[name]["per_condition"].values() if v.get("l2") is not None] for name in shown]
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(shown)))
+    axis.boxplot(errors, orientation="horizontal", tick_labels=shown, showfliers=False, widths=0.7,
+                 medianprops={"color": "black"})
     for i, values in enumerate(errors):
-        axis.plot(values, np.full(len(values), i + 1), "o", color="black", markersize=2.5, alpha=0.6)
-    axis.set_yticks(range(1, len(shown) + 1), [short[n] for n in shown])
+        axis.plot(values, [i + 1] * len(values), "o", color=colors[shown[i]], markersize=3.5)
     axis.invert_yaxis()
     axis.set(xlabel="L2 error of the mean profile (log1p CP10k)", xlim=(0, None), title="Error of each test condition")
-    present = [k for k in KINDS if k in {r["kind"] for r in shown.values()}]
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=KINDS[k]) for k in present]
-    figure.legend(handles, present, frameon=False, ncols=len(present), loc="outside lower center")
     return figure
 
 
-def plot_ablations(plt, rows, methods, color):
-    """Methods and their ablations, a colour for each method (scDFM figure 5); what is missing has no bar."""
+def plot_methods(plt, rows, colors):
+    """Methods, ablations and predictions as bars, floors as lines (scDFM figure 5); what is missing has no bar."""
+    shown = {n: r for n, r in rows.items() if r["kind"] in ("baseline", "prediction", "method")}
     floors = {n: r for n, r in rows.items() if r["kind"] == "floor"}
-    short = short_names(methods, NAME_WIDTH)
-    figure, axes = plt.subplots(1, 4, figsize=(11, 1.4 + 0.3 * len(methods)), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(11, 1.4 + 0.3 * len(shown)), sharey=True)
     for axis, k in zip(axes, ("l2", "pearson_delta", "pds", "e_distance")):
-        for i, name in enumerate(methods):
-            value, sd = rows[name]["mean"].get(k), rows[name]["sd"].get(k)
-            if value is not None:
-                axis.barh(i, value, xerr=sd, color=color[name], alpha=1 if name == family(name) else 0.5, height=0.6)
-        lines = []
+        means = np.array([r["mean"].get(k) for r in shown.values()], dtype=float)    # None becomes NaN
+        sds = np.array([r["sd"].get(k) for r in shown.values()], dtype=float)
+        axis.barh(list(shown), means, xerr=sds, color=[colors[name] for name in shown], height=0.6)
         for style, (name, row) in zip(("-", "--", "-.", ":"), floors.items()):
             value = row["mean"].get(k)
-            at = math.nan if value is None else value
-            lines.append(axis.axvline(at, color="black", linewidth=1, linestyle=style))
+            axis.axvline(math.nan if value is None else value, color="black", lw=1, linestyle=style, label=name)
         axis.set_title(f"{k} {metrics.KEYS[k].arrow}")
-    axes[0].set_yticks(range(len(methods)), [short[n] for n in methods])
     axes[0].invert_yaxis()
-    figure.legend(lines, list(floors), frameon=False, ncols=len(floors), loc="outside lower center", title="floors")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def plot_genes(plt, condition, real, control, pred, color, names):
-    """The genes that change most in one condition: mean, sd and share of zeros, a strip per row (scDFM figure 7)."""
-    change = real.mean(0) - control.mean(0)
-    top = np.argsort(-np.abs(change))[:12]
-    short = short_names(pred, NAME_WIDTH)
+def plot_genes(plt, condition, cells, colors, names):
+    """The genes that change most in one condition: mean and sd, share of zeros, a strip per row (scDFM figure 7)."""
+    top = np.argsort(-np.abs(cells["real"].mean(0) - cells["control"].mean(0)))[:12]
     x = np.arange(len(top))
-    n = max(len(pred), 1)
-    figure, axes = plt.subplots(n, 2, figsize=(10, 1.4 + 0.7 * n), layout="constrained", sharex=True, sharey="col",
+    pred = [name for name in cells if name not in ("control", "real")] or ["real"]
+    figure, axes = plt.subplots(len(pred), 2, figsize=(10, 1.4 + 0.7 * len(pred)), sharex=True, sharey="col",
                                 squeeze=False, width_ratios=(2, 1))
-    for left, right in axes:
-        left.errorbar(x - 0.12, real[:, top].mean(0), real[:, top].std(0), fmt="o", color="#888888", markersize=4)
-        left.plot(x, control[:, top].mean(0), "_", color="black", markersize=14)
-        right.bar(x, (real[:, top] <= 0).mean(0), color="#CCCCCC")
-    for (left, right), (name, cells) in zip(axes, pred.items()):
-        left.errorbar(x + 0.12, cells[:, top].mean(0), cells[:, top].std(0), fmt="o", color=color[name], markersize=4)
-        left.set_ylabel(short[name], rotation=0, ha="right", va="center")
-        right.plot(x, (cells[:, top] <= 0).mean(0), "o", color=color[name], markersize=5)
+    for (left, right), name in zip(axes, pred):
+        for shift, of, color in ((-0.12, "real", "#888888"), (0.12, name, colors[name])):
+            of = cells[of][:, top]
+            left.errorbar(x + shift, of.mean(0), of.std(0), fmt="o", color=color, markersize=4)
+            right.plot(x + shift, (of <= 0).mean(0), "o", color=color, markersize=5)
+        left.plot(x, cells["control"][:, top].mean(0), "_", color="black", markersize=14)
+        left.set_ylabel(name, rotation=0, ha="right", va="center")
+        right.set_ylim(-0.05, 1.05)
     axes[0][0].set_title("mean and sd (log1p CP10k)")
     axes[0][1].set_title("share of zeros")
-    axes[0][1].set_ylim(0, 1.05)
     for axis in axes[-1]:
         axis.set_xticks(x, [names[i] for i in top], rotation=60, ha="right", rotation_mode="anchor")
     figure.suptitle(f"{condition}, genes of largest change; colour: predicted, grey: real, dash: mean of control cells")
     return figure
 
 
-def plot_pca(plt, condition, real, control, pred, color):
+def plot_pca(plt, condition, cells, colors):
     """Real and generated cells in the principal components of the real ones (PRiMeFlow figure 1)."""
-    basis = metrics.fit_pca(lambda: (x for x in (control, real)), 2)
-    panels = {"real": real} | pred
-    short = short_names(panels, NAME_WIDTH)
-    width = min(len(panels), 4)
-    height = math.ceil(len(panels) / width)
-    figure, axes = plt.subplots(height, width, figsize=(2.5 * width, 0.8 + 2.3 * height), layout="constrained",
-                                squeeze=False, sharex=True, sharey=True)
-    for axis, (name, cells) in zip(axes.flat, panels.items()):
-        for x, shade in ((control, "#BBBBBB"), (cells, color.get(name, "black"))):
-            points = (x - basis.mean) @ basis.loadings
-            axis.plot(points[:, 0], points[:, 1], "o", markersize=2.5, alpha=0.6, color=shade)
-        axis.set_title(short[name])
-    for axis in axes.flat[len(panels):]:
+    basis = metrics.fit_pca(lambda: (cells["control"], cells["real"]), 2)
+    points = {name: (x - basis.mean) @ basis.loadings for name, x in cells.items()}
+    control = points.pop("control")
+    height = math.ceil(len(points) / 4)
+    figure, axes = plt.subplots(height, 4, figsize=(10, 0.8 + 2.3 * height), squeeze=False, sharex=True, sharey=True)
+    for axis in axes.flat[len(points):]:
         axis.set_axis_off()
+    for axis, (name, point) in zip(axes.flat, points.items()):
+        axis.plot(control[:, 0], control[:, 1], "o", markersize=2.5, alpha=0.6, color="#BBBBBB")
+        axis.plot(point[:, 0], point[:, 1], "o", markersize=2.5, alpha=0.6, color=colors[name])
+        axis.set_title(name)
     one, two = 100 * np.asarray(basis.explained[:2])
     figure.supxlabel(f"PC 1 ({one:.0f}% of the real cells' variance)")
     figure.supylabel(f"PC 2 ({two:.0f}%)")
@@ -960,128 +873,75 @@ def plot_pca(plt, condition, real, control, pred, color):
 
 FEW_STAGE = {"scbig": ["--pretrain-steps", "20"]}      # an earlier stage, which is not what is timed
 
+# runs the script of its arguments as python does, and prints its FLOPs last; the counter knows plain attention only
+COUNT_FLOPS = """
+import os, runpy, sys
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+print(counter.get_total_flops())
+"""
+
 
 def matrix_rate(device, dtype):
     """FLOP/s of a large matrix product: what the device can do at best."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(6):
-        _synchronise(device)
-        start = time.perf_counter()
-        a @ a
-        _synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=6)        # item() waits for the device
+    return 2 * n ** 3 / min(seconds)
 
 
-def _synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def flop_counter():
-    """torch's counter, with the attention kernel of CPUs, which it does not know."""
-    from torch.utils import flop_counter as fc
-    aten = torch.ops.aten
-
-    def forward(q, k, v, *args, out_shape=None, **kwargs):
-        return fc.sdpa_flop_count(q, k, v)
-
-    def backward(grad, q, k, v, *args, out_shape=None, **kwargs):
-        return fc.sdpa_backward_flop_count(grad, q, k, v)
-    return fc.FlopCounterMode(display=False, custom_mapping={
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward})
-
-
-def count_flops():
-    """What a child of --speed does: runs the script of its arguments as python does, and prints its FLOPs last."""
-    del sys.argv[0]
-    sys.path.insert(0, str(Path(sys.argv[0]).parent))
-    for name in ("data", "metrics"):            # a fork has its own
-        del sys.modules[name]
-    with flop_counter() as counter:
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stop:
-            if stop.code:
-                raise
-    print(counter.get_total_flops())
-
-
-def child(*command):
-    """Run python with these arguments: (seconds, what it printed)."""
-    start = time.perf_counter()
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-        raise DataError(f"--speed: {shlex.join(map(str, command))}: {last}")
-    return time.perf_counter() - start, done.stdout
-
-
-def measure(script, flags, preset, path, device, steps, folder):
-    """Speed of one method: from the log of a short run, and from children that predict or count."""
+def measure(script, flags, device, steps, folder):
+    """Speed of one method: from the log of a short run, and from children that count or predict."""
     place = ["--device", device] if device else []
-    flags = ["--data", path, "--split", "additive", "--preset", preset, *place, *FEW_STAGE.get(script.stem, ()), *flags]
+    flags = [*flags, *FEW_STAGE.get(script.stem, ())]
     run = folder / "run"
     child(script, *flags, "--steps", steps, "--out", run)
-    log = training_log(run)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [line for line in lines if "cells_per_s" in line and "stage" not in line][2:]     # after compilation
     result = json.loads((run / "metrics.json").read_text())
-    ms = [1e3 * (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log[2:], log[3:])]
+    seconds = np.median([(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log, log[1:])])
+
+    total = []
+    for n in (1, 3):                            # the difference is two steps, whatever comes before and after
+        _, text = child("-c", COUNT_FLOPS, script, *flags, "--no-compile", "--eval-cells", 2, "--steps", n,
+                        "--out", folder / f"flops{n}")
+        total.append(int(text.splitlines()[-1]))
+    flops = (total[1] - total[0]) / 2
     where = data.pick_device(device)
     bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    row = {"preset": preset, "device": str(where), "dtype": "bf16" if bf16 else "fp32",
-           "first_step_s": round(log[0]["seconds"], 2), "ms_per_step": round(float(np.median(ms)), 2),
-           "ms_quartiles": [round(float(q), 2) for q in np.percentile(ms, [25, 75])],
-           "cells_per_s": round(float(np.median([line["cells_per_s"] for line in log[2:]])), 1),
-           "peak_memory_mb": result["peak_memory_mb"]}
-
-    flops = []
-    for n in (1, 3):                            # the difference is two steps, whatever comes before and after
-        _, text = child("-c", "import bench; bench.count_flops()", script, *flags, "--no-compile", "--eval-cells", 2,
-                        "--steps", n, "--out", folder / f"flops{n}")
-        flops.append(int(text.splitlines()[-1]))
     rate = matrix_rate(where, torch.bfloat16 if bf16 else torch.float32)
-    row["gflop_per_step"] = round((flops[1] - flops[0]) / 2e9, 2)
-    row["device_gflops"] = round(rate / 1e9, 1)
-    row["utilisation"] = round((flops[1] - flops[0]) / 2 / (row["ms_per_step"] / 1e3) / rate, 3)
 
     condition = next(iter(result["per_condition"]))
     few, many = (25, 2_025) if where.type == "cpu" else (100, 10_100)
-    seconds = [child(script, "--ckpt", run / "ckpt.pt", "--predict", condition, "--cells", n, *place,
-                     "--out", folder / f"{n}.h5ad")[0] for n in (few, many)]
-    took = seconds[1] - seconds[0]              # both start python, load the data and compile
-    row["sampled_cells_per_s"] = round((many - few) / took, 1) if took > 0 else None
-    return row
+    took = [child(script, "--ckpt", run / "ckpt.pt", "--predict", condition, "--cells", n, *place,
+                  "--out", folder / f"{n}.h5ad")[0] for n in (few, many)]
+    sampling = max(took[1] - took[0], 1e-9)     # both start python, load the data and compile
+    return {"ms/step": round(1e3 * float(seconds), 2),
+            "cells/s": round(float(np.median([line["cells_per_s"] for line in log])), 1),
+            "peak MB": result["peak_memory_mb"],
+            "GFLOP/step": round(flops / 1e9, 2),
+            "utilisation": round(flops / float(seconds) / rate, 3),
+            "sampled cells/s": round((many - few) / sampling, 1)}
 
 
 def speed(config):
     """Print the table of --speed; the last line is one JSON object. Returns the exit code."""
     cuda = data.pick_device(config.device).type == "cuda"
-    asked = asked_methods(config)
-    presets = [config.preset or "demo"]
-    if cuda and not config.preset:
-        presets.append("paper")
-    large = Path("runs/speed-5000.h5ad")
-    if "paper" in presets and not large.exists():
-        data.simulate(large, cells=20_000, genes=5_000)
-    result = {"methods": [], "torch": torch.__version__, "threads": torch.get_num_threads(),
-              "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}
-    for text, (script, flags) in asked.items():
-        for preset in presets:
-            path = large if preset == "paper" else data.demo_file()
-            with tempfile.TemporaryDirectory() as folder:
-                row = measure(script, flags, preset, path, config.device, 400 if cuda else 40, Path(folder))
-            result["methods"].append({"method": text, **row})
-            low, high = row["ms_quartiles"]
-            print(f"{text} {preset}: {row['ms_per_step']:g} ms/step (quartiles {low:g} to {high:g}), first step after "
-                  f"{row['first_step_s']:g} s, {row['cells_per_s']:g} cells/s, {row['peak_memory_mb']} MB, "
-                  f"{row['gflop_per_step']:g} GFLOP/step, "
-                  f"{100 * row['utilisation']:.0f}% of {row['device_gflops']:g} GFLOP/s; sampling "
-                  f"{row['sampled_cells_per_s'] or '-'} cells/s", flush=True)
-    print(json.dumps(result))
+    rows = []
+    for text, (script, flags) in asked_methods(config).items():
+        with tempfile.TemporaryDirectory() as folder:
+            row = measure(script, common_flags(config) + flags, config.device, 400 if cuda else 40, Path(folder))
+        rows.append({"method": text, "preset": config.preset, **row})
+        print(f"measured {text}", flush=True)
+    if not rows:
+        raise DataError("--speed: --methods names none to measure")
+    print(render([list(rows[0])] + [[str(value) for value in row.values()] for row in rows]))
+    print(json.dumps({"methods": rows, "torch": torch.__version__, "threads": torch.get_num_threads(),
+                      "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}))
     return 0
 
 
@@ -1094,23 +954,24 @@ def main(argv=None):
         data.add_flags(parser, Config, {"demo": {"hvg": DEMO_HVG}})
         typed = parser.parse(argv)
         config = Config(**typed)
-        if "hvg" not in typed and preset_of(config) == "demo":
+        config.preset = config.preset or ("demo" if config.data == "demo" else "paper")
+        if "hvg" not in typed and config.preset == "demo":
             config.hvg = DEMO_HVG
         unknown = sorted(set(config.keys) - set(metrics.KEYS))
         if unknown:
             raise DataError(f"--keys {' '.join(unknown)}: unknown; the metrics are {' '.join(metrics.KEYS)}")
-        if config.jobs < 0 or config.eval_cells < 0 or min(*config.seeds, *config.folds) < 0:
-            raise DataError("--jobs, --seeds, --folds and --eval-cells must not be negative")
+        if config.jobs < 0 or config.eval_cells < 0:
+            raise DataError("--jobs and --eval-cells must not be negative")
+        for of in (config.seeds, config.folds):
+            if min(of) < 0 or len(set(of)) < len(of):
+                raise DataError(f"--seeds and --folds: {' '.join(map(str, of))} is negative, or has one twice")
         names = [text.partition("=")[0] for text in config.pred]
         ours = {*METHODS, *GRIDS, *metrics.FLOORS, "replicate", ""}
         if any("=" not in text for text in config.pred) or len(set(names)) < len(names) or set(names) & ours:
             raise DataError(f"--pred {' '.join(config.pred)}: give NAME=FILE.h5ad, every name once and none of ours")
-        for repeated in (config.seeds, config.folds):
-            if len(set(repeated)) < len(repeated):
-                raise DataError(f"{' '.join(map(str, repeated))}: something is asked for twice")
         cuda = config.device.startswith("cuda") or (not config.device and torch.cuda.is_available())
         if not config.jobs:
-            config.jobs = os.cpu_count() or 1 if preset_of(config) == "demo" and not cuda else 1
+            config.jobs = os.cpu_count() or 1 if config.preset == "demo" and not cuda else 1
         if not config.eval_cells:
             config.eval_cells = 100 if config.data == "demo" else 1000
         if config.data == "demo" and config.split == "transfer":
