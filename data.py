@@ -1047,10 +1047,6 @@ def _scale(X, config, where, notes, check=True):
         raise DataError(f"{where}: {problem}; choose another --layer, of raw counts or log-normalised values")
     if low < 0:
         notes.append(f"holds values below 0, the lowest {low:.3g}, which measured cells cannot have")
-    if config.lognorm and (outside or integer):
-        notes.append(f"--lognorm is taken at its word, but {above if outside else 'the values are integers'}")
-    if config.counts and not integer and not outside:
-        notes.append(f"--counts is taken at its word, but the values are no integers and end at {high:.3g}")
     if not declared and not integer and outside:
         notes.append(f"{above}: taken for log-normalised values, a few of them out of range (--counts if they are not)")
     return "counts" if config.counts or integer and not config.lognorm else "lognorm"
@@ -1092,22 +1088,15 @@ def gene_statistics(dataset, most=100_000):
     mean, var = (torch.from_numpy(a.astype(np.float32)).to(dataset.device) for a in (mean, var))
     std = torch.where(varies, var, 1).sqrt()
     corr = mean.new_zeros(len(mean), len(mean))
-    with full_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")       # whatever a method has set for its model
+    try:
         for block in row_blocks(X, rows):
             z = (torch.from_numpy(X[block].toarray()).to(dataset.device) - mean) / std
             corr.addmm_(z.T, z)
-    return mean, var, corr / len(rows) * (varies & varies[:, None])
-
-
-@contextlib.contextmanager
-def full_precision():
-    """Matrix products in full float32 (no TF32), whatever a method has set for its model."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
     finally:
         torch.set_float32_matmul_precision(before)
+    return mean, var, corr / len(rows) * (varies & varies[:, None])
 
 
 def training_effects(dataset):
@@ -1203,11 +1192,11 @@ def order(condition):
     return 0 if condition == CONTROL else condition.count("+") + 1
 
 
-def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of=None):
+def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=None):
     """Assign every group to train, val or test. Returns {part: sorted condition or group names}.
 
     groups: [(condition, covariate)] without controls. spelling: {condition: first spelling in the file}.
-    name: additive | holdout | cv | combo | transfer | unseen | FILE.json | obs:COLUMN (part_of: group -> part).
+    name: additive | holdout | cv | combo | transfer | unseen, or that of a file or column with the parts as `given`.
     fold: seed 42 + fold, except cv where it picks the test fold. Raises DataError when a split has no test condition.
     """
     if fold < 0:
@@ -1218,7 +1207,9 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of
     held = {"val": set(), "test": set()}
     if name in ("additive", "cv", "combo", "holdout") and not multiple:
         raise DataError(f"--split {name} needs doubles, this file has 0; use --split unseen, transfer or a split file")
-    if name == "additive":      # official scDFM folds: data.py:128-141; validation is ours
+    if given is not None:
+        held = _given_split(name, groups, canonical, given)
+    elif name == "additive":    # official scDFM folds: data.py:128-141; validation is ours
         rng.shuffle(multiple)
         n_test, n_val = max(1, int(0.3 * len(multiple))), int(0.1 * len(multiple))
         held = {"test": set(multiple[:n_test]), "val": set(multiple[n_test:n_test + n_val])}
@@ -1249,11 +1240,6 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of
         held["val"] = {c for c in conditions if val & set(c.split("+"))} - held["test"]
     elif name == "transfer":
         held = _transfer(groups, rng)
-    elif name.startswith("obs:"):
-        for group, part in part_of.items():
-            held.setdefault(part, set()).add(group_name(*group))
-    elif name.endswith(".json"):
-        held = _split_file(name, groups, canonical)
     else:
         raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, FILE.json or "
                         "obs:COLUMN")
@@ -1312,59 +1298,58 @@ def _transfer(groups, rng):
     return {"val": {group_name(*p) for p in val}, "test": {group_name(*p) for p in test}}
 
 
-def _split_file(name, groups, canonical):
-    """A user's split: {"train", "val", "test"} or {"test"} alone; names in any order and control form."""
+def _read_split(name, cells):
+    """{part: names} of a user's split: {"train", "val", "test"} or {"test"} alone in a file, or an obs column of parts.
+    None for the split of another name."""
+    if name.startswith("obs:"):
+        pairs = sorted(set(zip(cells.pair.tolist(), cells.obs(name[4:], "--split"))))
+        given = {}
+        for i, part in pairs:
+            if cells.pairs[i][0] != CONTROL:
+                given.setdefault(PART_ALIAS.get(part, part), []).append(group_name(*cells.pairs[i]))
+        if set(given) - set(PARTS):
+            raise DataError(f"--split {name}: holds {_listed(sorted(given))}; the column must hold train, val and test")
+        return given
+    if not name.endswith(".json"):
+        return None
     try:
         content = json.loads(Path(name).read_text(encoding="utf-8-sig"))
         given = {PART_ALIAS.get(part, part): names for part, names in content.items()}
-        given = {part: given[part] for part in PARTS if part in given}
-        if "test" not in given or not all(isinstance(names, list) for names in given.values()):
+        if not isinstance(given.get("test"), list) or not all(isinstance(given.get(part, []), list) for part in PARTS):
             raise ValueError("no list of condition names under 'test'")
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"--split {name}: cannot be read as a split ({error}); it needs "
                         '{"train": [...], "val": [...], "test": [...]} or {"test": [...]}') from None
-    members = {}                # groups of a condition, which is named whole or group by group
+    return given
+
+
+def _given_split(name, groups, canonical, given):
+    """{part: groups} of a split whose names come in any order and control form, whole conditions or single groups."""
+    members = {}
     for condition, covariate in groups:
         group = group_name(condition, covariate)
         members.setdefault(condition, []).append(group)
         members[group] = [group]
     part_of = {}
-    for part, names in given.items():
-        for entry in map(str, names):
+    for part in PARTS:
+        for entry in map(str, given.get(part, ())):
             label, at, covariate = entry.partition("@")
             condition = canonical(label)
             if condition not in members:    # the file may spell its controls in another way: A+ctrl
                 condition = "+".join(t for t in condition.split("+") if not is_control_label(t)) or CONTROL
             if condition == CONTROL:
-                continue        # controls are shared by all parts, as in the split files of GEARS
+                continue                    # controls are shared by all parts, as in the split files of GEARS
             if condition + at + covariate not in members:
-                raise DataError(f"--split {name}: {part} condition '{entry}' has no cells in the data; remove it from "
-                                "the split file")
+                raise DataError(f"--split {name}: {part} condition '{entry}' has no cells in the data; remove it")
             for group in members[condition + at + covariate]:
                 if part_of.setdefault(group, part) != part:
-                    raise DataError(f"--split {name}: '{entry}' is in both {part_of[group]} and {part}; every "
-                                    "condition belongs to one part")
+                    raise DataError(f"--split {name}: '{entry}' is in both {part_of[group]} and {part}; a split is by "
+                                    "condition, and every condition belongs to one part")
     missing = sorted({group_name(*group) for group in groups} - set(part_of))
     if "train" in given and missing:
         raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part ({_listed(missing)}); "
                         'list them, or leave "train" out: the rest then trains')
     return {part: {group for group, p in part_of.items() if p == part} for part in ("val", "test")}
-
-
-def _split_column(cells, name):
-    """obs:COLUMN -> {(condition, covariate): part}; the column must be constant within every group."""
-    part_of = {}
-    for i, value in sorted(set(zip(cells.pair.tolist(), cells.obs(name[4:], "--split")))):
-        (condition, covariate), part = cells.pairs[i], PART_ALIAS.get(value, value)
-        if condition == CONTROL:
-            continue
-        if part not in PARTS:
-            raise DataError(f"--split {name}: value '{value}' of condition {condition}; the column must hold train, "
-                            "val and test")
-        if part_of.setdefault((condition, covariate), part) != part:
-            raise DataError(f"--split {name}: condition {group_name(condition, covariate)} is in both "
-                            f"{part_of[condition, covariate]} and {part}; a split is by condition, never by cell")
-    return part_of
 
 
 # ------------------------------------------------------------------------------------------------ the data set
@@ -1635,53 +1620,51 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     config = config or DataConfig()
     for name in ("min_genes", "min_cells", "hvg", "eval_genes", "cache_gb"):
         if getattr(config, name) < 0:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+            raise DataError(f"{_flag(name)} {getattr(config, name)}: must not be negative")
     cells = read_cells(path, config)
+    notes = cells.notes
     if config.min_genes > 0:
         detected = np.concatenate([np.diff(cells.X[block].indptr) for block in row_blocks(cells.X)])
         keep = detected >= config.min_genes
-        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
-        if not keep.any():
-            raise DataError(f"{path}: no cell has {config.min_genes} detected genes (--min-genes); lower it")
-        if not keep.all():
-            cells.take(keep)
+        notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
+        cells.take(keep)
     with_control = {v for c, v in cells.pairs if c == CONTROL}
-    keep = np.array([v in with_control for _, v in cells.pairs])[cells.pair]
+    keep = np.array([v in with_control for _, v in cells.pairs], dtype=bool)[cells.pair]
     if not keep.all():
         lost = sorted({v for _, v in cells.pairs} - with_control)
-        cells.notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control "
-                           f"cells ({_listed(lost, 4)})")
+        notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control cells "
+                     f"({_listed(lost, 4)})")
         cells.take(keep)
     groups = sorted(pair for pair in cells.pairs if pair[0] != CONTROL)
-    if not groups or not with_control:
-        raise DataError(f"{path}: no {'perturbed' if with_control else 'control'} cells are left after quality "
-                        "control; lower --min-genes, or match controls in fewer --covariates")
+    if not groups:
+        raise DataError(f"{path}: no perturbed cells with controls beside them are left after quality control; lower "
+                        "--min-genes, or match controls in fewer --covariates")
     spelling = {c: cells.spelling[c] for c, _ in groups}
     if split:
-        part_of = _split_column(cells, split) if split.startswith("obs:") else None
-        parts = make_split(split, groups, spelling, fold, folds, cells.canonical, part_of)
+        parts = make_split(split, groups, spelling, fold, folds, cells.canonical, _read_split(split, cells))
     else:
         parts = {"train": sorted(spelling), "val": [], "test": []}
         if config.hvg and config.hvg_on == "train":
             raise DataError("--hvg chooses genes on the training cells of a split: add --split NAME, or --hvg-on all")
     data = Dataset(cells, parts, config, device)
 
-    perturbed = {q for p in data.perturbations for q in (p, p.partition(":")[0])}
+    perturbed = list({q for p in data.perturbations for q in (p, p.partition(":")[0])})
     detected = gene_moments(cells.X, data.fit_rows, torch.sign)[0]          # number of cells
-    keep = (detected >= config.min_cells) | np.isin(cells.genes, list(perturbed))
+    keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
-        raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells (--min-cells); "
-                        "lower it")
+        raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells; lower "
+                        "--min-cells")
     if not keep.all():
-        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: detected in at least {config.min_cells} "
-                           "training and control cells, or perturbed")
+        notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: detected in at least {config.min_cells} "
+                     "training and control cells, or perturbed")
         cells.keep_genes(keep)
     lognormalise(cells)
     if 0 < config.hvg < len(cells.genes):
         rows = data.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
-        keep = highly_variable(cells.X, rows, config.hvg) | np.isin(cells.genes, list(perturbed))
-        cells.notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} highly variable in "
-                           f"{'training and control' if config.hvg_on == 'train' else 'ALL'} cells, and the perturbed")
+        keep = highly_variable(cells.X, rows, config.hvg) | np.isin(cells.genes, perturbed)
+        chosen_on = "training and control" if config.hvg_on == "train" else "ALL"
+        notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} highly variable in {chosen_on} cells, and the "
+                     "perturbed")
         cells.keep_genes(keep)
     data.choose_genes()
     return data
