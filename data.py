@@ -394,10 +394,7 @@ def _stored_blocks(data, indices, indptr, width, where):
     for first in range(0, len(indptr) - 1, step):
         bounds = indptr[first:first + step + 1]
         piece = slice(bounds[0], bounds[-1])
-        columns = indices[piece]
-        _check_indices(columns, width, where)
-        yield _canonical(sp.csr_matrix((data[piece].astype(np.float32), columns.astype(np.int32), bounds - bounds[0]),
-                                       shape=(len(bounds) - 1, width)))
+        yield _csr(data[piece], indices[piece], bounds - bounds[0], width, where)
 
 
 def _check_numbers(nodes, dimensions):
@@ -418,6 +415,13 @@ def _canonical(X):
     X.sum_duplicates()                              # no-op on canonical input; log1p needs one entry per value
     X.eliminate_zeros()
     return X
+
+
+def _csr(values, indices, indptr, width, where):
+    """Rows as a file holds them, as canonical CSR float32."""
+    _check_indices(indices, width, where)
+    arrays = values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False), indptr
+    return _canonical(sp.csr_matrix(arrays, shape=(len(indptr) - 1, width)))
 
 
 def _uns(group):
@@ -601,14 +605,11 @@ def _expressed(var, notes):
 
 class StoredRows:
     """A matrix that stays in a file: X[rows] reads some rows as CSR float32, cut to the kept columns and normalised.
-
-    Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow, and
-    not mapped: the operating system keeps what was read while it has room, which does not count as ours.
-    """
+    Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow."""
 
     def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
-        self.arrays, self.stored_width = arrays, width
-        self.where, self.note = where, note
+        self.arrays, self.where = arrays, where
+        self.note = note
         self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
         self.keep = np.ones(width, dtype=bool)                  # columns
         self.factor = None                                      # per cell; counts times this are CP10k
@@ -620,7 +621,6 @@ class StoredRows:
     def take(self, keep):
         """From now on only these rows (boolean mask)."""
         self.start, self.size = self.start[keep], self.size[keep]
-        self.factor = None if self.factor is None else self.factor[keep]
 
     def __getitem__(self, rows):
         start, size = self.start[rows], self.size[rows]
@@ -629,9 +629,7 @@ class StoredRows:
         apart[1:-1] = start[1:] != stop[:-1]
         runs = list(zip(start[apart[:-1]].tolist(), stop[apart[1:]].tolist()))
         values, indices = (array.read(runs) for array in self.arrays)
-        _check_indices(indices, self.stored_width, self.where)
-        X = _canonical(sp.csr_matrix((values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False),
-                                      np.append(0, np.cumsum(size))), shape=(len(size), self.stored_width)))
+        X = _csr(values, indices, np.append(0, np.cumsum(size)), len(self.keep), self.where)
         if not self.keep.all():
             X = keep_columns(X, self.keep)
         if self.factor is not None:
@@ -640,7 +638,7 @@ class StoredRows:
 
 
 class _FlatArray:
-    """The same past HDF5, for what lies uncompressed in a file: pieces of `chunk` values, each at its byte offset."""
+    """1-D values that lie uncompressed in a file, read past HDF5: pieces of `chunk` values, each at its byte offset."""
 
     def __init__(self, file, dtype, offsets, chunk=2**40):
         self.file, self.dtype = file, np.dtype(dtype)
@@ -661,6 +659,7 @@ class _FlatArray:
         return None if None in offsets else cls(file, dataset.dtype, offsets, chunk)
 
     def read(self, runs):
+        """Values from start to stop of every (start, stop), one run after the other."""
         pieces, width = [], self.dtype.itemsize                 # (byte offset, bytes)
         for start, stop in runs:
             while start < stop:
@@ -1788,28 +1787,10 @@ def _write_frame(parent, name, index, columns):
         _write(node, "categories", np.array(names, dtype=object)[order])
 
 
-def _write_rows(file, blocks, G):
-    """CSR blocks as the matrix X, in pieces without compression, which StoredRows reads as they are."""
-    group, indptr = file.create_group("X"), [np.zeros(1, dtype=np.int64)]
-    for block in blocks:
-        end = indptr[-1][-1]
-        for key, values in (("data", block.data), ("indices", block.indices)):
-            if key not in group:
-                chunk = min(max(1, len(values)), 65536)
-                group.create_dataset(key, (0,), values.dtype, maxshape=(None,), chunks=(chunk,))
-            group[key].resize((end + len(values),))
-            group[key][end:] = values
-        indptr.append(end + block.indptr[1:].astype(np.int64))
-    indptr = np.concatenate(indptr)
-    group["indptr"] = indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr
-    _encode(group, "csr_matrix", "0.1.0")
-    group.attrs["shape"] = np.array([len(indptr) - 1, G], dtype=np.int64)
-
-
 def write_h5ad(path, X, obs, genes, uns=None, names=None):
     """Write a valid AnnData file, atomically. X: (n, G) ndarray or sparse matrix, or its rows as CSR blocks one after
     another; obs {column: n values}, genes [G] unique, uns {key: str, number, array or dict}, names [n] cell names.
-    Opens in anndata and scanpy without a warning."""
+    Opens in anndata and scanpy without a warning. CSR lies in pieces without compression, as StoredRows reads it."""
     n, G = X.shape if hasattr(X, "shape") else (len(next(iter(obs.values()))), len(genes))
     if len(genes) != G or any(len(v) != n for v in obs.values()):
         raise ValueError(f"X is {(n, G)}, with {len(genes)} genes and obs of {[len(v) for v in obs.values()]}")
@@ -1818,7 +1799,20 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
         if isinstance(X, np.ndarray):
             _write(file, "X", np.ascontiguousarray(X))
         else:
-            _write_rows(file, [X.tocsr()] if sp.issparse(X) else X, G)
+            group, indptr = file.create_group("X"), [np.zeros(1, dtype=np.int64)]
+            for block in [X.tocsr()] if sp.issparse(X) else X:
+                end = indptr[-1][-1]
+                for key, values in (("data", block.data), ("indices", block.indices)):
+                    if key not in group:
+                        chunk = min(max(1, len(values)), 65536)
+                        group.create_dataset(key, (0,), values.dtype, maxshape=(None,), chunks=(chunk,))
+                    group[key].resize((end + len(values),))
+                    group[key][end:] = values
+                indptr.append(end + block.indptr[1:].astype(np.int64))
+            indptr = np.concatenate(indptr)
+            group["indptr"] = indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr
+            _encode(group, "csr_matrix", "0.1.0")
+            group.attrs["shape"] = np.array([n, G], dtype=np.int64)
         _write_frame(file, "obs", names if names is not None else [f"cell{i}" for i in range(n)], obs)
         _write_frame(file, "var", genes, {})
         for name in ("layers", "obsm", "varm", "obsp", "varp"):
@@ -2167,10 +2161,10 @@ def claim(folder):
         else:
             import fcntl
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except OSError as error:                    # file systems without locks: nothing is claimed
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise DataError(f"{folder}: another run is using this folder; choose another --out") from None
-    _claims.append(handle)                      # file systems without locks: nothing is claimed
+    _claims.append(handle)
 
 
 def mend(log):
@@ -2347,10 +2341,9 @@ def peak_memory(device):
     """Most memory that this process has had, in MB: of the GPU where it ran on one, else resident; None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    try:
-        import resource
-    except ImportError:
+    if os.name == "nt":
         return None
+    import resource
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
