@@ -1343,7 +1343,7 @@ def _given_split(name, groups, canonical, given):
             for group in members[condition + at + covariate]:
                 if part_of.setdefault(group, part) != part:
                     raise DataError(f"--split {name}: '{entry}' is in both {part_of[group]} and {part}; a split is by "
-                                    "condition, and every condition belongs to one part")
+                                    "condition, never by cell")
     missing = sorted({group_name(*group) for group in groups} - set(part_of))
     if "train" in given and missing:
         raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part ({_listed(missing)}); "
