@@ -10,9 +10,8 @@ choose genes on training and control cells only; log-normalise. Nothing here is 
     python data.py demo --out demo.h5ad                 simulated counts, known truth (--cells, --genes, --cell-types)
 
 Size: a matrix is held dense on the device up to --cache-gb, else sparse in memory up to that, else it stays on disk
-(--backed: always): every pass then goes over blocks of rows, and a batch is read when it is drawn. Results are the same
-to the last bit, but on a GPU, whose dense matrix is float16. Uncompressed CSR files, prepared ones among them, are read
-in place; of others a temporary copy is.
+(--backed: always), uncompressed CSR in place, anything else in a temporary copy; passes go over blocks of rows, and a
+batch is read when it is drawn. Results are the same to the last bit, but on a GPU, whose dense matrix is float16.
 
 Units: `counts` are raw UMI counts; everything a method sees is log1p of counts per 10,000 ("log1p CP10k").
 Names: a condition is its perturbations sorted and joined by '+', or 'control'; a group is a condition within one
@@ -782,19 +781,18 @@ class LabelRules:
         if not self.declared and not any(map(self.is_control, texts)):
             self.control_genes = {text for text in texts if is_control_label(text)}
             self.genes -= self.control_genes
-        todo = list(texts)
+        todo = list(texts)                      # what stands beside a plus or a control counts as if it stood alone
         while todo:
             text = todo.pop()
-            if self.is_control(text):
-                continue
-            cuts = list(_cuts(text))
-            found = {side for cut in _cuts(text, _PLUS) for side in cut}
-            found.update([right for left, right in cuts if self.is_control(left)][-1:])     # the longest control
-            found.update([left for left, right in cuts if self.is_control(right)][:1])
-            found = {side for side in found if side and not _MARKS.fullmatch(side)} - texts
-            texts |= found
-            todo += found
-        for text in sorted(texts, key=len):     # what a label may be made of is shorter and known by then
+            sides = {side for cut in _cuts(text, _PLUS) for side in cut}
+            after = [right for left, right in _cuts(text) if self.is_control(left)]
+            before = [left for left, right in _cuts(text) if self.is_control(right)]
+            sides.update(after[-1:], before[:1])                        # the longest control
+            if not self.is_control(text):
+                found = {side for side in sides if side and not _MARKS.fullmatch(side)} - texts
+                texts |= found
+                todo += found
+        for text in sorted(texts, key=len):     # what a label may be made of is shorter, and known by then
             if self.tokens(text) == [text]:
                 self.known.add(text)
 
@@ -1576,10 +1574,6 @@ class Panel:
     def outside(self):
         """Perturbations that are no gene of the panel."""
         return [p for p, g in zip(self.perturbations, self.pert_gene) if g < 0]
-
-    def eval_names(self):
-        """Names of the evaluation genes."""
-        return [self.genes[i] for i in self.eval_genes]
 
 
 def pick_rows(x, n, seed):
