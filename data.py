@@ -513,8 +513,8 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
         doses = Column([""], np.zeros(n, dtype=np.int64))
         if config.dose_key:
             doses = _required_column(obs, config.dose_key, "--dose-key", path)
-        pert_key, labels, rules = _find_labels(obs, config, path, set().union(*names.values()), doses,
-                                               control_required, perturbed_required, notes)
+        pert_key, labels, rules, condition, spelling = _find_labels(
+            obs, config, path, set().union(*names.values()), doses, control_required, perturbed_required, notes)
         covariates = [_required_column(obs, key, "--covariates", path) for key in config.covariate_keys]
         wanted = set(genes) or {piece for label in _values(labels) for piece in _pieces(label)}
         genes = _gene_names(names, config.gene_key, wanted, notes)
@@ -528,8 +528,6 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     if duplicated:
         notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...; --gene-key names "
                      "another column)")
-    condition, spelling = rules.apply(labels, doses)
-    notes += rules.notes()
     ambiguous = sorted({p for c in spelling for p in c.split("+")} & duplicated)
     if ambiguous:
         raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
@@ -544,6 +542,8 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
         notes.append(f"dropped {int((~labelled).sum()):,} cells without a label{' or covariate' if covariates else ''}")
         cells.take(labelled)
     cells.file_shape = cells.X.shape
+    if control_required and CONTROL not in dict(cells.pairs):
+        raise DataError(f"{path}: no control cell has a value of {config.covariates}; choose other --covariates")
     cells.scale = _scale(cells.X, config, where, notes, check)
     guesses = []
     if not config.pert_key:
@@ -893,8 +893,8 @@ class LabelRules:
 
 
 def _find_labels(obs, config, path, symbols, doses, control_required, perturbed_required, notes):
-    """The label column(s), --pert-key or the first usual one that holds what is required: their name, Columns and
-    LabelRules. Where no label is a control, another column may mark the controls."""
+    """The label column(s), --pert-key or the first usual one that holds what is required: name, Columns, LabelRules,
+    Column of conditions, spelling. Where no label is a control, another column may mark the controls."""
     columns = _columns(obs)
     keys = [[key] for key in PERT_KEYS if key in columns]
     if config.pert_key:
@@ -908,13 +908,13 @@ def _find_labels(obs, config, path, symbols, doses, control_required, perturbed_
         notes.append("took every cell for a control, since there is no label column (--pert-key)")
 
     def usable(controls, marked=None):
-        """(key, labels, rules, conditions) of the candidates that hold what is required, and what the others lack."""
+        """Of the candidates, those that hold what is required, read, and what the others lack."""
         found, lacks = [], []
         for key, labels in candidates:
             if marked is not None:
                 labels = _mark(labels, marked)
             rules = LabelRules(_values(labels), symbols, controls, config.separator)
-            conditions = rules.apply(labels, doses)[0]
+            conditions, spelling = rules.apply(labels, doses)
             names = set(conditions.values) - {""}
             has_control = CONTROL in names and (not controls or any(map(rules.is_declared, rules.seen_controls)))
             if perturbed_required and names == {CONTROL}:
@@ -924,7 +924,7 @@ def _find_labels(obs, config, path, symbols, doses, control_required, perturbed_
                 lacks.append(f"column {key} has no control cells: none of {_listed(_values(labels), 4)} is "
                              f"{config.control_label or usual}")
             else:
-                found.append((key, labels, rules, conditions))
+                found.append((key, labels, rules, conditions, spelling))
         return found, lacks
     marked, marker = _marked_controls(obs, columns, config, path)
     if marker and config.control_label:
@@ -940,12 +940,13 @@ def _find_labels(obs, config, path, symbols, doses, control_required, perturbed_
         listing = "; ".join(f"{key} ({_listed(_values([_column(obs, key)]), 4)})" for key in columns[:12])
         raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. Name the column of the perturbations "
                         "with --pert-key, and their controls with --control-label LABEL or COLUMN=VALUE")
-    key, labels, rules, conditions = found[0]
-    for other, its_labels, _, its_conditions in found[1:]:
+    key, labels, rules, conditions, _ = found[0]
+    for other, its_labels, _, its_conditions, _ in found[1:]:
         if any(a != b for a, b in _combine([its_conditions, conditions])[0]):
             raise DataError(f"{path}: obs columns {key} ({_listed(_values(labels), 4)}) and {other} "
                             f"({_listed(_values(its_labels), 4)}) disagree; choose one with --pert-key")
-    return key, labels, rules
+    notes += rules.notes()
+    return found[0]
 
 
 def _marked_controls(obs, columns, config, path):

@@ -363,6 +363,12 @@ def test_files_without_controls_or_perturbations_on_request(tmp_path):
     assert list(data.read_cells(path, perturbed_required=False).condition) == ["control", "control"]
 
 
+def test_controls_without_a_covariate(tmp_path):
+    path = column_file(tmp_path / "file.h5ad", {"condition": ["control", "KLF1"], "type": ["", "B"]})
+    with pytest.raises(data.DataError, match="no control cell has a value of type; choose other --cov"):
+        data.read_controls(path, data.DataConfig(covariates="type"), panel_of(GENES))
+
+
 def test_covariates_and_dropped_groups(tmp_path):
     labels = ["control", "KLF1"] * 20 + ["KLF1"] * 5
     types = ["CD14+ Monocytes, a"] * 20 + ["B"] * 20 + ["alone"] * 5
