@@ -10,9 +10,8 @@ choose genes on training and control cells only; log-normalise. Nothing here is 
     python data.py demo --out demo.h5ad                 simulated counts, known truth (--cells, --genes, --cell-types)
 
 Size: a matrix is held dense on the device up to --cache-gb, else sparse in memory up to that, else it stays on disk
-(--backed: always): every pass then goes over blocks of rows, and a batch is read when it is drawn. Results are the same
-to the last bit, but on a GPU, whose dense matrix is float16. Uncompressed CSR files, prepared ones among them, are read
-in place; of others a temporary copy is.
+(--backed: always), uncompressed CSR in place, anything else in a temporary copy; passes go over blocks of rows, and a
+batch is read when it is drawn. Results are the same to the last bit, but on a GPU, whose dense matrix is float16.
 
 Units: `counts` are raw UMI counts; everything a method sees is log1p of counts per 10,000 ("log1p CP10k").
 Names: a condition is its perturbations sorted and joined by '+', or 'control'; a group is a condition within one
@@ -46,13 +45,13 @@ import scipy.sparse as sp
 import torch
 
 CONTROL = "control"
-PERT_KEYS = ("condition", "perturbation", "target", "perturbation_name", "pert", "gene", "target_gene", "guide_identity",
-             "guide_ids", "perturbations", "drug", "treatment", "cov_drug")
+PERT_KEYS = ("condition", "perturbation", "target", "perturbation_name", "pert", "gene", "target_gene",
+             "guide_identity", "guide_ids", "perturbations", "drug", "treatment", "cov_drug")
 CONTROL_LABELS = ("control", "ctrl", "non-targeting", "non_targeting", "NT", "NegCtrl", "DMSO", "vehicle",
                   "unperturbed", "PBS", "NTC", "non-target", "safe-targeting", "intergenic", "scramble", "scrambled",
                   "neg-ctrl", "neg-control", "negative-control")
-CONTROL_COLUMNS = {"is_control": ("true", "1"), "control": ("true", "1"), "is_ctrl": ("true", "1"),
-                   "vehicle": ("true", "1"), "nperts": ("0",), "n_perts": ("0",)}  # and the values of their controls
+CONTROL_MARKERS = ("is_control=True", "is_control=1", "control=True", "control=1", "is_ctrl=True", "is_ctrl=1",
+                   "vehicle=True", "vehicle=1", "nperts=0", "n_perts=0")     # obs columns that mark controls
 GENE_KEYS = ("gene_name", "gene_symbol", "gene_symbols", "feature_name", "symbol")
 MISSING = {"", "nan", "NaN", "<NA>", "NA", "None"}
 PARTS = ("train", "val", "test")
@@ -97,24 +96,16 @@ class DataConfig:
 
 PLUGINS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
 
-# what a file may be instead: by its first bytes, and by what an HDF5 file holds
+# what a file may be instead: by its first bytes, and by a name that an HDF5 file holds
 NOT_HDF5 = (
     (rb"\Z", "is empty (0 bytes); download it again"),
-    (rb"(\xef\xbb\xbf)?\s*<(!|html|head|\?xml)", "is a web page, not data; the link needs a login or has moved: "
-                                                 "download it again"),
+    (rb"(\xef\xbb\xbf)?\s*<(!|html|head|\?xml)", "is a web page; the link needs a login or has moved"),
     (rb"version https://git-lfs", "is a pointer to a file in Git LFS; fetch it with git lfs pull"),
     (rb"\x1f\x8b|PK|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "is a compressed archive; unpack it first"))
-CELL_RANGER = "which has no perturbation labels; join it with the guide calls and save it as .h5ad"
-NOT_ANNDATA = (
-    (lambda file: isinstance(file.get("matrix"), h5py.Group), f"is a 10x Cell Ranger matrix, {CELL_RANGER}"),
-    (lambda file: {"row_attrs", "col_attrs"} <= set(file),
-     "is a loom file; convert it to .h5ad (anndata.read_loom, then write_h5ad)"),
-    (lambda file: any(isinstance(node, h5py.Group) and {"barcodes", "indptr"} <= set(node)
-                      for node in map(file.get, file)), f"is a 10x Cell Ranger 2 matrix, {CELL_RANGER}"),
-    (lambda file: "mod" in file and "X" not in file,
-     "is a MuData file; save one modality alone (mdata['rna'].write_h5ad)"),
-    (lambda file: any(isinstance(file.get(name), h5py.Dataset) for name in ("obs", "var")),
-     "was written by anndata before 0.7; read and write it once with a newer anndata"))
+NOT_ANNDATA = {
+    "row_attrs": "is a loom file; convert it to .h5ad (anndata.read_loom, then write_h5ad)",
+    "matrix": "is a 10x Cell Ranger matrix, without perturbations; join it with the guide calls and save it as .h5ad",
+    "mod": "is a MuData file; save one modality alone (mdata['rna'].write_h5ad)"}
 
 
 def _listed(names, most=5):
@@ -129,30 +120,28 @@ def _open(path):
     path = Path(path)
     try:
         if path.is_dir():
-            if path.suffix == ".zarr" or any((path / name).exists() for name in (".zgroup", "zarr.json")):
-                raise DataError(f"{path}: is a zarr store; convert it (anndata.read_zarr, then write_h5ad)")
-            raise DataError(f"{path}: is a directory; give the .h5ad file inside it")
+            raise DataError(f"{path}: is a directory; give the .h5ad file inside it, or convert a zarr store with "
+                            "anndata.read_zarr and write_h5ad")
         with open(path, "rb") as handle:
             head = handle.read(512)
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise DataError(f"{path}: no such file; check the path (README, section 'Data', says where to get data "
-                        "sets)") from None
+        raise DataError(f"{path}: no such file; check the path (README, 'Data', says where to get data sets)") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the permissions of the file and of its "
-                        "folder") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions and its folder's") from None
     for pattern, message in NOT_HDF5:
         if re.match(pattern, head, re.I):
             raise DataError(f"{path}: {message}")
     if not h5py.is_hdf5(path):
         raise DataError(f"{path}: is not an HDF5 file; AnnData (.h5ad) is needed")
     with _reading(path), h5py.File(path, "r") as file, _reading(path, file):
-        for is_other, message in NOT_ANNDATA:
-            if is_other(file):
+        for name, message in NOT_ANNDATA.items():
+            if name in file and "X" not in file:
                 raise DataError(f"{path}: {message}")
         if not {"obs", "var"} <= set(file):
-            there = _listed(sorted(map(str, file)), 8)
-            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {there}): obs, var and X are expected; save it "
-                            "as .h5ad")
+            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(map(str, file)), 8)}): obs, "
+                            "var and X are expected; save it as .h5ad")
+        if not all(isinstance(file[name], h5py.Group) for name in ("obs", "var")):
+            raise DataError(f"{path}: was written by anndata before 0.7, or is damaged; write it with a newer anndata")
         yield file
 
 
@@ -185,15 +174,14 @@ def _reading(path, file=None):
         if isinstance(error, DataError) or not any("h5py" in Path(f.f_code.co_filename).parts for f in frames):
             raise
         reason = " ".join(str(error.args[-1] if error.args else error).split())
+        problem = f"cannot be read ({reason}); it is damaged, or not yet whole: download it or write it again"
+        plugin = _missing_plugin(file)
+        if plugin:
+            problem = (f"is compressed with {plugin}, a plugin that is not installed; pip install hdf5plugin and set "
+                       "HDF5_PLUGIN_PATH to its plugins, or write the file again with gzip")
         if "lock file" in reason:
-            raise DataError(f"{path}: another program has it open for writing; close it there, or read a "
-                            "copy") from None
-        if file and (plugin := _missing_plugin(file)):
-            raise DataError(f"{path}: is compressed with {plugin}, an HDF5 plugin that is not installed; pip install "
-                            "hdf5plugin and set HDF5_PLUGIN_PATH to its plugins, or write the file again with "
-                            "gzip") from None
-        raise DataError(f"{path}: cannot be read ({reason}); the file is truncated or damaged, or still being written: "
-                        "download it again or write it again with anndata") from None
+            problem = "another program has it open for writing; close it there, or read a copy"
+        raise DataError(f"{path}: {problem}") from None
 
 
 def _missing_plugin(file):
@@ -201,13 +189,14 @@ def _missing_plugin(file):
     missing = []
 
     def look(_, node):
-        if isinstance(node, h5py.Dataset):
-            properties = node.id.get_create_plist()
-            codes = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
-            missing.extend(code for code in codes if not h5py.h5z.filter_avail(code))
+        properties = node.id.get_create_plist() if isinstance(node, h5py.Dataset) else None
+        for i in range(properties.get_nfilters() if properties else 0):
+            code = properties.get_filter(i)[0]
+            if not h5py.h5z.filter_avail(code):
+                missing.append(PLUGINS.get(code, f"filter {code}"))
     with contextlib.suppress(Exception):        # the file may be damaged too
         file.visititems(look)
-    return PLUGINS.get(missing[0], f"filter {missing[0]}") if missing else ""
+    return missing[0] if missing else ""
 
 
 def _damaged(node, why):
@@ -325,10 +314,6 @@ def _index_name(frame):
     raise _damaged(frame, "has no index")
 
 
-def _index(frame):
-    return _column(frame, _index_name(frame)).array()
-
-
 def _length(frame):
     """Number of entries, without reading them."""
     node = frame[_index_name(frame)]
@@ -368,38 +353,30 @@ def _matrix(node, shape, where, limit):
     n, G = shape
     if isinstance(node, h5py.Dataset):
         if node.shape != shape:
-            raise DataError(f"{where}: has shape {node.shape}, but obs and var say {shape}; the file is damaged: write "
-                            "it again")
+            raise _damaged(node, f"has shape {node.shape}, but obs and var say {shape}")
         _check_numbers([node], 2)
         rows = max(1, BLOCK_NNZ // max(1, G))
         blocks = (sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in range(0, n, rows))
-        return _spool(blocks, shape, where) if 4 * n * G > limit else sp.vstack(list(blocks), format="csr")
+        return _spool(blocks, G, where) if 4 * n * G > limit else sp.vstack(list(blocks), format="csr")
     layout = (_attr(node, "encoding-type") or _attr(node, "h5sparse_format")).removesuffix("_matrix")
     if layout not in ("csr", "csc") or not {"data", "indices", "indptr"} <= set(node):
-        raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; dense, CSR and CSC matrices can be "
-                        "read, write it again as one of them")
+        raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; write it again as a dense, CSR or CSC "
+                        "matrix")
     arrays = node["data"], node["indices"]
     _check_numbers([*arrays, node["indptr"]], 1)
+    indptr = node["indptr"].astype(np.int64)[...]
     stored = np.ravel(node.attrs.get("shape", node.attrs.get("h5sparse_shape", ()))).tolist()
     size = len(node["indices"])
     n_major, n_minor = shape if layout == "csr" else shape[::-1]
-    agree = stored == [n, G] and len(node["indptr"]) == n_major + 1 and size == len(node["data"])
-    if agree:
-        indptr = node["indptr"].astype(np.int64)[...]
-        agree = indptr[0] == 0 and np.all(np.diff(indptr) >= 0) and indptr[-1] == size
-    if not agree:
-        raise DataError(f"{where}: its {layout.upper()} arrays disagree (shape {stored}, {len(node['indptr'])} "
-                        f"pointers, {size} indices, {len(node['data'])} values for {shape}); the file is damaged: "
-                        "write it again")
+    if (stored != [n, G] or len(indptr) != n_major + 1 or size != len(node["data"])
+            or indptr[0] != 0 or indptr[-1] != size or np.any(np.diff(indptr) < 0)):
+        raise _damaged(node, f"its {layout.upper()} arrays disagree with one another or with {n} cells and {G} genes")
     if 8 * size > limit:
-        X = StoredRows([_HDF5Array(a) for a in arrays], indptr, n_minor, where)
-        if layout == "csc":
-            return _spool(_transposed(X), shape, where)
         flat = [_FlatArray.of(a) for a in arrays]
-        if all(flat):
-            X.arrays = flat
-            return X
-        return _spool((X[block] for block in row_blocks(X, np.arange(n))), shape, where)
+        if layout == "csr" and all(flat):
+            return StoredRows(flat, indptr, G, where)
+        blocks = _stored_blocks(*arrays, indptr, n_minor, where)
+        return _spool(blocks if layout == "csr" else _transposed(blocks, size, shape), G, where)
     data, indices = np.empty(size, dtype=np.float32), node["indices"].astype(np.int32)[...]
     _check_indices(indices, n_minor, where)
     if size:
@@ -408,6 +385,15 @@ def _matrix(node, shape, where, limit):
         indptr = indptr.astype(np.int32)
     build = sp.csr_matrix if layout == "csr" else sp.csc_matrix
     return _canonical(build((data, indices, indptr), shape=shape, copy=False).tocsr())
+
+
+def _stored_blocks(data, indices, indptr, width, where):
+    """The rows of a CSR matrix in a file, or the columns of a CSC one, in blocks as CSR."""
+    step = max(1, BLOCK_NNZ // max(1, width))
+    for first in range(0, len(indptr) - 1, step):
+        bounds = indptr[first:first + step + 1]
+        piece = slice(bounds[0], bounds[-1])
+        yield _csr(data[piece], indices[piece], bounds - bounds[0], width, where)
 
 
 def _check_numbers(nodes, dimensions):
@@ -419,8 +405,8 @@ def _check_numbers(nodes, dimensions):
 
 def _check_indices(indices, width, where):
     if len(indices) and (indices.min() < 0 or indices.max() >= width):
-        raise DataError(f"{where}: its values and indices disagree (indices from {indices.min()} to {indices.max()} "
-                        f"where {width} are possible); the file is damaged: write it again")
+        raise DataError(f"{where}: its values and indices disagree (indices from {indices.min()} to {indices.max()}, "
+                        f"{width} are possible); the file is damaged: write it again")
 
 
 def _canonical(X):
@@ -430,15 +416,20 @@ def _canonical(X):
     return X
 
 
+def _csr(values, indices, indptr, width, where):
+    """Rows as a file holds them, as canonical CSR float32."""
+    _check_indices(indices, width, where)
+    arrays = values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False), indptr
+    return _canonical(sp.csr_matrix(arrays, shape=(len(indptr) - 1, width)))
+
+
 def _uns(group):
     """The arrays, strings and numbers of uns; anything deeper is left alone."""
     out = {}
-    for key in group if isinstance(group, h5py.Group) else ():
-        node = group.get(key)
+    for key, node in group.items() if isinstance(group, h5py.Group) else ():
         if isinstance(node, h5py.Dataset) and node.shape is not None and node.dtype.names is None:
-            is_text = h5py.check_string_dtype(node.dtype) is not None
-            value = np.asarray(node.asstr(errors="replace")[...], dtype=object) if is_text else node[...]
-            out[key] = value if value.ndim else value.item()
+            value = node.asstr(errors="replace")[...] if h5py.check_string_dtype(node.dtype) else node[...]
+            out[key] = np.asarray(value) if node.shape else np.asarray(value).item()
     return out
 
 
@@ -474,7 +465,7 @@ class Cells:
     def names(self):
         """(n,) cell names, read when asked for."""
         with _open(self.path) as file:
-            return _index(file["obs"])[self.kept]
+            return _column(file["obs"], _index_name(file["obs"])).array()[self.kept]
 
     def take(self, keep):
         """Keep only these cells (boolean mask)."""
@@ -515,15 +506,17 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
         if n == 0 or G == 0:
             raise DataError(f"{path}: holds {n} cells and {G} genes; nothing to learn from, check how it was written")
         expressed = _expressed(var, notes)
-        symbol_keys = [key for key in GENE_KEYS if key in _columns(var)]
-        names = {key: _column(var, key).array()[expressed] for key in [_index_name(var), *symbol_keys]}
-        symbols = set().union(*names.values())
-        keys, labels, make_rules = _find_labels(obs, config, path, symbols, control_required, perturbed_required, notes)
-        doses = _required_column(obs, config.dose_key, "--dose-key", path) if config.dose_key else None
-        covariates = [_required_column(obs, key, "--covariates", path) for key in config.covariate_keys]
+        gene_keys = [_index_name(var), *(key for key in GENE_KEYS if key in _columns(var))]
         if config.gene_key:
-            names[config.gene_key] = _required_column(var, config.gene_key, "--gene-key", path).array()[expressed]
-        wanted = set(genes) or {piece for label in _every(labels) for piece in _pieces(label)}
+            gene_keys.append(config.gene_key)
+        names = {key: _required_column(var, key, "--gene-key", path).array()[expressed] for key in gene_keys}
+        doses = Column([""], np.zeros(n, dtype=np.int64))
+        if config.dose_key:
+            doses = _required_column(obs, config.dose_key, "--dose-key", path)
+        pert_key, labels, rules, condition, spelling = _find_labels(
+            obs, config, path, set().union(*names.values()), doses, control_required, perturbed_required, notes)
+        covariates = [_required_column(obs, key, "--covariates", path) for key in config.covariate_keys]
+        wanted = set(genes) or {piece for label in _values(labels) for piece in _pieces(label)}
         genes = _gene_names(names, config.gene_key, wanted, notes)
         X = _matrix(matrix, (n, G), where, -1 if config.backed else config.cache_gb * 2**30)
         uns = _uns(file.get("uns"))
@@ -535,37 +528,30 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     if duplicated:
         notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...; --gene-key names "
                      "another column)")
-    rules = make_rules(genes)
-    condition, spelling = rules.apply(labels, doses)
-    notes += rules.notes()
     ambiguous = sorted({p for c in spelling for p in c.split("+")} & duplicated)
     if ambiguous:
         raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
                         "names with --gene-key, or remove the duplicates")
     keys_of, pair = _combine([condition, *covariates])
-    labelled = np.array(["" not in key for key in keys_of])[pair]
     pairs = _distinct([(c, covariate_name(v)) for c, *v in keys_of], pair)
-    cells = Cells(str(path), X, genes, pairs.values, pairs.codes, "", uns, rules.canonical, spelling, keys,
-                  sorted(rules.seen_controls), np.arange(n), (), notes)
+    controls = sorted(rules.seen_controls)
+    cells = Cells(str(path), X, genes, pairs.values, pairs.codes, "", uns, rules.canonical, spelling, pert_key,
+                  controls, np.arange(n), (), notes)
+    labelled = np.array(["" not in key for key in keys_of])[pair]
     if not labelled.all():
         notes.append(f"dropped {int((~labelled).sum()):,} cells without a label{' or covariate' if covariates else ''}")
         cells.take(labelled)
     cells.file_shape = cells.X.shape
-    n_control = int((cells.condition == CONTROL).sum())
-    if control_required and n_control == 0:
-        raise DataError(f"{path}: column {keys} has no control cells left; name their label with --control-label")
-    if perturbed_required and n_control == len(cells.condition):
-        raise DataError(f"{path}: column {keys} has only control cells; nothing is perturbed, choose another "
-                        "--pert-key")
+    if control_required and CONTROL not in dict(cells.pairs):
+        raise DataError(f"{path}: no control cell has a value of {config.covariates}; choose other --covariates")
     cells.scale = _scale(cells.X, config, where, notes, check)
     guesses = []
     if not config.pert_key:
-        guesses.append(f"labels in obs column {keys} (--pert-key)")
-    if not config.control_label and cells.controls:
-        guesses.append(f"controls {_listed(cells.controls)} (--control-label)")
+        guesses.append(f"labels in obs column {pert_key} (--pert-key)")
+    if not config.control_label and controls:
+        guesses.append(f"controls {_listed(controls)} (--control-label)")
     if not config.counts and not config.lognorm:
-        unit = {"counts": "raw counts (--lognorm)", "lognorm": "log-normalised values (--counts)"}
-        guesses.append(unit[cells.scale])
+        guesses.append("raw counts (--lognorm)" if cells.scale == "counts" else "log-normalised values (--counts)")
     if guesses:
         notes.insert(0, f"found {', '.join(guesses)}")
     return cells
@@ -586,19 +572,18 @@ def covariate_values(name, n):
 
 def _choose_layer(file, layer, path):
     """The matrix that --layer names, the var frame that belongs to it, and what to call it in messages."""
-    group = file.get("layers")
-    layers = sorted(_leaves(group)) if isinstance(group, h5py.Group) else []
-    raw = getattr(file.get("raw/X"), "shape", ()) is not None and file.get("raw/X") is not None
-    there = _listed(layers + ["raw"] * raw, 30)
-    if layer == "raw" and raw:
-        return file["raw/X"], file["raw/var"], f"{path}: raw/X"
-    if layer:
-        if layer not in layers:
-            raise DataError(f"{path}: has no layer '{layer}'; choose another --layer (it has {there}) or none for X")
-        return file["layers"][layer], file["var"], f"{path}: layer {layer}"
-    if "X" not in file or getattr(file["X"], "shape", ()) is None or _attr(file["X"], "encoding-type") == "null":
-        raise DataError(f"{path}: has no X; choose a layer with --layer (it has {there})")
-    return file["X"], file["var"], f"{path}: X"
+    def names(group):
+        return _leaves(group) if isinstance(group, h5py.Group) else []
+    choices = {name: (f"layers/{name}", "var") for name in names(file.get("layers"))}
+    if "X" in names(file.get("raw")):
+        choices["raw"] = "raw/X", "raw/var"
+    if "X" in names(file):
+        choices[""] = "X", "var"
+    if layer not in choices:
+        raise DataError(f"{path}: has no {f'layer {layer!r}' if layer else 'X'}; choose another --layer (it has "
+                        f"{_listed(sorted(filter(None, choices)), 30)})")
+    matrix, var = choices[layer]
+    return file[matrix], file[var], f"{path}: {matrix}"
 
 
 def _expressed(var, notes):
@@ -619,14 +604,11 @@ def _expressed(var, notes):
 
 class StoredRows:
     """A matrix that stays in a file: X[rows] reads some rows as CSR float32, cut to the kept columns and normalised.
-
-    Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow, and
-    not mapped: the operating system keeps what was read while it has room, which does not count as ours.
-    """
+    Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow."""
 
     def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
-        self.arrays, self.stored_width = arrays, width
-        self.where, self.note = where, note
+        self.arrays, self.where = arrays, where
+        self.note = note
         self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
         self.keep = np.ones(width, dtype=bool)                  # columns
         self.factor = None                                      # per cell; counts times this are CP10k
@@ -638,7 +620,6 @@ class StoredRows:
     def take(self, keep):
         """From now on only these rows (boolean mask)."""
         self.start, self.size = self.start[keep], self.size[keep]
-        self.factor = None if self.factor is None else self.factor[keep]
 
     def __getitem__(self, rows):
         start, size = self.start[rows], self.size[rows]
@@ -647,9 +628,7 @@ class StoredRows:
         apart[1:-1] = start[1:] != stop[:-1]
         runs = list(zip(start[apart[:-1]].tolist(), stop[apart[1:]].tolist()))
         values, indices = (array.read(runs) for array in self.arrays)
-        _check_indices(indices, self.stored_width, self.where)
-        X = _canonical(sp.csr_matrix((values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False),
-                                      np.append(0, np.cumsum(size))), shape=(len(size), self.stored_width)))
+        X = _csr(values, indices, np.append(0, np.cumsum(size)), len(self.keep), self.where)
         if not self.keep.all():
             X = keep_columns(X, self.keep)
         if self.factor is not None:
@@ -657,19 +636,8 @@ class StoredRows:
         return X
 
 
-class _HDF5Array:
-    """Values of a 1-D dataset while its file is open, however it is stored."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def read(self, runs):
-        """Values from start to stop of every (start, stop), one run after the other."""
-        return np.concatenate([self.dataset[start:stop] for start, stop in runs] or [self.dataset[:0]])
-
-
 class _FlatArray:
-    """The same past HDF5, for what lies uncompressed in a file: pieces of `chunk` values, each at its byte offset."""
+    """1-D values that lie uncompressed in a file, read past HDF5: pieces of `chunk` values, each at its byte offset."""
 
     def __init__(self, file, dtype, offsets, chunk=2**40):
         self.file, self.dtype = file, np.dtype(dtype)
@@ -690,6 +658,7 @@ class _FlatArray:
         return None if None in offsets else cls(file, dataset.dtype, offsets, chunk)
 
     def read(self, runs):
+        """Values from start to stop of every (start, stop), one run after the other."""
         pieces, width = [], self.dtype.itemsize                 # (byte offset, bytes)
         for start, stop in runs:
             while start < stop:
@@ -710,7 +679,7 @@ class _FlatArray:
         return out
 
 
-def _spool(blocks, shape, where):
+def _spool(blocks, width, where):
     """StoredRows of a temporary uncompressed copy, for files whose rows cannot be read one by one: compressed, dense,
     stored by column. The copy has no name and is gone when the program ends, however it ends."""
     folder, indptr = tempfile.gettempdir(), [np.zeros(1, dtype=np.int64)]
@@ -728,29 +697,31 @@ def _spool(blocks, shape, where):
                         f"({error.strerror}); set TMPDIR to a larger folder") from None
     indptr = np.concatenate(indptr)
     arrays = [_FlatArray(file, dtype, [0]) for file, dtype in zip(files, (np.float32, np.int32))]
-    return StoredRows(arrays, indptr, shape[1], where, f"streamed from a temporary copy of {indptr[-1] / 2**27:.1f} GB "
-                      f"in {folder}; a file prepared with data.py FILE --out needs none")
+    return StoredRows(arrays, indptr, width, where, f"streamed from a temporary copy of {indptr[-1] / 2**27:.1f} GB in "
+                      f"{folder}; a file prepared with data.py FILE --out needs none")
 
 
-def _transposed(X):
-    """The rows of a matrix that is stored by column, in blocks, by way of a temporary file for each block of rows.
-    X: StoredRows whose rows are the columns."""
-    columns, n = len(X.size), X.stored_width
-    step = -(-n // min(256, 1 + int(X.size.sum()) // BLOCK_NNZ))
+def _transposed(blocks, size, shape):
+    """The rows of a matrix whose columns come in blocks, by way of a temporary file for each block of rows. size:
+    stored values."""
+    n, G = shape
+    step = -(-n // min(256, 1 + size // BLOCK_NNZ))
     entry = np.dtype([("row", np.int32), ("column", np.int32), ("value", np.float32)])
     files = [tempfile.TemporaryFile() for _ in range(0, n, step)]
-    for block in row_blocks(X, np.arange(columns)):
-        part = X[block].tocoo()
+    first = 0
+    for block in blocks:
+        part = block.tocoo()
         by_row, entries = np.argsort(part.col, kind="stable"), np.empty(part.nnz, dtype=entry)
-        for name, values in zip(entry.names, (part.col, block[part.row], part.data)):
+        for name, values in zip(entry.names, (part.col, first + part.row, part.data)):
             entries[name] = values[by_row]
         for file, piece in zip(files, np.split(entries, np.searchsorted(entries["row"], np.arange(step, n, step)))):
             file.write(piece)
+        first += block.shape[0]
     for first, file in zip(range(0, n, step), files):
         file.seek(0)
         entries = np.fromfile(file, dtype=entry)
         yield sp.csr_matrix((entries["value"], (entries["row"] - first, entries["column"])),
-                            shape=(min(step, n - first), columns))
+                            shape=(min(step, n - first), G))
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -800,25 +771,28 @@ class LabelRules:
 
     def __init__(self, labels, genes=(), control_label="", separator=""):
         self.genes, self.separator = set(genes), separator
-        patterns = [p.strip() for p in control_label.split(",") if p.strip()] + [control_label.strip()]
-        self.declared = [re.compile(re.escape(p).replace(r"\*", ".*")) for p in patterns if p]
+        patterns = [p.strip() for p in (control_label, *control_label.split(",")) if p.strip()]
+        self.declared = [re.compile(re.escape(p).replace(r"\*", ".*")) for p in patterns]
         self.known = set()                      # perturbations by evidence, genes apart
         self.seen_controls = set()
         self.split = {}                         # label -> condition, where one label names several perturbations
         texts = {self._bare(label) for label in labels} - {""}
-        todo = list(texts)
+        self.control_genes = set()              # names of genes that are the control, since no other label is
+        if not self.declared and not any(map(self.is_control, texts)):
+            self.control_genes = {text for text in texts if is_control_label(text)}
+            self.genes -= self.control_genes
+        todo = list(texts)                      # what stands beside a plus or a control counts as if it stood alone
         while todo:
             text = todo.pop()
-            if self.is_control(text):
-                continue
-            cuts = list(_cuts(text))
-            found = {side for cut in _cuts(text, _PLUS) for side in cut}
-            found.update([right for left, right in cuts if self.is_control(left)][-1:])     # the longest control
-            found.update([left for left, right in cuts if self.is_control(right)][:1])
-            found = {side for side in found if side and not _MARKS.fullmatch(side)} - texts
-            texts |= found
-            todo += found
-        for text in sorted(texts, key=len):     # what a label may be made of is shorter and known by then
+            sides = {side for cut in _cuts(text, _PLUS) for side in cut}
+            after = [right for left, right in _cuts(text) if self.is_control(left)]
+            before = [left for left, right in _cuts(text) if self.is_control(right)]
+            sides.update(after[-1:], before[:1])                        # the longest control
+            if not self.is_control(text):
+                found = {side for side in sides if side and not _MARKS.fullmatch(side)} - texts
+                texts |= found
+                todo += found
+        for text in sorted(texts, key=len):     # what a label may be made of is shorter, and known by then
             if self.tokens(text) == [text]:
                 self.known.add(text)
 
@@ -869,14 +843,11 @@ class LabelRules:
                 parts = [label]                 # 05 is no name
         return [part for part in parts if part]
 
-    def canonical(self, label, dose=""):
-        """'ctrl+B_A' -> 'A+B'; 'control' when only controls are named; '' for a missing label."""
-        return self._condition([label], dose)
-
-    def _condition(self, labels, dose=""):
-        """The canonical condition of a cell's labels, one of each label column, and its dose."""
-        several = [self.tokens(label) for label in labels if label not in MISSING]
-        tokens = [token for some in several for token in some if token not in MISSING]
+    def canonical(self, *labels, dose=""):
+        """'ctrl+B_A' -> 'A+B', and of a cell with several labels all of them; 'control' when only controls are named;
+        '' for a missing label. A dose belongs to every perturbation: 'A:10+B:10'."""
+        labels = [label for label in labels if label not in MISSING]
+        tokens = [token for label in labels for token in self.tokens(label) if token not in MISSING]
         if not tokens:
             return ""
         dose = re.sub(r"(?<=\d[eE])\+", "", dose)  # 1e+06 is one number, 1+1 (GEARS) one dose for each token
@@ -890,19 +861,18 @@ class LabelRules:
             else:
                 perturbations.add(perturbation_name(token) + (f":{d}" if d else ""))
         condition = "+".join(sorted(perturbations)) or CONTROL
-        if max(len({t for t in some if not self.is_control(t)}) for some in several) > 1:
-            self.split["+".join(label for label in labels if label)] = condition
+        if len(labels) == 1 and len(perturbations) > 1:
+            self.split[labels[0]] = condition
         return condition
 
-    def apply(self, labels, doses=None):
-        """labels: k Columns, of which a cell's are joined; doses: a Column or None. Returns a Column of canonical
-        conditions, {canonical: first spelling in sorted order}."""
-        keys, codes = _combine(labels + ([doses] if doses else []))
-        keys = [(key[:len(labels)], *key[len(labels):]) for key in keys]
-        names, spelling = [self._condition(*key) for key in keys], {}
-        for label, name in sorted(("+".join(t for t in key[0] if t), name) for key, name in zip(keys, names)):
-            if name not in ("", CONTROL):
-                spelling.setdefault(name, label)
+    def apply(self, labels, doses):
+        """labels: k Columns, of which a cell's are joined; doses: a Column. Returns a Column of canonical conditions,
+        {canonical: first spelling in sorted order}."""
+        keys, codes = _combine([*labels, doses])
+        names = [self.canonical(*key[:-1], dose=key[-1]) for key in keys]
+        spelling = {}
+        for label, name in sorted(("+".join(t for t in key[:-1] if t), name) for key, name in zip(keys, names)):
+            spelling.setdefault(name, label)
         return _distinct(names, codes), spelling
 
     def notes(self):
@@ -912,6 +882,9 @@ class LabelRules:
         if marked and not self.declared:
             notes.append(f"took {len(marked)} numbered labels for controls: {_listed(marked)} (--control-label NAME "
                          "takes that label alone, 'NAME*' all that begin so)")
+        if self.seen_controls & self.control_genes:
+            notes.append("took a label for the control that is a gene's name too, since no other label is one "
+                         "(--control-label names another)")
         if self.split and not self.separator:
             label, name = min(self.split.items(), key=lambda item: (item[0] == item[1], item))
             notes.append(f"read {len(self.split):,} labels as several perturbations, such as {label} as "
@@ -919,91 +892,81 @@ class LabelRules:
         return notes
 
 
-def _find_labels(obs, config, path, symbols, control_required, perturbed_required, notes):
-    """The label column(s), --pert-key or the first candidate that can be used: name, Columns, and a maker of LabelRules
-    for a list of genes. Where no label is a control, one that is a gene's name too may be, or another column tells."""
+def _find_labels(obs, config, path, symbols, doses, control_required, perturbed_required, notes):
+    """The label column(s), --pert-key or the first usual one that holds what is required: name, Columns, LabelRules,
+    Column of conditions, spelling. Where no label is a control, another column may mark the controls."""
     columns = _columns(obs)
-    keys = [key for key in PERT_KEYS if key in columns]
+    keys = [[key] for key in PERT_KEYS if key in columns]
     if config.pert_key:
-        keys = [config.pert_key]
-    candidates = []
-    for key in keys:
-        parts = [key] if key in columns else [part.strip() for part in key.split(",")]
-        candidates.append((",".join(parts), [_required_column(obs, part, "--pert-key", path) for part in parts]))
-    marked, marker = _control_cells(obs, columns, config, path)
-    ways = ["label", "gene", "marker"]
-    if config.control_label or not control_required:
-        ways = ["marker" if marker else "label"]
-    for way in ways:
-        if way == "marker" and marker:
-            candidates = [(key, _mark(labels, marked)) for key, labels in candidates]
+        keys = [[config.pert_key]]
+        if config.pert_key not in columns:
+            keys = [[part.strip() for part in config.pert_key.split(",")]]
+    candidates = [(",".join(parts), [_required_column(obs, part, "--pert-key", path) for part in parts])
+                  for parts in keys]
+    if not candidates and not perturbed_required:
+        candidates = [("(no label column)", [Column([CONTROL], np.zeros(_length(obs), np.int64))])]
+        notes.append("took every cell for a control, since there is no label column (--pert-key)")
 
-        def make_rules(genes, labels):
-            genes = [g for g in genes if way != "gene" or not is_control_label(g)]
-            declared = CONTROL if marker and config.control_label else config.control_label
-            return LabelRules(_every(labels), genes, declared, config.separator)
-        usable = []
+    def usable(controls, marked=None):
+        """Of the candidates, those that hold what is required, read, and what the others lack."""
+        found, lacks = [], []
         for key, labels in candidates:
-            rules = make_rules(symbols, labels)
-            condition = rules.apply(labels)[0]
-            found = set(condition.values) - {""}
-            named = not rules.declared or any(map(rules.is_declared, rules.seen_controls))
-            if (CONTROL in found and named or not control_required) and (found != {CONTROL} or not perturbed_required):
-                usable.append((key, labels, condition))
-        if usable:
-            break
-    if usable:
-        key, labels, condition = usable[0]
-        for other, columns, its_condition in usable[1:]:
-            if any(a != b for a, b in _combine([its_condition, condition])[0]):
-                raise DataError(f"{path}: obs columns {key} ({_some(labels)}) and {other} ({_some(columns)}) disagree "
-                                "on the conditions; choose one with --pert-key")
-        if way == "gene":
-            notes.append("took a label for the control that is a gene's name too, since no other label is one "
-                         "(--control-label names another)")
-        if way == "marker" and not config.control_label:
+            if marked is not None:
+                labels = _mark(labels, marked)
+            rules = LabelRules(_values(labels), symbols, controls, config.separator)
+            conditions, spelling = rules.apply(labels, doses)
+            names = set(conditions.values) - {""}
+            has_control = CONTROL in names and (not controls or any(map(rules.is_declared, rules.seen_controls)))
+            if perturbed_required and names == {CONTROL}:
+                lacks.append(f"column {key} has only control cells; nothing is perturbed")
+            elif control_required and not has_control:
+                usual = f"a usual label of controls: {', '.join(CONTROL_LABELS)}"
+                lacks.append(f"column {key} has no control cells: none of {_listed(_values(labels), 4)} is "
+                             f"{config.control_label or usual}")
+            else:
+                found.append((key, labels, rules, conditions, spelling))
+        return found, lacks
+    marked, marker = _marked_controls(obs, columns, config, path)
+    if marker and config.control_label:
+        found, lacks = usable(CONTROL, marked)
+    else:
+        found, lacks = usable(config.control_label)
+        if marker and control_required and not found:
+            found, _ = usable("", marked)
             notes.append(f"took the {int(marked.sum()):,} cells with {marker} for controls, since no label is one "
                          f"(--control-label {marker}, or another)")
-        return key, labels, lambda genes: make_rules(genes, labels)
-    if not candidates and not perturbed_required:
-        labels = [Column([CONTROL], np.zeros(_length(obs), np.int64))]
-        notes.append("took every cell for a control, since there is no label column (--pert-key)")
-        return "(no label column)", labels, lambda genes: LabelRules([CONTROL], genes)
-    listing = "; ".join(f"{k} ({_some([_column(obs, k)])})" for k in columns[:12]) or "no columns"
-    advice = "Name the column with --pert-key and its control value with --control-label"
-    if not candidates:
-        raise DataError(f"{path}: no perturbation column (looked for {', '.join(PERT_KEYS)}); obs has {listing}. "
-                        f"{advice}")
-    name, labels = candidates[0]
-    if set(make_rules(symbols, labels).apply(labels)[0].values) - {""} == {CONTROL}:
-        raise DataError(f"{path}: column {name} has only control cells; nothing is perturbed. {advice}")
-    asked = f"the known control labels ({', '.join(CONTROL_LABELS)}) are"
-    if config.control_label:
-        asked = f"--control-label '{config.control_label}' is"
-    raise DataError(f"{path}: no control cells: {asked} not among the values of {name} ({_some(labels)}); "
-                    f"obs has {listing}. {advice}, or the control cells with --control-label COLUMN=VALUE")
+    if not found:
+        problem = lacks[0] if lacks else f"no perturbation column (looked for {', '.join(PERT_KEYS)})"
+        listing = "; ".join(f"{key} ({_listed(_values([_column(obs, key)]), 4)})" for key in columns[:12])
+        raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. Name the column of the perturbations "
+                        "with --pert-key, and their controls with --control-label LABEL or COLUMN=VALUE")
+    key, labels, rules, conditions, _ = found[0]
+    for other, its_labels, _, its_conditions, _ in found[1:]:
+        if any(a != b for a, b in _combine([its_conditions, conditions])[0]):
+            raise DataError(f"{path}: obs columns {key} ({_listed(_values(labels), 4)}) and {other} "
+                            f"({_listed(_values(its_labels), 4)}) disagree; choose one with --pert-key")
+    notes += rules.notes()
+    return found[0]
 
 
-def _control_cells(obs, columns, config, path):
+def _marked_controls(obs, columns, config, path):
     """(n,) bool: the cells that an obs column marks as controls, and that column as COLUMN=VALUE, or ''. The column is
-    the one of --control-label, or one that is usual."""
-    name, equals, value = config.control_label.partition("=")
-    if equals and name in columns:
-        usual = {name: (value.lower(),)}
-    else:
-        usual = CONTROL_COLUMNS if not config.control_label else {}
-    for key, wanted in usual.items():
-        if key in columns:
-            column = _column(obs, key)
-            values = {v.lower() for v in column.values}
-            marked = np.array([v.lower() in wanted for v in column.values])[column.codes]
-            is_one = equals or "0" in wanted or values <= {"true", "false", "1", "0", ""}
-            if is_one and marked.any() and not marked.all():
-                return marked, f"{key}={column.values[column.codes[np.argmax(marked)]]}"
-            if equals:
-                raise DataError(f"{path}: --control-label {config.control_label}: {int(marked.sum())} of {len(marked)} "
-                                f"cells are controls then; {name} holds {_listed(sorted(set(column.values)))}: choose "
-                                "another value")
+    the one of --control-label, or a usual one."""
+    asked = config.control_label.partition("=")[0] in columns and "=" in config.control_label
+    markers = [] if config.control_label else CONTROL_MARKERS
+    for marker in [config.control_label] if asked else markers:
+        name, _, value = marker.partition("=")
+        if name not in columns:
+            continue
+        column = _column(obs, name)
+        values = [v.lower() for v in column.values]
+        marked = np.array([v == value.lower() for v in values])[column.codes]
+        says_so = asked or value == "0" or {"true", "false", "1", "0", ""}.issuperset(values)
+        if says_so and marked.any() and not marked.all():
+            return marked, marker
+        if asked:
+            raise DataError(f"{path}: --control-label {marker}: {int(marked.sum())} of {len(marked)} cells are "
+                            f"controls then; {name} holds {_listed(sorted(column.values))}: choose another value")
     return None, ""
 
 
@@ -1015,15 +978,9 @@ def _mark(labels, marked):
     return out
 
 
-def _every(columns):
-    """The distinct values of some columns."""
-    return [value for column in columns for value in column.values]
-
-
-def _some(columns):
-    """A few of them, for error messages."""
-    unique = sorted(set(_every(columns)))
-    return ", ".join(unique[:4]) + (f", ... {len(unique)} values" if len(unique) > 4 else "")
+def _values(columns):
+    """The distinct values of some columns, sorted."""
+    return sorted({value for column in columns for value in column.values})
 
 
 def _gene_names(names, gene_key, wanted, notes):
@@ -1064,47 +1021,38 @@ def _scale(X, config, where, notes, check=True):
     low, high = np.inf, -np.inf
     integer = True
     stored = outside = 0
-    for block in row_blocks(X, np.arange(X.shape[0])):
+    for block in row_blocks(X):
         values = X[block].data
         if len(values):
             low, high = np.minimum(low, values.min()), np.maximum(high, values.max())  # NaN stays NaN
             integer = integer and np.array_equal(values, np.rint(values))
             stored += len(values)
             outside += int((values >= LOG_MAX).sum())
+    above = f"{outside:,} of {stored:,} values are above {LOG_MAX:g}, the highest {high:.6g}"
+    declared = config.counts or config.lognorm
+    problem = ""
     if low > high:
-        raise DataError(f"{where}: every value is zero; choose another --layer")
-    if not np.isfinite(low) or not np.isfinite(high):
-        raise DataError(f"{where}: holds NaN or infinite values; remove them or choose another --layer")
-    if low < 0 and check:
-        raise DataError(f"{where}: holds negative values (lowest {low:.3g}): scaled or centred data cannot be used; "
-                        "choose the layer with raw counts or log-normalised values with --layer")
+        problem = "every value is zero"
+    elif not np.isfinite([low, high]).all():
+        problem = "holds NaN or infinite values"
+    elif low < 0 and check:
+        problem = f"holds negative values (lowest {low:.3g}), as scaled or centred data do"
+    elif not declared and not integer and outside > (0 if check else MOST_OUTSIDE * stored):
+        problem = f"{above}, and not all are integers: neither counts nor log-normalised; declare --counts or --lognorm"
+    elif not declared and not integer and high < LOG_LOG_MAX and check:
+        problem = f"values end at {high:.3g}: log1p was applied twice, or data are scaled; declare --lognorm if not"
+    if problem:
+        raise DataError(f"{where}: {problem}; choose another --layer, of raw counts or log-normalised values")
     if low < 0:
         notes.append(f"holds values below 0, the lowest {low:.3g}, which measured cells cannot have")
-    above = f"{outside:,} of {stored:,} values are above {LOG_MAX:g}, the highest {high:.6g}"
-    if config.lognorm:
-        if outside or integer:
-            notes.append(f"--lognorm is taken at its word, but {above if outside else 'the values are integers'}")
-        return "lognorm"
-    if config.counts:
-        if not integer and not outside:
-            notes.append(f"--counts is taken at its word, but the values are no integers and end at {high:.3g}")
-        return "counts"
-    if integer:
-        return "counts"
-    if outside and (check or outside > MOST_OUTSIDE * stored):
-        raise DataError(f"{where}: values are not integers and reach {high:.6g}: neither counts nor log-normalised. "
-                        "For corrected or normalised counts pass --counts (they are scaled to 10,000 per cell and "
-                        "logged), for logarithms --lognorm, or choose a --layer")
-    if outside:
+    if not declared and not integer and outside:
         notes.append(f"{above}: taken for log-normalised values, a few of them out of range (--counts if they are not)")
-    if high < LOG_LOG_MAX and check:
-        raise DataError(f"{where}: values end at {high:.3g}, lower than log1p CP10k does: log1p was applied twice, or "
-                        "the data are scaled. Choose another --layer, or pass --lognorm if they are right as they are")
-    return "lognorm"
+    return "counts" if config.counts or integer and not config.lognorm else "lognorm"
 
 
-def row_blocks(X, rows):
-    """Split row indices into runs of at most BLOCK_NNZ values; the borders depend on the number of rows alone."""
+def row_blocks(X, rows=None):
+    """Split row indices, all by default, into runs of at most BLOCK_NNZ values; the borders depend on their number."""
+    rows = np.arange(X.shape[0]) if rows is None else rows
     step = max(1, BLOCK_NNZ // max(1, X.shape[1]))
     return [rows[i:i + step] for i in range(0, len(rows), step)]
 
@@ -1138,22 +1086,15 @@ def gene_statistics(dataset, most=100_000):
     mean, var = (torch.from_numpy(a.astype(np.float32)).to(dataset.device) for a in (mean, var))
     std = torch.where(varies, var, 1).sqrt()
     corr = mean.new_zeros(len(mean), len(mean))
-    with full_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")       # whatever a method has set for its model
+    try:
         for block in row_blocks(X, rows):
             z = (torch.from_numpy(X[block].toarray()).to(dataset.device) - mean) / std
             corr.addmm_(z.T, z)
-    return mean, var, corr / len(rows) * (varies & varies[:, None])
-
-
-@contextlib.contextmanager
-def full_precision():
-    """Matrix products in full float32 (no TF32), whatever a method has set for its model."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
     finally:
         torch.set_float32_matmul_precision(before)
+    return mean, var, corr / len(rows) * (varies & varies[:, None])
 
 
 def training_effects(dataset):
@@ -1165,14 +1106,6 @@ def training_effects(dataset):
     groups = dataset.part("train")
     effects = [mean(dataset.rows[g]) - control[g.partition("@")[2]] for g in groups]
     return groups, np.stack(effects), np.mean(list(control.values()), axis=0)
-
-
-def detected_cells(X, rows):
-    """Number of the given cells in which each gene is detected, (G,)."""
-    out = np.zeros(X.shape[1], dtype=np.int64)
-    for block in row_blocks(X, rows):
-        out += np.bincount(X[block].indices, minlength=X.shape[1])
-    return out
 
 
 def detected_medians(X, rows, most=20_000):
@@ -1191,7 +1124,7 @@ def keep_columns(X, keep):
         return X
     column = np.cumsum(keep, dtype=np.int32) - 1
     indptr, end = np.zeros_like(X.indptr), 0
-    for block in row_blocks(X, np.arange(X.shape[0])):
+    for block in row_blocks(X):
         lo, hi = X.indptr[block[0]], X.indptr[block[-1] + 1]
         indices = X.indices[lo:hi]
         kept = np.flatnonzero(keep[indices])
@@ -1210,7 +1143,7 @@ def lognormalise(cells, target=1e4):
     if cells.scale == "lognorm":
         return
     X, total = cells.X, np.empty(cells.X.shape[0])
-    for block in row_blocks(X, np.arange(len(total))):
+    for block in row_blocks(X):
         part = X[block]                             # each row summed by itself: no cell's value depends on another
         total[block] = np.bincount(np.repeat(np.arange(len(block)), np.diff(part.indptr)), part.data, len(block))
     factor = np.divide(target, total, out=np.zeros_like(total), where=total > 0).astype(np.float32)
@@ -1223,7 +1156,7 @@ def lognormalise(cells, target=1e4):
 
 def _log_cp10k(X, factor):
     """In place: log1p of every row of a CSR matrix times its factor."""
-    for block in row_blocks(X, np.arange(X.shape[0])):
+    for block in row_blocks(X):
         values = X.data[X.indptr[block[0]]:X.indptr[block[-1] + 1]]
         values *= np.repeat(factor[block], np.diff(X.indptr)[block])
         torch.from_numpy(values).log1p_()
@@ -1266,11 +1199,11 @@ def order(condition):
     return 0 if condition == CONTROL else condition.count("+") + 1
 
 
-def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of=None):
+def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=None):
     """Assign every group to train, val or test. Returns {part: sorted condition or group names}.
 
     groups: [(condition, covariate)] without controls. spelling: {condition: first spelling in the file}.
-    name: additive | holdout | cv | combo | transfer | unseen | FILE.json | obs:COLUMN (part_of: group -> part).
+    name: additive | holdout | cv | combo | transfer | unseen, or that of a file or column with the parts as `given`.
     fold: seed 42 + fold, except cv where it picks the test fold. Raises DataError when a split has no test condition.
     """
     if fold < 0:
@@ -1281,7 +1214,9 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of
     held = {"val": set(), "test": set()}
     if name in ("additive", "cv", "combo", "holdout") and not multiple:
         raise DataError(f"--split {name} needs doubles, this file has 0; use --split unseen, transfer or a split file")
-    if name == "additive":      # official scDFM folds: data.py:128-141; validation is ours
+    if given is not None:
+        held = _given_split(name, groups, canonical, given)
+    elif name == "additive":    # official scDFM folds: data.py:128-141; validation is ours
         rng.shuffle(multiple)
         n_test, n_val = max(1, int(0.3 * len(multiple))), int(0.1 * len(multiple))
         held = {"test": set(multiple[:n_test]), "val": set(multiple[n_test:n_test + n_val])}
@@ -1312,11 +1247,6 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, part_of
         held["val"] = {c for c in conditions if val & set(c.split("+"))} - held["test"]
     elif name == "transfer":
         held = _transfer(groups, rng)
-    elif name.startswith("obs:"):
-        for group, part in part_of.items():
-            held.setdefault(part, set()).add(group_name(*group))
-    elif name.endswith(".json"):
-        held = _split_file(name, groups, canonical)
     else:
         raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, FILE.json or "
                         "obs:COLUMN")
@@ -1375,63 +1305,58 @@ def _transfer(groups, rng):
     return {"val": {group_name(*p) for p in val}, "test": {group_name(*p) for p in test}}
 
 
-def _split_file(name, groups, canonical):
-    """A user's split: {"train", "val", "test"} or {"test"} alone; names in any order and control form."""
+def _read_split(name, cells):
+    """{part: names} of a user's split: {"train", "val", "test"} or {"test"} alone in a file, or an obs column of parts.
+    None for the split of another name."""
+    if name.startswith("obs:"):
+        pairs = sorted(set(zip(cells.pair.tolist(), cells.obs(name[4:], "--split"))))
+        given = {}
+        for i, part in pairs:
+            if cells.pairs[i][0] != CONTROL:
+                given.setdefault(PART_ALIAS.get(part, part), []).append(group_name(*cells.pairs[i]))
+        if set(given) - set(PARTS):
+            raise DataError(f"--split {name}: holds {_listed(sorted(given))}; the column must hold train, val and test")
+        return given
+    if not name.endswith(".json"):
+        return None
     try:
         content = json.loads(Path(name).read_text(encoding="utf-8-sig"))
         given = {PART_ALIAS.get(part, part): names for part, names in content.items()}
-        given = {part: given[part] for part in PARTS if part in given}
-        if "test" not in given or not all(isinstance(names, list) and all(isinstance(c, str) for c in names)
-                                          for names in given.values()):
+        if not isinstance(given.get("test"), list) or not all(isinstance(given.get(part, []), list) for part in PARTS):
             raise ValueError("no list of condition names under 'test'")
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"--split {name}: cannot be read as a split ({error}); it needs "
                         '{"train": [...], "val": [...], "test": [...]} or {"test": [...]}') from None
-    conditions = {condition for condition, _ in groups}
-    present = {group_name(*group) for group in groups} | conditions
-    chosen = {}
-    for part, names in given.items():
-        for entry in names:
+    return given
+
+
+def _given_split(name, groups, canonical, given):
+    """{part: groups} of a split whose names come in any order and control form, whole conditions or single groups."""
+    members = {}
+    for condition, covariate in groups:
+        group = group_name(condition, covariate)
+        members.setdefault(condition, []).append(group)
+        members[group] = [group]
+    part_of = {}
+    for part in PARTS:
+        for entry in map(str, given.get(part, ())):
             label, at, covariate = entry.partition("@")
             condition = canonical(label)
-            if condition not in conditions:  # the file may spell its controls in another way: A+ctrl
+            if condition not in members:    # the file may spell its controls in another way: A+ctrl
                 condition = "+".join(t for t in condition.split("+") if not is_control_label(t)) or CONTROL
             if condition == CONTROL:
-                continue        # controls are shared by all parts, as in the split files of GEARS
-            key = condition + at + covariate
-            if key not in present:
-                raise DataError(f"--split {name}: {part} condition '{entry}' has no cells in the data; remove it from "
-                                "the split file")
-            if chosen.setdefault(key, part) != part:
-                raise DataError(f"--split {name}: '{entry}' is in both {chosen[key]} and {part}; every condition "
-                                "belongs to one part")
-    for key, part in chosen.items():
-        condition = key.partition("@")[0]
-        if "@" in key and chosen.get(condition, part) != part:
-            raise DataError(f"--split {name}: '{key}' is in {part}, but '{condition}' as a whole is in "
-                            f"{chosen[condition]}; list it under one name")
-    if "train" in given:
-        missing = sorted(group_name(*g) for g in groups if group_name(*g) not in chosen and g[0] not in chosen)
-        if missing:
-            raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part "
-                            f'({_listed(missing)}); list them, or leave "train" out: the rest then trains')
-    return {part: {k for k, p in chosen.items() if p == part} for part in ("val", "test")}
-
-
-def _split_column(cells, name):
-    """obs:COLUMN -> {(condition, covariate): part}; the column must be constant within every group."""
-    part_of = {}
-    for i, value in sorted(set(zip(cells.pair.tolist(), cells.obs(name[4:], "--split")))):
-        (condition, covariate), part = cells.pairs[i], PART_ALIAS.get(value, value)
-        if condition == CONTROL:
-            continue
-        if part not in PARTS:
-            raise DataError(f"--split {name}: value '{value}' of condition {condition}; the column must hold train, "
-                            "val and test")
-        if part_of.setdefault((condition, covariate), part) != part:
-            raise DataError(f"--split {name}: condition {group_name(condition, covariate)} is in both "
-                            f"{part_of[condition, covariate]} and {part}; a split is by condition, never by cell")
-    return part_of
+                continue                    # controls are shared by all parts, as in the split files of GEARS
+            if condition + at + covariate not in members:
+                raise DataError(f"--split {name}: {part} condition '{entry}' has no cells in the data; remove it")
+            for group in members[condition + at + covariate]:
+                if part_of.setdefault(group, part) != part:
+                    raise DataError(f"--split {name}: '{entry}' is in both {part_of[group]} and {part}; a split is by "
+                                    "condition, never by cell")
+    missing = sorted({group_name(*group) for group in groups} - set(part_of))
+    if "train" in given and missing:
+        raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part ({_listed(missing)}); "
+                        'list them, or leave "train" out: the rest then trains')
+    return {part: {group for group, p in part_of.items() if p == part} for part in ("val", "test")}
 
 
 # ------------------------------------------------------------------------------------------------ the data set
@@ -1499,7 +1424,7 @@ class Dataset:
         if not self.config.backed and n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
             self.where = self.device
             self.dense = torch.empty((n, G), dtype=dtype, device=self.device)
-            for block in row_blocks(self.X, np.arange(n)):
+            for block in row_blocks(self.X):
                 self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)
         rows = [self.control_rows["train"][self.covariate[i]] if c == CONTROL else self.rows[g]
                 for i, (g, c) in enumerate(zip(self.groups, self.condition))]
@@ -1614,22 +1539,17 @@ def _control_parts(dataset, shares):
                 if c == CONTROL}
     if not shares:
         return {part: controls for part in PARTS}
-    try:
-        share = [float(s) for s in shares.split(",")]
-        if len(share) != 3 or not min(share) > 0 or not abs(sum(share) - 1) < 1e-6:
-            raise ValueError
-    except ValueError:
-        raise DataError(f"--control-split {shares}: give the shares of train,val,test, summing to 1 "
-                        "(0.5,0.25,0.25)") from None
+    share = [float(s) for s in re.findall(r"-?\d*\.?\d+", shares)]
+    if len(share) != 3 or min(share) <= 0 or abs(sum(share) - 1) > 1e-6:
+        raise DataError(f"--control-split {shares}: give the shares of train,val,test, which sum to 1: 0.5,0.25,0.25")
     out, rng = {part: {} for part in PARTS}, np.random.RandomState(42)
     for covariate in sorted(controls):
         rows = rng.permutation(controls[covariate])
         cuts = np.round(np.cumsum(share[:2]) * len(rows)).astype(int)
         for part, piece in zip(PARTS, np.split(rows, cuts)):
             if len(piece) == 0:
-                raise DataError(f"--control-split {shares}: {len(rows)} control cells"
-                                f"{' of ' + covariate if covariate else ''} leave none for {part}; use fewer parts or "
-                                "share the controls")
+                raise DataError(f"--control-split {shares}: {len(rows)} control cells {covariate} leave none for "
+                                f"{part}; use fewer parts or share the controls")
             out[part][covariate] = np.sort(piece)
     return out
 
@@ -1665,10 +1585,6 @@ class Panel:
     def outside(self):
         """Perturbations that are no gene of the panel."""
         return [p for p, g in zip(self.perturbations, self.pert_gene) if g < 0]
-
-    def eval_names(self):
-        """Names of the evaluation genes."""
-        return [self.genes[i] for i in self.eval_genes]
 
 
 def pick_rows(x, n, seed):
@@ -1708,52 +1624,51 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     config = config or DataConfig()
     for name in ("min_genes", "min_cells", "hvg", "eval_genes", "cache_gb"):
         if getattr(config, name) < 0:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+            raise DataError(f"{_flag(name)} {getattr(config, name)}: must not be negative")
     cells = read_cells(path, config)
+    notes = cells.notes
     if config.min_genes > 0:
-        keep = np.concatenate([np.diff(cells.X[block].indptr) for block in
-                               row_blocks(cells.X, np.arange(len(cells.pair)))]) >= config.min_genes
-        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
-        if not keep.any():
-            raise DataError(f"{path}: no cell has {config.min_genes} detected genes (--min-genes); lower it")
-        if not keep.all():
-            cells.take(keep)
+        detected = np.concatenate([np.diff(cells.X[block].indptr) for block in row_blocks(cells.X)])
+        keep = detected >= config.min_genes
+        notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
+        cells.take(keep)
     with_control = {v for c, v in cells.pairs if c == CONTROL}
-    keep = np.array([v in with_control for _, v in cells.pairs])[cells.pair]
+    keep = np.array([v in with_control for _, v in cells.pairs], dtype=bool)[cells.pair]
     if not keep.all():
         lost = sorted({v for _, v in cells.pairs} - with_control)
-        cells.notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control "
-                           f"cells ({_listed(lost, 4)})")
+        notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control cells "
+                     f"({_listed(lost, 4)})")
         cells.take(keep)
     groups = sorted(pair for pair in cells.pairs if pair[0] != CONTROL)
-    if not groups or not with_control:
-        raise DataError(f"{path}: no {'perturbed' if with_control else 'control'} cells are left after quality "
-                        "control; lower --min-genes, or match controls in fewer --covariates")
+    if not groups:
+        raise DataError(f"{path}: no perturbed cells with controls beside them are left after quality control; lower "
+                        "--min-genes, or match controls in fewer --covariates")
     spelling = {c: cells.spelling[c] for c, _ in groups}
     if split:
-        part_of = _split_column(cells, split) if split.startswith("obs:") else None
-        parts = make_split(split, groups, spelling, fold, folds, cells.canonical, part_of)
+        parts = make_split(split, groups, spelling, fold, folds, cells.canonical, _read_split(split, cells))
     else:
         parts = {"train": sorted(spelling), "val": [], "test": []}
         if config.hvg and config.hvg_on == "train":
             raise DataError("--hvg chooses genes on the training cells of a split: add --split NAME, or --hvg-on all")
     data = Dataset(cells, parts, config, device)
 
-    perturbed = {q for p in data.perturbations for q in (p, p.partition(":")[0])}
-    keep = (detected_cells(cells.X, data.fit_rows) >= config.min_cells) | np.isin(cells.genes, list(perturbed))
+    perturbed = list({q for p in data.perturbations for q in (p, p.partition(":")[0])})
+    detected = gene_moments(cells.X, data.fit_rows, torch.sign)[0]          # number of cells
+    keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
-        raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells (--min-cells); "
-                        "lower it")
+        raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells; lower "
+                        "--min-cells")
     if not keep.all():
-        cells.notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: detected in at least {config.min_cells} "
-                           "training and control cells, or perturbed")
+        notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: detected in at least {config.min_cells} "
+                     "training and control cells, or perturbed")
         cells.keep_genes(keep)
     lognormalise(cells)
     if 0 < config.hvg < len(cells.genes):
         rows = data.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
-        keep = highly_variable(cells.X, rows, config.hvg) | np.isin(cells.genes, list(perturbed))
-        cells.notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} highly variable in "
-                           f"{'training and control' if config.hvg_on == 'train' else 'ALL'} cells, and the perturbed")
+        keep = highly_variable(cells.X, rows, config.hvg) | np.isin(cells.genes, perturbed)
+        chosen_on = "training and control" if config.hvg_on == "train" else "ALL"
+        notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} highly variable in {chosen_on} cells, and the "
+                     "perturbed")
         cells.keep_genes(keep)
     data.choose_genes()
     return data
@@ -1766,7 +1681,7 @@ def path_of(config):
         return config.data
     folder = Path("runs")
     beside = Path(getattr(config, "out", "") or folder / "demo").parent
-    if not folder.is_dir() and not os.access(".", os.W_OK) or folder.is_dir() and not os.access(folder, os.W_OK):
+    if not os.access(folder if folder.is_dir() else ".", os.W_OK):
         folder = beside
     return demo_file(2 if config.covariates else 1, folder)
 
@@ -1783,27 +1698,24 @@ def atomic(path):
     """Write to a temporary file beside `path` and rename: a reader, a crash or a full disk never sees half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # h5py and torch report a full disk as OSError or RuntimeError, depending on the call that noticed it
-        raise DataError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space or choose another "
-                        "folder with --out") from None
-    finally:
-        with contextlib.suppress(OSError):      # renamed, or its folder could not be made
-            temporary.unlink()
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):      # renamed, or its folder could not be made
+                temporary.unlink()
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Around writing in place: what the system refuses is one clear DataError."""
+    """Around writing: what the system refuses is one clear DataError."""
     try:
         yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); free some space, or choose another folder with "
-                        "--out") from None
+    except (OSError, RuntimeError) as error:        # h5py and torch report a full disk as the one or the other
+        raise DataError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space, or choose another "
+                        "folder with --out") from None
 
 
 def write_json(path, content):
@@ -1838,86 +1750,79 @@ class _Disk(io.FileIO):
             raise self.failure
 
 
-def _write(group, name, value, kind, version="0.2.0", **options):
-    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.kind in "OU"):
-        value, options["dtype"] = np.asarray(value, dtype=object), h5py.string_dtype()
-    node = group.create_dataset(name, data=value, **options)
+def _write(parent, name, value, **options):
+    """A value as anndata encodes it: dict, text, number, or an array of one of these."""
+    if isinstance(value, dict):
+        node = parent.create_group(name)
+        _encode(node, "dict", "0.1.0")
+        for key, item in value.items():
+            _write(node, key, item)
+        return
+    value = np.asarray(value)
+    kind = "array" if value.ndim else "numeric-scalar"
+    if value.dtype.kind in "OU":
+        kind = "string-array" if value.ndim else "string"
+        value, options["dtype"] = value.astype(object), h5py.string_dtype()
+    _encode(parent.create_dataset(name, data=value, **options), kind)
+
+
+def _encode(node, kind, version="0.2.0"):
+    """The attributes by which anndata knows what a node is."""
     node.attrs["encoding-type"], node.attrs["encoding-version"] = kind, version
 
 
-def _write_dict(parent, name, content):
-    group = parent.require_group(name)
-    group.attrs["encoding-type"], group.attrs["encoding-version"] = "dict", "0.1.0"
-    for key, value in content.items():
-        if isinstance(value, dict):
-            _write_dict(group, key, value)
-        elif isinstance(value, str):
-            _write(group, key, value, "string")
-        elif isinstance(value, (list, tuple, np.ndarray)):
-            value = np.asarray(value)
-            _write(group, key, value, "string-array" if value.dtype.kind in "OU" else "array")
-        else:
-            _write(group, key, value, "numeric-scalar")
-
-
 def _write_frame(parent, name, index, columns):
+    """obs or var; text becomes categorical, as anndata writes it."""
     group = parent.create_group(name)
-    group.attrs["encoding-type"], group.attrs["encoding-version"] = "dataframe", "0.2.0"
+    _encode(group, "dataframe")
     group.attrs["_index"] = "_index"
     group.attrs.create("column-order", list(columns), dtype=h5py.string_dtype(), shape=(len(columns),))
-    _write(group, "_index", np.asarray(index, dtype=object), "string-array")
+    _write(group, "_index", np.asarray(index, dtype=object))
     for key, values in columns.items():
         values = np.asarray(values)
-        if values.dtype.kind in "OU":               # text: categorical, as anndata writes it
-            index = {}
-            codes = np.fromiter((index.setdefault(str(v), len(index)) for v in values), np.int64, len(values))
-            categories = sorted(index)
-            codes = np.argsort([index[c] for c in categories])[codes]
-            node = group.create_group(key)
-            node.attrs["encoding-type"], node.attrs["encoding-version"] = "categorical", "0.2.0"
-            node.attrs["ordered"] = False
-            _write(node, "codes", codes.astype(np.int32 if len(categories) > 127 else np.int8), "array")
-            _write(node, "categories", list(categories), "string-array")
-        else:
-            _write(group, key, values, "array")
-
-
-def _write_rows(file, blocks, G):
-    """CSR blocks as the matrix X, in pieces without compression, which StoredRows reads as they are."""
-    group, indptr = file.create_group("X"), [np.zeros(1, dtype=np.int64)]
-    for block in blocks:
-        end = indptr[-1][-1]
-        for key, values in (("data", block.data), ("indices", block.indices)):
-            if key not in group:
-                chunk = min(max(1, len(values)), 65536)
-                group.create_dataset(key, (0,), values.dtype, maxshape=(None,), chunks=(chunk,))
-            group[key].resize((end + len(values),))
-            group[key][end:] = values
-        indptr.append(end + block.indptr[1:].astype(np.int64))
-    indptr = np.concatenate(indptr)
-    group["indptr"] = indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr
-    group.attrs["encoding-type"], group.attrs["encoding-version"] = "csr_matrix", "0.1.0"
-    group.attrs["shape"] = np.array([len(indptr) - 1, G], dtype=np.int64)
+        if values.dtype.kind not in "OU":
+            _write(group, key, values)
+            continue
+        names, codes = _numbered(values.tolist())
+        order = np.argsort(np.array(names, dtype=object))
+        node = group.create_group(key)
+        _encode(node, "categorical")
+        node.attrs["ordered"] = False
+        _write(node, "codes", np.argsort(order)[codes].astype(np.int32 if len(names) > 127 else np.int8))
+        _write(node, "categories", np.array(names, dtype=object)[order])
 
 
 def write_h5ad(path, X, obs, genes, uns=None, names=None):
     """Write a valid AnnData file, atomically. X: (n, G) ndarray or sparse matrix, or its rows as CSR blocks one after
     another; obs {column: n values}, genes [G] unique, uns {key: str, number, array or dict}, names [n] cell names.
-    Opens in anndata and scanpy without a warning."""
+    Opens in anndata and scanpy without a warning. CSR lies in pieces without compression, as StoredRows reads it."""
     n, G = X.shape if hasattr(X, "shape") else (len(next(iter(obs.values()))), len(genes))
     if len(genes) != G or any(len(v) != n for v in obs.values()):
         raise ValueError(f"X is {(n, G)}, with {len(genes)} genes and obs of {[len(v) for v in obs.values()]}")
     with atomic(path) as temporary, _Disk(temporary, "w+") as disk, h5py.File(disk, "w") as file:
-        file.attrs["encoding-type"], file.attrs["encoding-version"] = "anndata", "0.1.0"
+        _encode(file, "anndata", "0.1.0")
         if isinstance(X, np.ndarray):
-            _write(file, "X", np.ascontiguousarray(X), "array")
+            _write(file, "X", np.ascontiguousarray(X))
         else:
-            _write_rows(file, [X.tocsr()] if sp.issparse(X) else X, G)
+            group, indptr = file.create_group("X"), [np.zeros(1, dtype=np.int64)]
+            for block in [X.tocsr()] if sp.issparse(X) else X:
+                end = indptr[-1][-1]
+                for key, values in (("data", block.data), ("indices", block.indices)):
+                    if key not in group:
+                        chunk = min(max(1, len(values)), 65536)
+                        group.create_dataset(key, (0,), values.dtype, maxshape=(None,), chunks=(chunk,))
+                    group[key].resize((end + len(values),))
+                    group[key][end:] = values
+                indptr.append(end + block.indptr[1:].astype(np.int64))
+            indptr = np.concatenate(indptr)
+            group["indptr"] = indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr
+            _encode(group, "csr_matrix", "0.1.0")
+            group.attrs["shape"] = np.array([n, G], dtype=np.int64)
         _write_frame(file, "obs", names if names is not None else [f"cell{i}" for i in range(n)], obs)
         _write_frame(file, "var", genes, {})
         for name in ("layers", "obsm", "varm", "obsp", "varp"):
-            _write_dict(file, name, {})
-        _write_dict(file, "uns", uns or {})
+            _write(file, name, {})
+        _write(file, "uns", uns or {})
 
 
 def write_populations(path, pred, controls, panel, columns, covariates, method):
@@ -2190,7 +2095,6 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
     if preset not in presets:
         raise DataError(f"--preset {preset}: unknown; choose from {', '.join(presets)}")
     config = cls(**presets[preset] | typed | {"preset": preset})
-    uses = [f"--{name}" for name in ("predict", "score", "analyse") if name in cls.__dataclass_fields__]
     if config.data == "demo" and config.split == "transfer":
         config.covariates = config.covariates or "cell_type"             # the demo has it then
     if not config.out:
@@ -2205,22 +2109,19 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
             free = PREDICTING | set(sampling) | {f.name for f in fields(DataConfig)}
         for name in sorted(set(typed) - free):
             if typed[name] != state["config"][name]:
-                raise DataError(f"--{name.replace('_', '-')} {typed[name]}: this run was started with "
-                                f"{state['config'][name]}; drop the flag, or start another run with --out")
+                raise DataError(f"{_flag(name)} {typed[name]}: this run was started with {state['config'][name]}; drop "
+                                "the flag, or start another run with --out")
         config = cls(**state["config"] | kept)
-    if bool(config.ckpt) != any(getattr(config, use[2:]) for use in uses):
-        raise DataError(f"--ckpt FILE and {' or '.join(uses)} belong together; to go on with a run use --resume")
-    least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2}
+    uses = [name for name in ("predict", "score", "analyse") if hasattr(config, name)]
+    if bool(config.ckpt) != any(getattr(config, name) for name in uses):
+        raise DataError(f"--ckpt FILE and {' or '.join(map(_flag, uses))} belong together; to go on with a run use "
+                        "--resume")
+    least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2, "lr": 1e-20}
     for f in fields(cls):
         value = getattr(config, f.name)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-        flag = f"--{f.name.replace('_', '-')} {value}"
-        if f.name in least and value < least[f.name]:
-            raise DataError(f"{flag}: must be at least {least[f.name]}")
-        if f.name == "lr" and value <= 0:
-            raise DataError(f"{flag}: must be positive")
-        if any(v < 0 for v in numbers):
-            raise DataError(f"{flag}: must not be negative")
+        if any(v < least.get(f.name, 0) for v in numbers):
+            raise DataError(f"{_flag(f.name)} {value}: must be at least {least.get(f.name, 0)}")
     return config, state
 
 
@@ -2242,15 +2143,13 @@ def load_checkpoint(path, method):
         state = torch.load(path, map_location="cpu", weights_only=True)
         found, version = state["method"], state["version"]
     except FileNotFoundError:
-        raise DataError(f"{path}: no such checkpoint; it is called ckpt.pt in a run's folder (--out), and a run has "
-                        "one after five minutes or when it is stopped") from None
+        raise DataError(f"{path}: no such checkpoint; a run has its ckpt.pt after five minutes or when it is "
+                        "stopped") from None
     except Exception as error:                  # torch.load raises many types on damaged files
         raise DataError(f"{path}: no checkpoint, or damaged ({type(error).__name__}); give a run's ckpt.pt") from None
-    if found != method:
-        raise DataError(f"{path}: is a checkpoint of {found}, not of {method}; run {found}.py")
-    if version != CHECKPOINT_VERSION:
-        raise DataError(f"{path}: is a checkpoint of version {version}, this program reads {CHECKPOINT_VERSION}; "
-                        "train again")
+    if (found, version) != (method, CHECKPOINT_VERSION):
+        raise DataError(f"{path}: is a checkpoint of {found}, version {version}; {method} reads its own of version "
+                        f"{CHECKPOINT_VERSION}: give another, or train again")
     return state
 
 
@@ -2268,10 +2167,10 @@ def claim(folder):
         else:
             import fcntl
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except OSError as error:                    # file systems without locks: nothing is claimed
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise DataError(f"{folder}: another run is using this folder; choose another --out") from None
-    _claims.append(handle)                      # file systems without locks: nothing is claimed
+    _claims.append(handle)
 
 
 def mend(log):
@@ -2291,8 +2190,8 @@ def open_run(config, state, device, say, main=True):
             raise DataError(f"{out}: is a file; choose another --out")
         others = sorted(p.name for p in out.iterdir() if p.name not in unfinished) if out.is_dir() else []
         if others and not state:
-            raise DataError(f"{out}: already holds {', '.join(others[:3])}; go on with --resume, choose another --out, "
-                            "or remove it")
+            raise DataError(f"{out}: already holds {_listed(others, 3)}; go on with --resume, choose another --out, or "
+                            "remove it")
         with writing(out):
             claim(out)
             mend(out / "log.jsonl")
@@ -2300,12 +2199,13 @@ def open_run(config, state, device, say, main=True):
     panel = dataset.panel()
     for note in dataset.source.notes:
         say(f"note: {note}")
-    if state and any(panel.__dict__[name] != state["panel"][name] for name in ("genes", "eval_genes", "perturbations")):
-        raise DataError(f"--resume: {config.data} no longer gives the genes and perturbations of the run in {out}: the "
-                        "file has changed; restore it, or start another run with --out")
-    if state and dataset.split != state["split"]:
-        raise DataError(f"--resume: --split {config.split} no longer gives the parts of the run in {out}: a file has "
-                        "changed; restore it, or start another run with --out")
+    if state:
+        found = asdict(panel) | {"split": dataset.split}
+        stored = state["panel"] | {"split": state["split"]}
+        for name in ("genes", "eval_genes", "perturbations", "split"):
+            if found[name] != stored[name]:
+                raise DataError(f"--resume: --data {config.data} --split {config.split} no longer give the {name} of "
+                                f"the run in {out}: a file has changed; restore it, or start another run with --out")
     dataset.prepare_sampling()
     if main:
         write_json(out / "config.json", asdict(config))
@@ -2322,9 +2222,7 @@ def open_prediction(config, state, panel, names, device):
         raise DataError("--predict runs in one process; start it with python")
     if Path(config.out).exists():
         raise DataError(f"--out {config.out}: exists; choose another name, or remove it")
-    texts = list(config.predict)
-    if texts == ["test"]:
-        texts = state["split"]["test"]
+    carried = config.predict == ("test",)       # the run's test conditions, perhaps to other cells
     columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
     if config.controls:
         controls, missing = read_controls(config.controls, config, panel)
@@ -2335,16 +2233,16 @@ def open_prediction(config, state, panel, names, device):
     else:
         dataset = load_run(config, device)
         if list(dataset.genes) != panel.genes:
-            raise DataError(f"{config.data}: gives other genes than the model was trained on; it has changed. Name the "
-                            "training file with --data, or your own control cells with --controls")
+            raise DataError(f"{config.data}: gives other genes than the model was trained on; name the training file "
+                            "with --data, or your own control cells with --controls")
         controls = dataset.control_cells("test")
     sizes = {}
-    for condition, covariate in asked_conditions(texts, names):
-        if covariate and covariate not in controls and texts != list(config.predict):
-            covariate = ""                      # the test conditions, carried to other cells
+    for condition, covariate in asked_conditions(state["split"]["test"] if carried else config.predict, names):
+        if carried and covariate not in controls:
+            covariate = ""
         if covariate and covariate not in controls:
-            raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; there are "
-                            f"{_listed(sorted(controls), 20)}; choose one of them, or leave it out")
+            raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; choose from "
+                            f"{_listed(sorted(controls), 20)}, or leave it out")
         for value in [covariate] if covariate else sorted(controls):
             sizes[group_name(condition, value)] = config.cells
     untrained = sorted({p for g in sizes for p in g.partition("@")[0].split("+")} - set(panel.trained))
@@ -2367,18 +2265,19 @@ def asked_conditions(texts, names):
         if not label.strip():
             raise DataError(f"--predict '{text}': an empty name; give conditions such as A, A+B or A@covariates")
         tokens = [token for token in rules.tokens(label.strip()) if not rules.is_control(token)]
-        for token in tokens:
-            if perturbation_name(token) not in names:
-                pieces = [piece for piece in _JOINT.split(token) if piece]
-                if any(piece in known for piece in pieces):     # of A_B, the one that is not known
-                    token = next(piece for piece in [*pieces, token] if piece not in known)
-                lower = {name.lower(): name for name in names}
-                close = difflib.get_close_matches(perturbation_name(token).lower(), lower, 3)
-                advice = f"did you mean {', '.join(lower[name] for name in close)}" if close else "check its spelling"
-                raise DataError(f"--predict {text}: the model does not know '{token}', which was not in its training "
-                                f"file; {advice}")
         if not tokens:
             raise DataError(f"--predict {text}: names no perturbation; control cells are real, not predicted")
+        for token in tokens:
+            if perturbation_name(token) in names:
+                continue
+            parts = [part for part in _JOINT.split(token) if part]
+            if any(part in known for part in parts):            # of A_B, the one that is not known
+                token = next(part for part in [*parts, token] if part not in known)
+            lower = {name.lower(): name for name in names}
+            close = difflib.get_close_matches(perturbation_name(token).lower(), lower, 3)
+            advice = f"did you mean {', '.join(lower[name] for name in close)}" if close else "check its spelling"
+            raise DataError(f"--predict {text}: the model does not know '{token}', which was not in its training file; "
+                            f"{advice}")
         asked.append(("+".join(sorted(set(map(perturbation_name, tokens)))), covariate))
     return asked
 
@@ -2422,12 +2321,12 @@ def pick_device(name):
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     except RuntimeError:
-        raise DataError(f"--device {name}: unknown; use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise DataError(f"--device {name}: not supported; use cpu, cuda or cuda:N")
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise DataError(f"--device {name}: unknown; use cpu, cuda or cuda:N")
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     return device
@@ -2465,10 +2364,9 @@ def peak_memory(device):
     """Most memory that this process has had, in MB: of the GPU where it ran on one, else resident; None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    try:
-        import resource
-    except ImportError:
+    if os.name == "nt":
         return None
+    import resource
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
@@ -2490,24 +2388,27 @@ def add_flags(parser, cls, presets=None):
         source = Path(inspect.getfile(base)).read_text(encoding="utf-8")  # inspect.getsource takes ten times as long
         body = re.search(rf"^class {base.__name__}\b.*?(?=^\S)", source, re.M | re.S)[0]
         comments |= dict(re.findall(r"^    (\w+): .*?  # (.*)$", body, re.M))
-        title = {"DataConfig": "data", "RunConfig": "run"}.get(base.__name__, "method")
-        group = parser.add_argument_group(title) if isinstance(parser, argparse.ArgumentParser) else parser
+        group = parser.add_argument_group(base.__name__.removesuffix("Config").lower() or "method")
         group_of = {name: group for name in vars(base).get("__annotations__", ())} | group_of
     kinds = typing.get_type_hints(cls)
     for f in fields(cls):
-        kind, flag = kinds[f.name], "--" + f.name.replace("_", "-")
+        kind, flag = kinds[f.name], _flag(f.name)
         shown = {"": f.default} | {name: values[f.name] for name, values in (presets or {}).items() if f.name in values}
         default = ", ".join(f"{name} {_shown(value)}".strip() for name, value in shown.items())
         options = {"default": argparse.SUPPRESS, "help": f"{comments.get(f.name, '')} [{default}]".replace("%", "%%")}
-        add = group_of[f.name].add_argument
         if bool in (kind, *typing.get_args(kind)):          # bool, or bool | None where the default is decided later
-            add(flag, action=argparse.BooleanOptionalAction, **options)
+            options |= {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is typing.Literal:
-            add(flag, choices=typing.get_args(kind), **options)
+            options |= {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            add(flag, nargs="+", type=typing.get_args(kind)[0], metavar="X", **options)
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
         else:
-            add(flag, type=kind, metavar=kind.__name__.upper(), **options)
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        group_of[f.name].add_argument(flag, **options)
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def _shown(value):
@@ -2572,13 +2473,11 @@ def clean_errors():
 def describe(data, split=""):
     """What `python data.py FILE` prints, as one JSON-serialisable object. cells and genes are those of the file, before
     quality control; conditions, controls and parts are counted after it."""
-    cells = data.source
-    size = {}
+    cells, size = data.source, {}
     for group, condition in zip(data.groups, data.condition):
         size[condition] = size.get(condition, 0) + len(data.rows[group])
     controls = size.pop(CONTROL)
-    orders = [order(condition) for condition in size]
-    sizes = list(size.values())
+    orders, sizes = [order(condition) for condition in size], list(size.values())
     facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "scale": data.file_scale,
              "conditions": len(size), "singles": orders.count(1), "doubles": orders.count(2),
              "more": sum(n > 2 for n in orders), "pert_key": cells.pert_key, "controls": controls,
@@ -2593,59 +2492,57 @@ def describe(data, split=""):
     return facts | {"notes": cells.notes}
 
 
-def _print_facts(facts):
-    """The console form of describe(): a fact a line."""
-    rows = {key.replace("_", " "): value for key, value in facts.items() if key not in ("split", "notes")}
-    rows |= facts.get("split", {})
-    for key, value in rows.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {number:,g}" for name, number in value.items()) or "none"
-        elif isinstance(value, list):
-            value = _listed(value)
-        print(f"{key:<25} {value:,}" if isinstance(value, int) else f"{key:<25} {value}")
-    for note in facts["notes"]:
-        print(f"note: {note}")
+@dataclass
+class FileConfig(DataConfig):
+    """The flags of data.py's own command line."""
+    json: bool = False          # print one JSON object
+    out: str = ""               # write the prepared (or simulated) file here
+    split: str = ""             # additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN
+    fold: int = 0               # which fold of the split
+    folds: int = 10             # number of folds of --split cv
+    cells: int = 0              # of the demo; 0 for 400 controls and 100 of each condition, per cell type
+    genes: int = 120            # of the demo
+    cell_types: int = 1         # of the demo
+    seed: int = 0               # of the demo
 
 
 def main(argv=None):
     """Command line: describe or prepare a file, or simulate one."""
     parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("file", help="AnnData file (.h5ad, .h5), or demo to simulate one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--out", default="", help="write the prepared (or simulated) file here")
-    parser.add_argument("--split", default="",
-                        help="additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN")
-    parser.add_argument("--fold", type=int, default=0, help="which fold of the split")
-    parser.add_argument("--folds", type=int, default=10, help="number of folds of --split cv")
-    for name in ("cells", "genes", "cell-types", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help="of the demo")
-    add_flags(parser, DataConfig)
+    add_flags(parser, FileConfig)
     args = parser.parse(argv)
-    file, out = args["file"], args["out"]
-    split = args["split"]
-    simulation = {name: args[name] for name in ("cells", "genes", "cell_types", "seed") if name in args}
+    file = args.pop("file")
+    config = FileConfig(**args)
     with clean_errors():
         if file == "demo":
-            simulate(out or "demo.h5ad", **simulation)
-            print(f"wrote {out or 'demo.h5ad'}")
+            out = config.out or "demo.h5ad"
+            simulate(out, config.cells, config.genes, config.cell_types, config.seed)
+            print(f"wrote {out}")
             return
-        if simulation:
-            flag = next(iter(simulation)).replace("_", "-")
-            raise DataError(f"--{flag}: belongs to 'python data.py demo'; remove it")
-        if out and Path(out).resolve() == Path(file).resolve():
-            raise DataError(f"--out {out}: is the input itself and would be lost; choose another name")
-        config = DataConfig(**{f.name: args[f.name] for f in fields(DataConfig) if f.name in args})
-        data = load(file, config, split, args["fold"], args["folds"])
-        facts = describe(data, split)
-        if args["json"]:
+        for name in {"cells", "genes", "cell_types", "seed"} & set(args):
+            raise DataError(f"--{name.replace('_', '-')}: belongs to 'python data.py demo'; remove it")
+        if config.out and Path(config.out).resolve() == Path(file).resolve():
+            raise DataError(f"--out {file}: is the input itself and would be lost; choose another name")
+        data = load(file, config, config.split, config.fold, config.folds)
+        facts = describe(data, config.split)
+        if config.json:
             print(json.dumps(facts))
         else:
-            _print_facts(facts)
-        if out:
-            write_prepared(out, data)
-            n, G = data.X.shape
-            print(f"wrote {out}: log1p CP10k, {n:,} cells x {G:,} genes, grouped by condition",
-                  file=sys.stderr if args["json"] else sys.stdout)
+            notes, parts = facts.pop("notes"), facts.pop("split", {})
+            for key, value in (facts | parts).items():
+                if isinstance(value, dict):
+                    value = [f"{name} {number:,g}" for name, number in value.items()]
+                if isinstance(value, list):
+                    value = _listed(value, 9)
+                if isinstance(value, int):
+                    value = f"{value:,}"
+                print(f"{key.replace('_', ' '):<25} {value}")
+            for note in notes:
+                print(f"note: {note}")
+        if config.out:
+            write_prepared(config.out, data)
+            print(f"wrote {config.out}: log1p CP10k, grouped by condition", file=sys.stderr if config.json else None)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import data
-from test_data import (GENES, LABELS, TEXT, categorical, column_file, conditions, log_cp10k, make_counts, panel_of,
-                       refused, sparse, text, write_file, write_frame)
+from test_data import (GENES, LABELS, TEXT, ascii_bytes, categorical, column_file, conditions, edit, fixed_bytes,
+                       log_cp10k, make_counts, nullable, old_categorical, panel_of, refused, sparse, text, write_file,
+                       write_frame)
 
 
 def read(path, **flags):
@@ -57,7 +58,7 @@ def test_control_labels_with_wildcards_undo_the_guess(tmp_path):
 @pytest.mark.parametrize("column, values, marker", [
     ("is_control", np.array([True, True, False, False]), "is_control=True"),
     ("control", np.array([1, 1, 0, 0]), "control=1"), ("nperts", np.array([0, 0, 1, 2]), "nperts=0"),
-    ("vehicle", ["TRUE", "TRUE", "FALSE", "FALSE"], "vehicle=TRUE")])
+    ("vehicle", ["TRUE", "TRUE", "FALSE", "FALSE"], "vehicle=True")])
 def test_a_column_marks_the_controls(tmp_path, column, values, marker):
     """Where no label is one; with --control-label COLUMN=VALUE in any case. Cells without a label can be controls."""
     labels = {"condition": ["unchanged", "", "KLF1", "MAP2K6+KLF1"]}
@@ -193,7 +194,27 @@ def r_attributes(group, key, values):
                 node.attrs[name] = np.array([value], dtype=object)
 
 
-FORMS = [nullable_categories, attribute_categories, r_factor, padded, column_matrix, r_attributes]
+def int16_categories(group, key, values):
+    categorical(group, key, values, "int16")
+
+
+def bytes_categories(group, key, values):
+    categorical(group, key, values, write=fixed_bytes)
+
+
+def nullable_strings(group, key, values):
+    nullable(group, key, [value or None for value in values], TEXT)
+
+
+def replaced(name, value):
+    def change(file):
+        del file[name]
+        file[name] = value
+    return edit(change)
+
+
+FORMS = [text, fixed_bytes, ascii_bytes, categorical, int16_categories, bytes_categories, old_categorical,
+         nullable_strings, nullable_categories, attribute_categories, r_factor, padded, column_matrix, r_attributes]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
@@ -205,6 +226,8 @@ def test_encodings_of_columns(tmp_path, form):
     cells = read(path, covariates="cell_type")
     assert list(cells.condition) == LABELS and list(cells.covariate) == ["T", "B"] * 30
     assert np.array_equal(cells.X.toarray(), X[:60])
+    assert cells.file_shape == (60, len(GENES)) and list(cells.kept) == list(range(60))
+    noted(cells, "dropped 4 cells without a label")
 
 
 def test_logicals_of_r(tmp_path):
@@ -287,32 +310,7 @@ def test_controls_of_the_user(tmp_path):
         data.read_controls(path, data.DataConfig(), panel_of(wanted))
 
 
-def test_gene_names_are_a_guess_with_a_note(tmp_path):
-    ensembl = [f"ENSG{i}" for i in range(len(GENES))]
-    path = write_file(tmp_path / "file.h5ad", make_counts(60), LABELS, index=ensembl, var={"gene_name": GENES})
-    cells = read(path)
-    assert cells.genes == GENES and "--gene-key _index" in noted(cells, "took gene names from var column gene_name")
-    assert read(path, gene_key="_index").genes == ensembl
-    noted(cells, "found labels in obs column condition (--pert-key), controls control", "raw counts (--lognorm)")
-
-
 # ------------------------------------------------------------------------------------------------ damage
-
-def edit(change):
-    """A writer of a file that is valid but for this."""
-    def write(path):
-        write_file(path, make_counts(60), lambda g, k: categorical(g, k, LABELS), obs={"batch": np.arange(60) % 2})
-        with h5py.File(path, "a") as file:
-            change(file)
-    return write
-
-
-def put(name, value):
-    def change(file):
-        del file[name]
-        file[name] = value
-    return edit(change)
-
 
 def hole(path):
     """Zeros where text stands, as an unfinished download leaves them: HDF5 itself would never return."""
@@ -342,18 +340,18 @@ def plugin(path):
 
 
 DAMAGE = {
-    "codes-beyond": (put("obs/condition/codes", np.full(60, 9)), ["obs/condition", "beyond its 5 categories"]),
-    "codes-negative": (put("obs/condition/codes", np.full(60, -2)), ["beyond its"]),
-    "codes-float": (put("obs/condition/codes", np.zeros(60)), ["beyond its"]),
-    "codes-short": (put("obs/condition/codes", np.zeros(59, int)), ["has 59 entries for 60 in the index"]),
+    "codes-beyond": (replaced("obs/condition/codes", np.full(60, 9)), ["obs/condition", "beyond its 5 categories"]),
+    "codes-negative": (replaced("obs/condition/codes", np.full(60, -2)), ["beyond its"]),
+    "codes-float": (replaced("obs/condition/codes", np.zeros(60)), ["beyond its"]),
+    "codes-short": (replaced("obs/condition/codes", np.zeros(59, int)), ["has 59 entries for 60 in the index"]),
     "column-long": (edit(lambda f: text(f["obs"], "drug", ["DMSO", "A"] * 40)), ["obs/drug", "has 80 entries for 60"]),
     "column-table": (edit(lambda f: f["obs"].create_dataset("drug", data=np.zeros(60, [("a", int)]))), ["obs/drug"]),
     "column-square": (edit(lambda f: f["obs"].create_dataset("drug", data=np.zeros((6, 10)))), ["shape (6, 10)"]),
-    "link-outside": (put("obs/condition", h5py.ExternalLink("nowhere.h5", "/x")), ["cannot be read"]),
-    "link-of-matrix": (put("X", h5py.ExternalLink("nowhere.h5", "/x")), ["cannot be read"]),
-    "link-inside": (put("obs/condition", h5py.SoftLink("/nowhere")), ["cannot be read"]),
+    "link-outside": (replaced("obs/condition", h5py.ExternalLink("nowhere.h5", "/x")), ["cannot be read"]),
+    "link-of-matrix": (replaced("X", h5py.ExternalLink("nowhere.h5", "/x")), ["cannot be read"]),
+    "link-inside": (replaced("obs/condition", h5py.SoftLink("/nowhere")), ["cannot be read"]),
     "no-index": (edit(lambda f: f["obs"].pop("_index")), ["obs: has no index"]),
-    "matrix-of-text": (put("X", np.full((60, 30), b"x", dtype="S1")), ["X", "numbers in 2 dimensions are expected"]),
+    "matrix-of-text": (replaced("X", np.full((60, 30), b"x", dtype="S1")), ["X", "numbers in 2 dimensions"]),
     "hole": (hole, ["byte", "a hole in its text"]), "half": (half, ["file.h5ad"])}
 
 
@@ -369,7 +367,7 @@ def test_damage_is_one_line(tmp_path, capsys, name):
 def test_files_that_need_something_else(tmp_path, capsys, monkeypatch):
     store = tmp_path / "x.zarr"
     store.mkdir()
-    assert "is a zarr store; convert it" in refused(capsys, tmp_path, store)
+    assert "convert a zarr store" in refused(capsys, tmp_path, store)
     plugin(tmp_path / "plugin.h5ad")
     assert "is compressed with zstd" in refused(capsys, tmp_path, tmp_path / "plugin.h5ad")
     path = write_file(tmp_path / "file.h5ad", make_counts(60), LABELS)
@@ -382,7 +380,7 @@ def test_files_that_need_something_else(tmp_path, capsys, monkeypatch):
     def forbidden(*args, **options):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr("builtins.open", forbidden)
-    with pytest.raises(data.DataError, match="cannot be read .Permission denied.; check the permissions .* folder"):
+    with pytest.raises(data.DataError, match="cannot be read .Permission denied.; check its permissions"):
         read(path)
 
 
