@@ -41,6 +41,7 @@ import tempfile
 import textwrap
 import time
 import timeit
+import typing
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -78,11 +79,11 @@ METHODS = {
     "celltarnet:sparse": "celltarnet.py --prior sparse",
     "celltarnet:low-rank": "celltarnet.py --prior low-rank",
     # the demo preset with the paper's choices (each script's Deviations)
-    "scdfm:paper": "scdfm.py --no-effect-readout --no-precondition",
+    "scdfm:paper": "scdfm.py --no-effect-readout --no-precondition --zeros clamp",
     "primeflow:paper": "primeflow.py --velocity unet --coupling independent --sigma 0 --no-standardise --no-balanced "
-                       "--no-effect-readout --no-control-profile --p-null 0.2",
-    "scbig:paper": "scbig.py --no-effect-readout --no-residual --condition-dropout 0.9",
-    "celltarnet:paper": "celltarnet.py --no-effect-readout --token-strength 1 --calibration 0 --no-stratified",
+                       "--no-effect-readout --no-control-profile --p-null 0.2 --zeros clamp",
+    "scbig:paper": "scbig.py --no-effect-readout --no-residual --condition-dropout 0.9 --zeros clamp",
+    "celltarnet:paper": "celltarnet.py --no-effect-readout --calibration 0 --zeros clamp",
 }
 DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same
 
@@ -116,6 +117,7 @@ class Config(data.DataConfig):
     seeds: tuple[int, ...] = (0,)   # seeds to run
     methods: tuple[str, ...] = ("all",)  # all, none, names of METHODS, paths of scripts, or 'NAME FLAGS' in quotes
     baselines: bool = True          # score linear, latent_additive, ridge and kernel
+    zeros: typing.Literal["none", "clamp", "detect"] = "none"  # the methods' zero rule for the baselines' cells too
     embedding: str = ""             # gene vectors for linear and kernel: .npz (names, emb), .pt, .tsv or .csv
     pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
@@ -294,13 +296,16 @@ def fit_baseline(name, dataset, embedding=None):
     return effects[:, dataset.eval_genes].astype(np.float32), {k: options[k] for k in options if k not in given}
 
 
-def baseline_populations(name, dataset, effects, eval_cells, seed):
-    """{group: (n, E)} cells of one baseline for the test groups: controls of the same covariates plus the effect."""
-    out = {}
+def baseline_populations(name, dataset, effects, eval_cells, seed, zeros="none"):
+    """{group: (n, E)} cells of one baseline for the test groups: controls of the same covariates plus the effect; by
+    data.as_measured where a zero rule is asked for."""
+    out, panel = {}, dataset.panel()
     for group, effect in zip(dataset.part("test"), effects):
         cells = dataset.controls("test", dataset.eval_genes, covariate(group))
-        n = min(len(dataset.rows[group]), eval_cells)
-        out[group] = data.pick_rows(cells, n, data.seed_of(name, group, seed)) + effect
+        n, draw = min(len(dataset.rows[group]), eval_cells), data.seed_of(name, group, seed)
+        out[group] = data.pick_rows(cells, n, draw) + effect
+        if zeros != "none":
+            out[group], _ = data.as_measured(out[group], panel, dataset.eval_genes, zeros, draw)
     return out
 
 
@@ -498,7 +503,7 @@ def score_fold(config, fold, embedding):
                 runs.append((name, "floor", floor))
         for name, fit in fitted.items():
             if fit is not None:
-                cells = baseline_populations(name, dataset, fit[0], config.eval_cells, seed)
+                cells = baseline_populations(name, dataset, fit[0], config.eval_cells, seed, config.zeros)
                 runs.append((name, "baseline", score(dataset, cells, seed, keys) | {"options": fit[1]}))
         for name, cells in others.items():
             runs.append((name, "prediction", score(dataset, cells, seed, keys)))

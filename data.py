@@ -2448,8 +2448,8 @@ def clean_errors():
         print("error:", *str(error).split("\n"), file=sys.stderr)   # one line, whatever a label or a path holds
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).split('. ')[0]}); lower --batch-size, or the sizes that the method "
-              "has flags for (--gene-subset, --recompute, --hvg)", file=sys.stderr)
+        print(f"error: out of GPU memory ({str(error).split('. ')[0]}); lower --batch-size, --hvg, or what the method "
+              "has for this (--gene-subset, --recompute)", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:               # gloo and NCCL, where another process of a run has died
         partner = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
