@@ -342,6 +342,18 @@ def test_a_missing_embedding_is_not_no_perturbation(dataset, panel, tmp_path):
     assert (learned.abs().sum(1) > 0).all()
 
 
+def test_what_nothing_is_known_of_is_an_average_perturbation(dataset, panel):
+    """Neither an embedding nor a training condition: the trained ones' mean vector, hence their mean linear effect."""
+    from dataclasses import replace
+    other = replace(panel, perturbations=["DRUG", "NEW", "TF1"], pert_gene=[-1, -1, 0], trained=["DRUG", "TF1"])
+    model, run = make(dataset, other, effect_readout=True)
+    torch.nn.init.normal_(model.flow.effect)
+    effect = conditions(model, run, ["DRUG", "NEW", "TF1"])[1]
+    torch.testing.assert_close(effect[1], (effect[0] + effect[2]) / 2, rtol=1e-4, atol=1e-4)
+    assert len(model.flow.learned) == 1 and (effect[0] - effect[2]).abs().max() > 0.1
+    assert any("1 perturbations have neither an embedding nor a training condition (NEW)" in text for text in run.said)
+
+
 def test_first_joint_layer_is_split_by_input(dataset, panel):
     model, run = make(dataset, panel)
     flow, z, t = model.flow, torch.randn(2, 3, 8), torch.rand(2, 3)
