@@ -29,7 +29,8 @@ Deviations (numbers that back them: README, experiments):
     theorem: C's kernel form underflows, so that far predictions have no loss. 100 iterations (P), 50 in C.
  5. Stage 1 is validated on 5% of the training and control cells; C uses 300 controls and, failing these, test controls.
  6. One gene-embedding term in a token, the mean over the module's genes, as in C; P describes a second one.
- 7. A perturbation without an embedding has a learned one; in C a zero vector, the same as no perturbation.
+ 7. A perturbation without an embedding has a learned one, and the trained ones' mean where it was in no training
+    condition; in C a zero vector, the same as no perturbation.
  8. The pooling masks each empty slot; C masks by the first slot, so that the order of a single's slots matters.
  9. Embeddings are scaled to a root mean square of 1 and doses logarithmically to 0 to 1; C takes both raw.
 10. Fixed midpoint steps; C integrates adaptively, cell by cell.
@@ -155,9 +156,12 @@ def variants(config):
 
 # -------------------------------------------------------------------------------- priors
 
+FIXED, UNKNOWN = -1, -2                 # in pert_learned: no row of the learned table
+
+
 def load_priors(run):
     """Everything that the model takes over from files or training cells, as tensors to be kept with its weights:
-    modules (G,), module_vectors (K, p), mean (G,), pathways (Q, G), pert_vectors (N, p'), pert_learned (N,)."""
+    modules (G,), module_vectors (K, p), mean (G,), pathways (Q, G), and the three of perturbation_vectors."""
     config, dataset = run.config, run.dataset
     corr = data.gene_statistics(dataset)[2].cpu()
     vectors = gene_vectors(run, corr)
@@ -167,10 +171,10 @@ def load_priors(run):
         run.say(f"clustering: {config.modules} modules, genes that changed module in each step: "
                 + ", ".join(map(str, changed)))
     member = F.one_hot(modules).float()                                  # (G, K)
-    pert_vectors, pert_learned = perturbation_vectors(run, vectors)
+    pert_vectors, pert_learned, pert_trained = perturbation_vectors(run, vectors)
     return {"modules": modules, "module_vectors": member.T @ vectors / member.sum(0)[:, None],
             "mean": torch.tensor(run.panel.mean), "pathways": pathway_sets(run, vectors),
-            "pert_vectors": pert_vectors, "pert_learned": pert_learned}
+            "pert_vectors": pert_vectors, "pert_learned": pert_learned, "pert_trained": pert_trained}
 
 
 def covered(run, flag, found, wanted, what):
@@ -256,7 +260,8 @@ def pathway_sets(run, vectors):
 
 def perturbation_vectors(run, vectors):
     """What the flow knows of every token (see token_names): its vector (N, p), scaled to a root mean square of 1, from
-    --pert-embeddings or the gene's own; and (N,) the row of a learned table where there is none, else -1."""
+    --pert-embeddings or the gene's own; (N,) the row of a learned table where there is none, else FIXED, or UNKNOWN for
+    what was not trained either; and the tokens of training conditions."""
     config, panel = run.config, run.panel
     names = token_names(panel, config)
     tokens = {name: i for i, name in enumerate(names)}
@@ -272,13 +277,14 @@ def perturbation_vectors(run, vectors):
     fixed = torch.tensor([name.upper() in table for name in names])
     for i in fixed.nonzero().flatten().tolist():
         out[i] = torch.from_numpy(table[names[i].upper()])
-    trained = {asked[p] for p in panel.trained}
-    lost = [p for p, i in asked.items() if not fixed[i] and i not in trained]
+    trained = torch.tensor(sorted({asked[p] for p in panel.trained}))
+    own = torch.zeros_like(fixed).index_fill(0, trained, True) & ~fixed
+    lost = [p for p, i in asked.items() if not fixed[i] and not own[i]]
     if lost:
         run.say(f"note: {len(lost)} perturbations have neither an embedding nor a training condition "
-                f"({', '.join(lost[:5])}): they are predicted as if at random")
-    learned = torch.where(fixed, -1, (~fixed).cumsum(0) - 1)
-    return out / out.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12), learned
+                f"({', '.join(lost[:5])}): each is predicted as an average perturbation")
+    learned = torch.where(own, own.cumsum(0) - 1, torch.where(fixed, FIXED, UNKNOWN))
+    return out / out.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12), learned, trained
 
 
 # -------------------------------------------------------------------------------- gene modules
@@ -498,14 +504,14 @@ class Flow(nn.Module):
     """Velocity v(z_t | t, condition) in latent space: CellFlow's network, its first joint layer split by input, so
     that the condition's part is computed per condition and, over an ODE, the time's part per time point."""
 
-    def __init__(self, config, pert_vectors, pert_learned, covariates):
-        """pert_vectors (N, p) of every token; where pert_learned (N,) is not -1, the row of a learned table instead.
-        covariates: number of one-hot entries."""
+    def __init__(self, config, pert_vectors, pert_learned, pert_trained, covariates):
+        """See perturbation_vectors; covariates: number of one-hot entries."""
         super().__init__()
         d, h, p = 64, config.hidden, pert_vectors.shape[1]
         self.dropout, self.steps = config.dropout, config.ode_steps
         self.register_buffer("pert_vectors", pert_vectors)
         self.register_buffer("pert_learned", pert_learned)
+        self.register_buffer("pert_trained", pert_trained)
         self.learned = nn.Parameter(torch.randn(max(1, int(pert_learned.max()) + 1), p))
         self.dose = Dose(p) if config.dose_key else None
         self.query = nn.Parameter(torch.randn(d))
@@ -518,13 +524,20 @@ class Flow(nn.Module):
         self.join_condition = nn.Linear(256, h, bias=False)
         self.joint, self.out = nn.Linear(h, h), nn.Linear(h, config.latent)
 
+    def vectors(self, tokens):
+        """(...) tokens -> (..., p)."""
+        row = self.pert_learned[tokens]
+        return torch.where(row[..., None] < 0, self.pert_vectors[tokens], self.learned[row.clamp(min=0)])
+
     def condition(self, tokens, mask, dose, covariates):
         """Attention pooling over the slots that hold a perturbation: tokens, mask, dose (C, slots) -> (C, 256); and the
         part of the velocity that is linear in them (C, 1, D)."""
         def split(x):                                                    # (C, slots, 64) -> (C, 8 heads, slots, 8)
             return x.unflatten(-1, (8, -1)).transpose(1, 2)
-        row = self.pert_learned[tokens]
-        a = torch.where(row[..., None] < 0, self.pert_vectors[tokens], self.learned[row.clamp(min=0)])  # (C, slots, p)
+        a = self.vectors(tokens)                                         # (C, slots, p)
+        if not self.training:
+            unknown = self.pert_learned[tokens] == UNKNOWN
+            a = torch.where(unknown[..., None], self.vectors(self.pert_trained).mean(0), a)
         if self.dose is not None:
             a = self.dose(a, dose)
         k, v = self.kv(a).chunk(2, dim=-1)
@@ -593,7 +606,8 @@ class ScBIG(nn.Module):
         super().__init__()
         self.autoencoder = Autoencoder(config, priors["modules"], priors["module_vectors"], priors["mean"])
         covariates = sum(map(len, panel.covariates.values()))
-        self.flow = Flow(config, priors["pert_vectors"], priors["pert_learned"], covariates)
+        self.flow = Flow(config, priors["pert_vectors"], priors["pert_learned"], priors["pert_trained"],
+                         covariates)
         self.register_buffer("pathways", priors["pathways"])             # (Q, G), rows sum to 1
         for layer in self.modules():
             if isinstance(layer, nn.Linear):                             # LeCun normal (official)
@@ -722,7 +736,8 @@ def known(panel):
 
 PRIORS = {"modules": "autoencoder.module_of", "module_vectors": "autoencoder.module_vectors",
           "mean": "autoencoder.mean", "pathways": "pathways",
-          "pert_vectors": "flow.pert_vectors", "pert_learned": "flow.pert_learned"}     # their names in a checkpoint
+          "pert_vectors": "flow.pert_vectors", "pert_learned": "flow.pert_learned",
+          "pert_trained": "flow.pert_trained"}                           # their names in a checkpoint
 
 
 def build(config, panel, weights):

@@ -342,6 +342,18 @@ def test_a_missing_embedding_is_not_no_perturbation(dataset, panel, tmp_path):
     assert (learned.abs().sum(1) > 0).all()
 
 
+def test_what_nothing_is_known_of_is_an_average_perturbation(dataset, panel):
+    """Neither an embedding nor a training condition: the trained ones' mean vector, hence their mean linear effect."""
+    from dataclasses import replace
+    other = replace(panel, perturbations=["DRUG", "NEW", "TF1"], pert_gene=[-1, -1, 0], trained=["DRUG", "TF1"])
+    model, run = make(dataset, other, effect_readout=True)
+    torch.nn.init.normal_(model.flow.effect)
+    effect = conditions(model, run, ["DRUG", "NEW", "TF1"])[1]
+    torch.testing.assert_close(effect[1], (effect[0] + effect[2]) / 2, rtol=1e-4, atol=1e-4)
+    assert len(model.flow.learned) == 1 and (effect[0] - effect[2]).abs().max() > 0.1
+    assert any("1 perturbations have neither an embedding nor a training condition (NEW)" in text for text in run.said)
+
+
 def test_first_joint_layer_is_split_by_input(dataset, panel):
     model, run = make(dataset, panel)
     flow, z, t = model.flow, torch.randn(2, 3, 8), torch.rand(2, 3)
@@ -425,11 +437,14 @@ def test_constant_modules_give_finite_gradients():
 def test_structure_losses_are_fp32_inside_autocast():
     torch.manual_seed(0)
     pred, real, weights = torch.rand(1, 8, 6), torch.rand(1, 8, 6), torch.rand(6, 6)
-    outside = scbig.correlation_loss(pred, real, weights), scbig.pathway_loss(pred, real, weights)
+    z0, z1, u = torch.randn(1, 99, 6), torch.randn(1, 99, 6), torch.rand(1, 99)
+
+    def results():
+        partners = scbig.ot_partners(z0, z1, u, 0.1)
+        return scbig.correlation_loss(pred, real, weights), scbig.pathway_loss(pred, real, weights), partners.sum()
+    outside = results()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = scbig.correlation_loss(pred, real, weights), scbig.pathway_loss(pred, real, weights)
-        partner = scbig.ot_partners(pred, real, torch.rand(1, 8), 0.1)
-    assert inside == outside and partner.dtype == torch.float32
+        assert results() == outside
 
 
 def test_pathway_loss_grows_with_the_shift_where_the_kernel_form_underflows():
