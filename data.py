@@ -207,6 +207,9 @@ def _damaged(node, why):
 
 def _attr(node, name, default=""):
     """A text attribute; R writes arrays of one element."""
+    kind = node.attrs.get_id(name).dtype if name in node.attrs else np.dtype("U")
+    if kind.hasobject and h5py.check_string_dtype(kind) is None:        # HDF5 may crash on reading it
+        raise _damaged(node, f"its attribute {name} is no text")
     value = node.attrs.get(name, default)
     if isinstance(value, np.ndarray):
         value = value.flat[0] if value.size else default
@@ -224,8 +227,8 @@ def _array(node):
         values[missing.astype(bool)] = ""
         return values
     is_text = h5py.check_string_dtype(node.dtype) is not None
-    if node.shape is None or (node.dtype.kind not in "biuf" and not is_text):
-        raise _damaged(node, f"holds {node.dtype if node.shape else 'nothing'}, where text or numbers are expected")
+    if not isinstance(node, h5py.Dataset) or node.shape is None or (node.dtype.kind not in "biuf" and not is_text):
+        raise _damaged(node, f"is {node}, where text or numbers are expected")
     if sum(size != 1 for size in node.shape) > 1:
         raise _damaged(node, f"has shape {node.shape}, where one column is expected")
     if is_text:
@@ -319,6 +322,8 @@ def _length(frame):
     node = frame[_index_name(frame)]
     if isinstance(node, h5py.Group):
         node = node["codes"] if "codes" in node else node["values"]
+    if not isinstance(node, h5py.Dataset):
+        raise _damaged(node, "is no column")
     return int(node.size or 0)
 
 
@@ -359,7 +364,8 @@ def _matrix(node, shape, where, limit):
         blocks = (sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in range(0, n, rows))
         return _spool(blocks, G, where) if 4 * n * G > limit else sp.vstack(list(blocks), format="csr")
     layout = (_attr(node, "encoding-type") or _attr(node, "h5sparse_format")).removesuffix("_matrix")
-    if layout not in ("csr", "csc") or not {"data", "indices", "indptr"} <= set(node):
+    arrays = set(node) if isinstance(node, h5py.Group) else set()
+    if layout not in ("csr", "csc") or not {"data", "indices", "indptr"} <= arrays:
         raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; write it again as a dense, CSR or CSC "
                         "matrix")
     arrays = node["data"], node["indices"]

@@ -339,6 +339,13 @@ def plugin(path):
     edit(change)(path)
 
 
+def number_lists(file):
+    """An attribute that a flipped byte makes no text: HDF5 may crash on reading it."""
+    space, kind = h5py.h5s.create(h5py.h5s.SCALAR), h5py.h5t.vlen_create(h5py.h5t.STD_I32LE)
+    file["var"].attrs.pop("_index")
+    h5py.h5a.create(file["var"].id, b"_index", kind, space)
+
+
 DAMAGE = {
     "codes-beyond": (replaced("obs/condition/codes", np.full(60, 9)), ["obs/condition", "beyond its 5 categories"]),
     "codes-negative": (replaced("obs/condition/codes", np.full(60, -2)), ["beyond its"]),
@@ -350,6 +357,9 @@ DAMAGE = {
     "link-outside": (replaced("obs/condition", h5py.ExternalLink("nowhere.h5", "/x")), ["cannot be read"]),
     "link-of-matrix": (replaced("X", h5py.ExternalLink("nowhere.h5", "/x")), ["cannot be read"]),
     "link-inside": (replaced("obs/condition", h5py.SoftLink("/nowhere")), ["cannot be read"]),
+    "type-for-column": (replaced("obs/condition", np.dtype("f4")), ["obs/condition"]),
+    "type-for-index": (replaced("var/_index", np.dtype("f4")), ["var/_index: is no column"]),
+    "attribute": (edit(number_lists), ["var: its attribute _index is no text"]),
     "no-index": (edit(lambda f: f["obs"].pop("_index")), ["obs: has no index"]),
     "matrix-of-text": (replaced("X", np.full((60, 30), b"x", dtype="S1")), ["X", "numbers in 2 dimensions"]),
     "hole": (hole, ["byte", "a hole in its text"]), "half": (half, ["file.h5ad"])}
