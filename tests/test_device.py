@@ -14,8 +14,10 @@ from conftest import METHODS, ROOT, TINY
 ABLATIONS = {
     "scdfm": [["--mmd-weight", "0"], ["--knn", "0", "--no-differential"], ["--no-effect-readout", "--no-precondition"],
               ["--ode", "rk4"]],
-    "primeflow": [["--velocity", "mlp"], ["--velocity", "mlp", "--space", "pca", "--coupling", "ot", "--ot-cells", "8",
-                                         "--path", "trigonometric", "--sigma", "0.1"], ["--guidance", "1", "3"]],
+    "primeflow": [["--velocity", "unet", "--p-null", "0.2", "--guidance", "1", "3"],
+                  ["--coupling", "independent", "--sigma", "0", "--no-standardise", "--no-effect-readout"],
+                  ["--space", "pca", "--no-standardise", "--coupling", "ot", "--ot-cells", "8", "--path",
+                   "trigonometric"]],
     "scbig": [["--clustering", "kmeans"], ["--encoder", "transformer"], ["--corr-weight", "0"]],
     "celltarnet": [["--prior", "none", "--contrast-weight", "0"], ["--prior", "sparse"], ["--denoise-weight", "0"]],
 }
