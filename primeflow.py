@@ -149,7 +149,8 @@ PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4
     steps=1500, batch_size=64, accumulate=1, lr=2e-3, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
     control_split="", velocity="mlp", hidden=256, mlp_layers=(2, 2, 2, 2), dropout=0.2, coupling="control", sigma=1.0,
     standardise=True, effect_readout=True, control_profile=True, balanced=True, p_null=0.0, guidance=(1.0,),
-    ode_steps=10, eval_cells=100, width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1, ot_cells=16)}
+    ode_steps=10, zeros="detect", eval_cells=100, width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1,
+    ot_cells=16)}
 SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
 other_use = None                        # what --ckpt is for besides --predict
 

@@ -145,7 +145,7 @@ PRESETS = {"paper": {}, "demo": dict(
     steps=500, hvg=1000, batch_size=512, conditions_per_batch=8, lr=1e-3, schedule="cosine", modules=8, width=64,
     layers=2, heads=4, inducing=4, latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128,
     pretrain_lr=2e-3, pretrain_check=200, hidden=256, condition_dropout=0.8, effect_readout=True, residual=True,
-    structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, eval_cells=100)}
+    structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, zeros="detect", eval_cells=100)}
 SAMPLING = {"ode_steps", "analyse"}     # flags that --ckpt may change
 
 
