@@ -61,6 +61,10 @@ class Standin(torch.Tensor):
         count("wait")
         return self.inner.detach().tolist()
 
+    def __format__(self, spec):
+        count("wait")
+        return format(self.inner.detach().item(), spec)
+
     def numpy(self, **_):
         raise TypeError(f"cannot convert a tensor on {NAME} to numpy; use Tensor.cpu() first")
 
@@ -180,6 +184,8 @@ def main(name, commands):
     method.Run.__init__, method.Run.start, method.Run.finish = on_standin, begin, end
     method.generate = during("generate", generate)
     method.Run.validate = during("", method.Run.validate)
+    if hasattr(method, "calibrate"):                    # after the last step
+        method.calibrate = during("", method.calibrate)
     with Everywhere():
         for command in commands:
             try:
