@@ -937,13 +937,11 @@ def write_modules(run, model):
     """modules.tsv: every gene with its module, numbered as in the other tables; with --pathways
     modules_enrichment.tsv: which pathways a module holds more of than chance would give it."""
     if run.rank == 0:
-        genes, modules = run.panel.genes, model.autoencoder.module_of.tolist()
+        genes, modules = run.panel.genes, model.autoencoder.module_of.cpu().numpy()
         write_table(run.out / "modules.tsv", ("gene", "module"), zip(genes, modules))
         if run.config.pathways:
-            named = {k: [gene for gene, module in zip(genes, modules) if module == k] for k in sorted(set(modules))}
-            header = ("module", "pathway", "overlap", "module_genes", "pathway_genes", "p", "p_adjusted")
-            write_table(run.out / "modules_enrichment.tsv", header,
-                        metrics.enrichment(named, data.read_gmt(run.config.pathways), genes))
+            found = metrics.enrichment(modules, genes, data.read_gmt(run.config.pathways))
+            write_table(run.out / "modules_enrichment.tsv", metrics.ENRICHMENT, found)
 
 
 @torch.no_grad()
