@@ -82,7 +82,8 @@ METHODS = {
     "scdfm:paper": "scdfm.py --no-effect-readout --no-precondition --zeros clamp",
     "primeflow:paper": "primeflow.py --velocity unet --coupling independent --sigma 0 --no-standardise --no-balanced "
                        "--no-effect-readout --no-control-profile --p-null 0.2 --zeros clamp",
-    "scbig:paper": "scbig.py --no-effect-readout --no-residual --condition-dropout 0.9 --zeros clamp",
+    "scbig:paper": "scbig.py --no-effect-readout --no-residual --condition-dropout 0.9 --schedule constant --ema 0 "
+                   "--path-iterations 100 --ode-steps 10 --zeros clamp",
     "celltarnet:paper": "celltarnet.py --no-effect-readout --calibration 0 --zeros clamp",
 }
 DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same

@@ -2347,6 +2347,22 @@ def save_checkpoint(run, method, step, parts):
         torch.save(state, temporary)
 
 
+def opening(run, method):
+    """The first line of a run: what is trained on what, how long, on which device and in which precision."""
+    config, precision = run.config, "bf16" if run.bf16 else "fp32"
+    return (f"{method} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
+            f"{config.preset}, {config.steps:,} steps; {run.device}, {precision}{', compiled' if run.compile else ''}; "
+            f"folder {run.out}")
+
+
+def log(run, step, values):
+    """A line of log.jsonl, by the first process; a stage before the main one is named."""
+    if run.rank == 0:
+        stage = {} if run.stage == "training" else {"stage": run.stage}
+        with writing(run.out / "log.jsonl"), open(run.out / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **stage, "seconds": round(run.trained, 4), **values}) + "\n")
+
+
 def status(run, step, values, seconds):
     """The console's line on a run: losses, speed, time so far and left; seconds: per step. The first one warns of a
     paper's configuration on a CPU."""

@@ -37,7 +37,6 @@ Deviations (numbers that back them: README, experiments):
 """
 import copy
 import datetime
-import json
 import math
 import os
 import signal
@@ -507,7 +506,9 @@ class Run:
         self.config, self.out = config, Path(config.out)
         self.device = data.pick_device(config.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.signal, self.capped, self.trained, self.functions = 0, 0, 0.0, {}
+        self.signal, self.handlers = 0, {}      # a signal that came, and what was to happen on one before
+        self.trained, self.capped = 0.0, 0      # seconds of training; generated values that were cut
+        self.functions = {}                     # compiled ones
         cuda = self.device.type == "cuda"
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and cuda and torch.cuda.is_bf16_supported(False))
         self.compile = cuda if config.compile is None else config.compile
@@ -541,10 +542,11 @@ class Run:
         self.cells = (cells or self.config.batch_size) * self.world
         for name, part in parts.items() if state else ():
             part.load_state_dict(state["parts"][name])
-        self.before = state["seconds"] if state else self.trained
+        self.trained = self.before = state["seconds"] if state else self.trained
         self.began = self.logged = self.saved = time.perf_counter()
         self.sums, self.counted, self.due, self.shown = 0.0, 0, self.began + data.FIRST_LINE, False
-        self.handlers = {number: signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers.setdefault(number, signal.signal(number, self.interrupt))
         return state["step"] if state else 0
 
     def interrupt(self, number, _):
@@ -578,7 +580,7 @@ class Run:
         seconds = (now - self.logged) / self.counted                     # per step
         values["cells_per_s"] = round(self.cells / seconds, 1)
         self.trained = self.before + now - self.began
-        self.log(step, values)
+        data.log(self, step, values)
         if show:
             self.say(data.status(self, step, values, seconds), "\n" if last or not sys.stdout.isatty() else "")
             self.shown, self.due = True, now + data.NEXT_LINE
@@ -586,19 +588,12 @@ class Run:
             data.save_checkpoint(self, METHOD, step, parts)
             self.saved = time.perf_counter()
         self.sums, self.counted, self.logged = 0.0, 0, time.perf_counter()
-        if last:
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+        while last and self.handlers:
+            signal.signal(*self.handlers.popitem())
         if stop:
             self.say(f"stopped at step {step} of {self.steps} ({self.stage}); go on with: python {METHOD}.py --out "
                      f"{self.out} --resume")
             sys.exit(128 + self.signal)
-
-    def log(self, step, values):
-        if self.rank == 0:
-            stage = {} if self.stage == "training" else {"stage": self.stage}
-            with data.writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **stage, "seconds": round(self.trained, 4), **values}) + "\n")
 
     def validate(self, step, model):
         """Scores of the validation conditions, for console and log; training's random numbers are not touched."""
@@ -609,7 +604,7 @@ class Run:
             model.train()
             scores = metrics.quick_score(self.dataset, cells, "val", self.config.seed)
             self.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            self.log(step, {"val": scores})
+            data.log(self, step, {"val": scores})
 
 
 def predict(run, model, sizes, controls, columns, **options):
@@ -644,9 +639,7 @@ def main(argv=None):
             return run.say(f"wrote {run.out}: {len(cells)} predicted conditions and the control cells, log1p CP10k")
         if data.finished(config, state):
             return metrics.show(run.out)
-        run.say(f"{METHOD} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
-                f"{config.preset}, {config.steps:,} steps; {run.device}, {'bf16' if run.bf16 else 'fp32'}"
-                f"{', compiled' if run.compile else ''}; folder {run.out}")
+        run.say(data.opening(run, METHOD))
         run.dataset, run.panel = data.open_run(config, state, run.device, run.say, run.rank == 0)
         model = train(run, state)
         if run.world > 1:
