@@ -559,6 +559,17 @@ def test_a_fork_trains_resumes_and_predicts_under_its_own_name(demo, run, tmp_pa
     assert (tmp_path / "pred.h5ad").exists()
 
 
+def test_readme_snippet_reads_a_prediction(all_trained, monkeypatch):
+    scanpy, plain = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    monkeypatch.chdir(all_trained[CHEAP][0])
+    names = {}
+    exec(plain, names)
+    assert names["cells"].shape == (7 * 8, 40) and len(names["pred"].genes) == 40
+    with h5py.File("pred.h5ad") as file:            # what the scanpy lines rely on, which is no package of ours
+        assert "condition" in file["obs"] and b"control" in file["obs/condition/categories"][...]
+    assert '"condition", reference="control"' in scanpy
+
+
 @pytest.fixture(scope="module")
 def help_of():
     """help_of(script): the text of --help, from a process of its own, once per script."""
