@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
 
 import data
 from conftest import METHODS, ROOT, TINY
@@ -21,6 +23,7 @@ ABLATIONS = {
     "scbig": [["--clustering", "kmeans"], ["--encoder", "transformer"], ["--corr-weight", "0"]],
     "celltarnet": [["--prior", "none", "--contrast-weight", "0"], ["--prior", "sparse"], ["--denoise-weight", "0"]],
 }
+GRAPHS = dict.fromkeys(METHODS, 4)
 OTHER = {"celltarnet": ["--score", "DEMO"], "scbig": ["--analyse"]}
 
 
@@ -76,3 +79,17 @@ def test_a_prediction_copies_its_inputs_in_and_its_cells_out_once(measured, meth
 def test_launches_of_a_step_do_not_grow(measured, method, most):
     """Kernels of an uncompiled tiny step, views apart; what the demo's model needs stands in the README."""
     assert measured[method]["operations"]["step"] / measured[method]["calls"]["step"] < most
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_graphs_of_a_compiled_run(method, demo, call, monkeypatch, tmp_path):
+    """No graph break, one graph for a training step and one for sampling, each once more where a size varies: the last
+    chunk, another number of cells. The counting backend stands for inductor."""
+    torch._dynamo.reset()
+    counter, compiled = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=counter, fullgraph=True))
+    flags = ["--data", demo, *TINY[method], "--steps", "4", "--eval-every", "2", "--compile"]
+    done = call(f"{method}.py", *flags, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert 2 <= counter.frame_count <= GRAPHS[method]
+    torch._dynamo.reset()
