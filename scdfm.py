@@ -2,10 +2,9 @@
 
 A cell is a sequence of gene tokens. A transformer predicts the velocity that turns Gaussian noise into a perturbed
 cell, given a control cell (cross-attention), the perturbation (an adapter in every layer) and the flow time
-(adaLN-Zero). Attention is differential: the difference of two softmax maps. Gene tokens come from an encoder whose
-attention is masked by the co-expression graph; a CRISPR perturbation is embedded by the same encoder, so that genes
-never perturbed in training can be predicted. Training adds the MMD between the generated and the real cells of one
-condition to the flow matching loss.
+(adaLN-Zero). Attention is differential: the difference of two softmax maps. An encoder masked by the co-expression
+graph embeds genes and CRISPR perturbations, also those never perturbed in training. The loss is flow matching plus the
+MMD between the generated and the real cells of one condition.
 
 Paper: Yu, Wang, Liao, Wu, "scDFM: Distributional flow matching for robust single-cell perturbation prediction" (P).
 Official code: github.com/AI4Science-WestlakeU/scDFM @2cf6bca (MIT) (C). Nothing here is copied from it.
@@ -114,35 +113,38 @@ def variants(config):
 # -------------------------------------------------------------------------------- model
 
 def statistics(dataset, k):
-    """Of training and control cells: the co-expression graph, boolean (G, G), which holds for each gene the k genes of
-    highest |Pearson|, symmetrised by union, and self loops (eq. 7; a gene without variance keeps only its self loop;
-    None for k = 0), and the mean and variance of each gene (2, G)."""
+    """Of training and control cells: the co-expression graph (G, G) bool, None for k = 0, and the mean and variance of
+    each gene (2, G). The graph joins each gene to itself and to the k genes of highest |Pearson|, made symmetric
+    (eq. 7); a gene without variance only to itself."""
     mean, variance, corr = data.gene_statistics(dataset)
+    moments = torch.stack([mean, variance])
     if k == 0:
-        return None, torch.stack([mean, variance])
-    corr = corr.abs().fill_diagonal_(-1)
+        return None, moments
+    corr = corr.abs().fill_diagonal_(-1)                                 # last in its own ranking
     strength, neighbour = corr.topk(min(k, len(corr) - 1), dim=1)        # (G, k)
     graph = torch.zeros_like(corr, dtype=torch.bool).scatter_(1, neighbour, strength > 0)
-    return (graph | graph.T).fill_diagonal_(True), torch.stack([mean, variance])
+    return (graph | graph.T).fill_diagonal_(True), moments
 
 
 class GeneEncoder(nn.Module):
-    """E_g: table -> LayerNorm -> one pre-norm transformer layer in which the asked tokens attend to all tokens that the
-    graph allows (official layers.py). Tokens: G genes, the empty slot, perturbations that are no gene of the panel."""
+    """E_g: table -> LayerNorm -> one pre-norm transformer layer in which the Q tokens asked for attend to all that the
+    graph allows (official layers.py). N tokens: genes, the empty slot, perturbations that are no gene of the panel."""
 
-    def __init__(self, tokens, width, heads, dropout, graph):
+    def __init__(self, n_tokens, width, heads, dropout, graph):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.table = nn.Embedding(tokens, width)
-        self.norm_table, self.norm_attention, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
+        self.table = nn.Embedding(n_tokens, width)
+        self.norm_table = nn.LayerNorm(width)
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width, bias=False)                # a bias of K would cancel in the softmax
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout),
                                  nn.Linear(4 * width, width))
-        self.register_buffer("graph", None)
-        if graph is not None:
-            self.graph = torch.eye(tokens, dtype=torch.bool, device=graph.device)
-            self.graph[:len(graph), :len(graph)] = graph
+        mask = None
+        if graph is not None:                                            # tokens that are no gene see only themselves
+            mask = torch.eye(n_tokens, dtype=torch.bool, device=graph.device)
+            mask[:len(graph), :len(graph)] = graph
+        self.register_buffer("graph", mask)                              # (N, N)
 
     def forward(self, tokens):
         """(Q,) token numbers -> (Q, d)."""
@@ -189,7 +191,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cached=None):
         """x (B, S, d) -> (B, S, d)."""
-        q, (k, v) = self.split(self.q(x)), cached or self.cache(x)
+        q = self.split(self.q(x))
+        k, v = cached or self.cache(x)
         if self.differential:
             lq1, lk1, lq2, lk2 = self.lam.unbind()
             lam = (lq1 * lk1).sum().exp() - (lq2 * lk2).sum().exp() + self.lam_init  # no matmul: fp32 under autocast
@@ -211,9 +214,9 @@ class Block(nn.Module):
     def forward(self, x, modulation, cached=None):
         """x (B, S, d), modulation (B or 1, 6, d) -> (B, S, d)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation[:, :, None].unbind(1)  # each (B or 1, 1, d)
-        norm = x.shape[-1:]
-        x = x + gate_a * self.attention(F.layer_norm(x, norm) * (1 + scale_a) + shift_a, cached)
-        return x + gate_m * self.mlp(F.layer_norm(x, norm) * (1 + scale_m) + shift_m)
+        width = x.shape[-1:]
+        x = x + gate_a * self.attention(F.layer_norm(x, width) * (1 + scale_a) + shift_a, cached)
+        return x + gate_m * self.mlp(F.layer_norm(x, width) * (1 + scale_m) + shift_m)
 
 
 class Injection(nn.Module):
@@ -232,12 +235,13 @@ class Layer(nn.Module):
 
     def __init__(self, config, number):
         super().__init__()
-        self.inject = Injection(config.width)
+        self.inject = Injection(config.width)                            # first layer of the adapter, then the rest
         self.adapter = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(config.width, config.width), nn.LeakyReLU())
         self.self_block = Block(config, number)
         self.cross_block = Block(config, number)
 
     def forward(self, h, modulation, e, cached):
+        """h (B, S, d), modulation (B or 1, 12, d), e (B, 1, d), keys and values of the control cells -> (B, S, d)."""
         h = h + self.adapter(self.inject(h, e))
         h = self.self_block(h, modulation[:, :6])
         return self.cross_block(h, modulation[:, 6:], cached)
@@ -259,12 +263,16 @@ class ScDFM(nn.Module):
     def __init__(self, config, panel, graph=None, moments=None):
         """graph (G, G) bool, moments (2, G) mean and variance of each gene, or None to load them with the weights."""
         super().__init__()
-        d, G, self.n_layers = config.width, len(panel.genes), config.layers
-        graph = torch.zeros(G, G, dtype=torch.bool) if graph is None and config.knn else graph
-        tokens = G + 1 + len(panel.outside())                            # genes, the empty slot, other perturbations
-        self.encoder = GeneEncoder(tokens, d, config.heads, config.dropout, graph)
-        self.value, self.value_control = (nn.Sequential(nn.Linear(1, d), nn.ReLU(), nn.Linear(d, d), nn.LayerNorm(d),
-                                                        nn.Dropout(config.dropout)) for _ in range(2))
+        d, G = config.width, len(panel.genes)
+        if graph is None and config.knn:
+            graph = torch.zeros(G, G, dtype=torch.bool)
+        n_tokens = G + 1 + len(panel.outside())                          # genes, the empty slot, other perturbations
+        self.encoder = GeneEncoder(n_tokens, d, config.heads, config.dropout, graph)
+
+        def value_mlp():                                                 # (B, S, 1) -> (B, S, d)
+            return nn.Sequential(nn.Linear(1, d), nn.ReLU(), nn.Linear(d, d), nn.LayerNorm(d),
+                                 nn.Dropout(config.dropout))
+        self.value, self.value_control = value_mlp(), value_mlp()
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
         self.modulate = nn.Linear(d, config.layers * 12 * d)             # adaLN of all blocks in one product
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
@@ -274,31 +282,31 @@ class ScDFM(nn.Module):
         self.register_buffer("moments", torch.zeros(2, G) if moments is None else moments)
         self.readout = nn.Parameter(torch.zeros(G, d)) if config.effect_readout else None
         trained = slots(panel.trained, panel)[0].flatten()               # the empty slot among them
-        self.register_buffer("trained", torch.zeros(tokens).index_fill(0, trained, 1))
+        self.register_buffer("trained", torch.zeros(n_tokens).index_fill(0, trained, 1))
         nn.init.zeros_(self.modulate.weight)                             # the Zero of adaLN-Zero
         nn.init.zeros_(self.modulate.bias)
 
     def modulation(self, t):
         """(n,) times in [0, 1] -> (n, L, 12, d): shift, scale and gate of every block."""
-        return self.modulate(self.time(timestep_embedding(1000 * t))).unflatten(-1, (self.n_layers, 12, -1))
+        return self.modulate(self.time(timestep_embedding(1000 * t))).unflatten(-1, (len(self.layers), 12, -1))
 
     def context(self, control, genes, tokens, weight):
         """control (B, S), genes (S,), tokens and weight (C, K slots), B = C * b cells -> Context."""
-        (B, S), (C, K) = control.shape, tokens.shape
+        B, S = control.shape
         embedded = self.encoder(torch.cat([genes, tokens.flatten()]))    # once for the batch: (S + C K, d)
-        e = (embedded[S:].unflatten(0, (C, K)) * weight[..., None]).sum(1)       # mean over slots: (C, d)
+        gene, slot = embedded[:S], embedded[S:].unflatten(0, tokens.shape)       # (S, d), (C, K, d)
 
-        def per_cell(e):                                                 # (C, d) -> (B, 1, d)
-            return e.repeat_interleave(B // C, dim=0, output_size=B)[:, None]
-        gene, effect = embedded[:S], torch.zeros((), device=control.device)
+        def per_cell(a):                                                 # (C, n) -> (B, n)
+            return a.repeat_interleave(B // len(tokens), dim=0, output_size=B)
+        e = (slot * weight[..., None]).sum(1)                            # mean over slots: (C, d)
+        effect = torch.zeros((), device=control.device)
         if self.readout is not None:                                     # what training never saw has no effect
-            weight = weight * self.trained[tokens]
-            seen = (embedded[S:].unflatten(0, (C, K)) * weight[..., None]).sum(1)
-            effect = (seen @ self.readout[genes].T).float().repeat_interleave(B // C, dim=0, output_size=B)
+            seen = (slot * (weight * self.trained[tokens])[..., None]).sum(1)
+            effect = per_cell((seen @ self.readout[genes].T).float())
         h_c = self.value_control(control.clamp(max=512)[..., None]) + gene       # eq. 6: (B, S, d)
-        return Context(gene, [per_cell(layer.inject.e(e)) for layer in self.layers],
-                       [layer.cross_block.attention.cache(h_c) for layer in self.layers], per_cell(self.inject.e(e)),
-                       effect, self.moments[:, genes])
+        inject = [per_cell(layer.inject.e(e))[:, None] for layer in self.layers]
+        cached = [layer.cross_block.attention.cache(h_c) for layer in self.layers]
+        return Context(gene, inject, cached, per_cell(self.inject.e(e))[:, None], effect, self.moments[:, genes])
 
     def velocity(self, x, t, modulation, context):
         """x (B, S), t (B or 1,), modulation (B or 1, L, 12, d) of these times -> velocity (B, S) float32."""
@@ -307,7 +315,7 @@ class ScDFM(nn.Module):
             h = layer(h, modulation[:, i], context.inject[i], context.control[i])
         v = self.decoder(self.inject(h, context.decoder)).squeeze(-1).float()    # eq. 13
         if self.precondition:
-            v = v + gaussian_velocity(x, t[:, None], *context.moments)
+            v = v + gaussian_velocity(x, t[:, None], context.moments[0], context.moments[1])
         return v + context.effect
 
     def forward(self, x, t, control, genes, tokens, weight):
@@ -331,11 +339,8 @@ def timestep_embedding(t):
 
 def mmd_squared(real, generated):
     """Unbiased squared MMD with four Gaussian kernels (algorithm 1), per condition: (C, m, S), (C, n, S) -> (C,).
-
-    In fp64, whatever the network runs in: a squared distance is a small difference of large products, and few.
-
     Bandwidths: sigma^2 = s x the lower median squared distance of the real cells, s in {0.5, 1, 2, 4}, no gradient.
-    """
+    In fp64: a squared distance is a small difference of large products."""
     with torch.autocast(real.device.type, enabled=False):
         x, y = real.double(), generated.double()
         m, n = x.shape[1], y.shape[1]
@@ -346,12 +351,14 @@ def mmd_squared(real, generated):
         median = distance[:, i, j].detach().median(dim=1).values.clamp(min=1e-6)
         kernel = sum(torch.exp(-distance / (2 * s * median[:, None, None])) for s in (0.5, 1.0, 2.0, 4.0)) / 4
         kernel = kernel - torch.diag_embed(kernel.diagonal(dim1=1, dim2=2))      # unbiased: self-similarities drop out
-        xx, yy, xy = kernel[:, :m, :m].sum((1, 2)), kernel[:, m:, m:].sum((1, 2)), kernel[:, :m, m:].sum((1, 2))
+        xx, yy = kernel[:, :m, :m].sum((1, 2)), kernel[:, m:, m:].sum((1, 2))
+        xy = kernel[:, :m, m:].sum((1, 2))
         return (xx / (m * (m - 1)) + yy / (n * (n - 1)) - 2 * xy / (m * n)).float()
 
 
 def scdfm_loss(net, x1, control, t, x0, genes, tokens, weight, mmd_weight):
-    """Both terms of eq. 4: flow matching, and MMD^2 of the one-step endpoint. x1, control, x0 (B, S), t (B,)."""
+    """Both terms of eq. 4: flow matching, and MMD^2 of the one-step endpoint. x1, control, x0 (B, S), t (B,), genes
+    (S,), tokens and weight (C, K); the cells of a condition are consecutive."""
     x_t = (1 - t)[:, None] * x0 + t[:, None] * x1
     v = net(x_t, t, control, genes, tokens, weight)
     flow = (v - (x1 - x0)).square().mean()
@@ -366,13 +373,10 @@ def scdfm_loss(net, x1, control, t, x0, genes, tokens, weight, mmd_weight):
 
 @torch.no_grad()
 def sample(velocity, model, x, control, genes, tokens, weight, config):
-    """Generate one cell per control cell by integrating the flow from noise at t=0 to t=1 (algorithm 3).
-
-    x (B, S) noise, control (B, S) log1p CP10k, genes (S,) columns of the panel, tokens and weight (1, K). Everything
-    constant over the ODE is computed once: the context, and the modulation of all time points. velocity:
-    model.velocity, compiled or not. Returns (B, S) float32.
-    """
-    context, K = model.context(control, genes, tokens, weight), config.ode_steps
+    """Integrate the flow from noise x (B, S) at t=0 to cells (B, S) float32 at t=1 (algorithm 3). control (B, S) log1p
+    CP10k, genes (S,) columns of the panel, tokens and weight (1, K); velocity: model.velocity, compiled or not."""
+    K = config.ode_steps
+    context = model.context(control, genes, tokens, weight)
     t = torch.linspace(0, 1, 2 * K + 1, device=control.device)           # borders and middles of the steps
     modulation = model.modulation(t)
 
@@ -393,9 +397,9 @@ def sample(velocity, model, x, control, genes, tokens, weight, config):
 
 def slots(conditions, panel):
     """Tokens and weights (C, K) of conditions. e_p is the mean over at least two slots, as in the official code: a
-    single perturbation is half its own embedding and half that of the empty token. Other perturbations than genes of
-    the panel (drugs) have tokens of their own: learned vectors, which the encoder's mask joins to themselves alone."""
-    number, empty = {g: i for i, g in enumerate(panel.genes)}, len(panel.genes)
+    single perturbation is half its own embedding and half that of the empty token."""
+    empty = len(panel.genes)
+    number = {g: i for i, g in enumerate(panel.genes)}
     number |= {p: g for p, g in zip(panel.perturbations, panel.pert_gene) if g >= 0}
     number |= {p: empty + 1 + i for i, p in enumerate(panel.outside())}
     parts = [c.split("+") for c in conditions]
@@ -403,7 +407,8 @@ def slots(conditions, panel):
     tokens, weight = torch.full((len(parts), K), empty), torch.zeros(len(parts), K)
     for i, names in enumerate(parts):
         tokens[i, :len(names)] = torch.tensor([number[name] for name in names])
-        weight[i, :max(2, len(names))] = 1 / max(2, len(names))
+        used = max(2, len(names))
+        weight[i, :used] = 1 / used
     return tokens, weight
 
 
@@ -421,11 +426,11 @@ def load_model(config, panel, saved):
 
 def generate(model, run, group, control, columns, seed):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
-    for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory; calls are independent.
-
-    More columns than --gene-subset and the evaluation genes are generated in passes, from the same control cells."""
-    config, most = run.config, max(run.config.gene_subset, len(run.panel.eval_genes))
-    if len(columns) > most:
+    for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory. More columns than
+    --gene-subset and the evaluation genes are generated in passes, from the same control cells."""
+    config = run.config
+    most = max(config.gene_subset, len(run.panel.eval_genes))
+    if len(columns) > most:                 # in random subsets, as in training
         mixed = np.random.default_rng(config.seed).permutation(columns)
         passes = [np.sort(p) for p in np.array_split(mixed, math.ceil(len(columns) / most))]
         out = [generate(model, run, group, control, p, seed + i) for i, p in enumerate(passes)]
@@ -436,11 +441,11 @@ def generate(model, run, group, control, columns, seed):
     per_cell = len(columns) * config.width * 4 * (4 * config.layers + 24)        # bytes: cached K and V, activations
     chunks = math.ceil(len(control) / min(256, max(1, data.room(run.device) // per_cell)))
     columns, out = torch.as_tensor(columns, device=run.device), []
-    for x, cells in zip(noise.tensor_split(chunks), np.array_split(control, chunks)):
-        cells = torch.from_numpy(cells).to(run.device).index_select(1, columns)
+    for x0, start in zip(noise.tensor_split(chunks), np.array_split(control, chunks)):
+        start = torch.from_numpy(start).to(run.device).index_select(1, columns)
         with run.autocast():
-            z = sample(run.compiled(model.velocity), model, x, cells, columns, tokens, weight, config)
-        out.append(z.cpu())
+            cells = sample(run.compiled(model.velocity), model, x0, start, columns, tokens, weight, config)
+        out.append(cells.cpu())
     return torch.cat(out).numpy()
 
 
