@@ -69,7 +69,7 @@ class Config(data.RunConfig):
     steps: int = 100_000            # length of the schedule (ours; the paper names no hyper-parameter)
     batch_size: int = 64            # target cells per step and process (ours)
     lr: float = 3e-4                # AdamW (ours; TarFlow 1e-4 at width 768)
-    hvg: int = 1000                 # the paper's errors mean about 1,000 genes
+    hvg: int = 1000                 # ours; the size of the paper's errors implies about this many
     width: int = 256                # d (ours)
     heads: int = 4                  # attention heads of 64, as TarFlow
     blocks: int = 4                 # N: flow blocks, each with an order of the genes of its own (ours)
@@ -134,16 +134,16 @@ def variants(config):
 def gene_prior(corr, kind, k, rank):
     """Boolean (G, G) of section 3.2: S, per gene the k genes of highest |correlation|; L, the k highest of its best
     rank-r approximation; their union, made symmetric, with the diagonal."""
-    parts = []
+    strengths = []
     if kind in ("both", "sparse"):
-        parts.append(corr.abs())
+        strengths.append(corr.abs())
     if kind in ("both", "low-rank"):
         value, vector = torch.linalg.eigh(corr.double())                 # ascending
         vector = vector[:, -rank:]
-        parts.append(((vector * value[-rank:]) @ vector.T).abs().float())
+        strengths.append(((vector * value[-rank:]) @ vector.T).abs().float())
     graph = torch.eye(len(corr), dtype=torch.bool, device=corr.device)
-    for strength in parts:
-        strength = strength.clone().fill_diagonal_(-1)
+    for strength in strengths:
+        strength.fill_diagonal_(-1)                                      # last in its own ranking
         best, neighbour = strength.topk(min(k, len(corr) - 1), dim=1)    # (G, k)
         graph |= torch.zeros_like(graph).scatter_(1, neighbour, best > 1e-6)
     return graph | graph.T
@@ -158,31 +158,29 @@ def gene_order(corr):
 
 def block_orders(n_blocks, first, padding, seed):
     """N orders (T P,) of the genes and padding: `first` (G,) and its reverse, then random ones and theirs."""
-    G, generator, orders = len(first), torch.Generator().manual_seed(seed), []
-    for i in range(0, n_blocks, 2):
-        genes = torch.randperm(G, generator=generator) if i else first
-        order = torch.cat([genes, torch.arange(G, G + padding)])
+    orders, genes = [], first
+    generator = torch.Generator().manual_seed(seed)
+    while len(orders) < n_blocks:
+        order = torch.cat([genes, torch.arange(len(genes), len(genes) + padding)])
         orders += [order, order.flip(0)]
+        genes = torch.randperm(len(genes), generator=generator)
     return orders[:n_blocks]
 
 
 def attention_mask(graph, order, patch):
-    """Boolean (T, T): which slots a slot may see in a block with this order of the genes.
-
-    graph (G, G) or None, order (T P,) gene numbers; those from G on are padding. Slot s holds the value of patch s - 1
-    and slot t stands for patch t, so that t sees s <= t where s is the start slot, t itself, or its patch s - 1 holds a
-    neighbour of a gene of patch t.
-    """
-    T, n = len(order) // patch, len(order)
-    seen = torch.ones(T, T, dtype=torch.bool, device=order.device).tril()
+    """Boolean (T, T): which slots s a slot t may see, from graph (G, G) or None and a block's order (T P,), in which
+    numbers from G on are padding. Slot s holds the values of patch s - 1: t sees s <= t if s is the start slot or t
+    itself, or if patch s - 1 holds a neighbour of a gene of patch t."""
+    T = len(order) // patch
+    causal = torch.ones(T, T, dtype=torch.bool, device=order.device).tril()
     if graph is None:
-        return seen
-    full = torch.zeros(n, n, dtype=torch.bool, device=order.device)
-    full[:len(graph), :len(graph)] = graph
-    near = full[order][:, order].view(T, patch, T, patch).any(3).any(1)  # (T, T) patches
+        return causal
+    padding = len(order) - len(graph)
+    graph = F.pad(graph, (0, padding, 0, padding), value=False)[order][:, order]         # (T P, T P)
+    near = graph.view(T, patch, T, patch).any(3).any(1)                  # (T, T) patches
     near = near.roll(1, dims=1)                                          # column s: patch s - 1
     near[:, 0] = True
-    return seen & (near | torch.eye(T, dtype=torch.bool, device=order.device))
+    return causal & near.fill_diagonal_(True)
 
 
 # -------------------------------------------------------------------------------- model
@@ -231,15 +229,14 @@ class FlowLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm_cross, self.norm_self, self.norm_mlp = (nn.LayerNorm(config.width) for _ in range(3))
+        self.norm_cross = nn.LayerNorm(config.width)
+        self.norm_self, self.norm_mlp = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.cross, self.attention = (Attention(config.width, config.heads) for _ in range(2))
         self.mlp, self.drop = mlp(config.width, config.dropout), nn.Dropout(config.dropout)
 
     def forward(self, h, context, mask, cache=None, t=None):
-        """h (B, S, d), context: kv of self.cross, (B, T + 2, 2 d), mask (S, T).
-
-        In sampling S = 1: cache (B, T, 2 d) holds the kv of the earlier slots and takes that of slot t (1,).
-        """
+        """h (B, S, d), context: kv of self.cross, (B, T + 2, 2 d), mask (S, T) -> (B, S, d). In sampling S = 1: cache
+        (B, T, 2 d) holds the kv of the earlier slots and takes that of slot t (1,)."""
         h = h + self.drop(self.cross(self.norm_cross(h), context))
         x = self.norm_self(h)
         kv = self.attention.kv(x)
@@ -250,21 +247,20 @@ class FlowLayer(nn.Module):
 
 
 class FlowBlock(nn.Module):
-    """One invertible map v = (u - mu) exp(-a), u in the block's order; mu and a of a slot see earlier slots only.
-
-    The input is shifted: slot t holds the values of patch t - 1 and the label of patch t, whose mu and a are read
-    there. So also the first slot has parameters that depend on the context.
-    """
+    """One invertible map v = (u - mu) exp(-a), u in the block's order. The input is shifted: slot t holds the values of
+    patch t - 1 and the label of patch t, whose mu and a are read there."""
 
     def __init__(self, config, order, mask, n_genes):
         super().__init__()
-        d, P, T = config.width, config.patch, len(order) // config.patch
+        d, P = config.width, config.patch
+        T = len(order) // P
         self.patch = P
-        self.register_buffer("order", order)
+        self.register_buffer("order", order)                             # (T P,)
         self.register_buffer("back", order.argsort())
         self.register_buffer("mask", torch.zeros(T, T, device=mask.device).masked_fill_(~mask, -math.inf))
-        self.register_buffer("real", (order < n_genes).float().view(T, P).repeat(1, 2))     # 0 for mu and a of padding
-        self.value, self.label = nn.Linear(P, d, bias=False), nn.Parameter(0.5 * torch.randn(T, d))
+        self.register_buffer("real", (order < n_genes).float().view(T, P).repeat(1, 2))     # (T, 2 P): 0 for padding
+        self.value = nn.Linear(P, d, bias=False)
+        self.label = nn.Parameter(0.5 * torch.randn(T, d))
         self.modulate = nn.Linear(d, 2 * d)
         self.layers = nn.ModuleList(FlowLayer(config) for _ in range(config.layers))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 2 * P)
@@ -275,12 +271,12 @@ class FlowBlock(nn.Module):
     def slots(self, x):                                                  # (B, T P) -> (B, T, P)
         return x.index_select(-1, self.order).unflatten(-1, (-1, self.patch))
 
-    def genes(self, u):                                                  # back again
+    def genes(self, u):                                                  # (B, T, P) -> (B, T P)
         return u.flatten(-2).index_select(-1, self.back)
 
     def context(self, H, which):
-        """From the contexts H (n, T + 2, d), for B cells of which each has one, which (B,): labels (B, T, d) as the
-        perturbation's token modulates them, and kv (B, T + 2, 2 d) of every layer."""
+        """From n contexts H (n, T + 2, d) and which of them each cell has (B,): labels (B, T, d), modulated by the
+        perturbation's token, and per layer the kv (B, T + 2, 2 d) of its cross-attention."""
         shift, scale = self.modulate(H[:, -1])[:, None].chunk(2, dim=-1)  # (n, 1, d)
         label = self.label * (1 + scale) + shift
         return label.index_select(0, which), [layer.cross.kv(H).index_select(0, which) for layer in self.layers]
@@ -293,9 +289,9 @@ class FlowBlock(nn.Module):
 
     def parameters_of(self, u, context):
         """mu, a (B, T, P) of all slots at once, from the true values u (B, T, P)."""
-        label, keys = context
+        label, cross = context
         h = self.value(F.pad(u, (0, 0, 1, -1))) + label                  # (B, T, d); the start slot holds zeros
-        for layer, kv in zip(self.layers, keys):
+        for layer, kv in zip(self.layers, cross):
             h = layer(h, kv, self.mask)
         return self.affine(h, self.real)
 
@@ -305,24 +301,25 @@ class FlowBlock(nn.Module):
         mu, a = self.parameters_of(u, self.context(H, which))
         return self.genes((u - mu) * torch.exp(-a)), -a.sum((-2, -1))
 
-    def step(self, before, v, label, mask, real, t, keys, caches):
-        """One slot of the inverse: its values (B, 1, P), from those of the slot before; v, label, mask, real are the
-        slot's own, t (1,) is its number, where its kv go into the caches. Shapes are the same for every slot, so that a
-        step can be compiled, or captured as a CUDA graph."""
+    def step(self, before, v, label, mask, real, t, cross, caches):
+        """One slot of the inverse: its values (B, 1, P), from those of the slot before. v, label, mask and real are the
+        slot's own, t (1,) its number. Shapes are the same for every slot: it is compiled once."""
         h = self.value(before) + label                                   # (B, 1, d)
-        for layer, kv, cache in zip(self.layers, keys, caches):
+        for layer, kv, cache in zip(self.layers, cross, caches):
             h = layer(h, kv, mask, cache, t)
         mu, a = self.affine(h, real)
         return torch.addcmul(mu, v, torch.exp(a))
 
     def inverse(self, x, H, which, step):
-        """Inverse of forward, slot by slot, with the kv of earlier slots cached. x (B, T P) -> the same; step: the
-        method above, or what it was compiled to."""
-        v, (label, keys) = self.slots(x), self.context(H, which)
-        caches = [torch.zeros_like(kv[:, 2:]) for kv in keys]            # of self-attention: (B, T, 2 d)
-        t, now, u = torch.arange(v.shape[1], device=v.device), torch.zeros_like(v[:, :1]), []
-        for slot in zip(v.split(1, 1), label.split(1, 1), self.mask.split(1), self.real.split(1), t.split(1)):
-            now = step(self, now, *slot, keys, caches)
+        """Inverse of forward, slot by slot: x (B, T P) -> the same; step: the method above, compiled or not."""
+        v = self.slots(x)
+        label, cross = self.context(H, which)
+        caches = [torch.zeros_like(kv[:, 2:]) for kv in cross]           # of self-attention: (B, T, 2 d)
+        numbers = torch.arange(v.shape[1], device=v.device)
+        slots = zip(v.split(1, 1), label.split(1, 1), self.mask.split(1), self.real.split(1), numbers.split(1))
+        now, u = torch.zeros_like(v[:, :1]), []
+        for v, label, mask, real, t in slots:
+            now = step(self, now, v, label, mask, real, t, cross, caches)
             u.append(now)
         return self.genes(torch.cat(u, dim=1))
 
@@ -337,33 +334,35 @@ class CellTARNet(nn.Module):
     """log p(perturbed cell | control cell, perturbation), exact: a context encoder and a flow of N blocks."""
 
     def __init__(self, config, panel, statistics=None):
-        """statistics: mean, variance and correlation of the genes, or None to load what they determine with the
-        weights."""
+        """statistics: mean, variance and correlation of the genes; None where what follows from them is loaded."""
         super().__init__()
-        d, P, G = config.width, config.patch, len(panel.genes)
+        d, G = config.width, len(panel.genes)
         mean, var, corr = statistics or (torch.zeros(G), torch.ones(G), None)
-        self.n_genes, self.padding, self.patch = G, -G % P, P
+        self.patch = config.patch
+        self.n_genes, self.padding = G, -G % self.patch
         self.n_pert = G + len(panel.perturbations)                       # columns of c that stand for perturbations
         self.register_buffer("mean", mean)
         self.register_buffer("std", (var + config.dequantise ** 2).sqrt())   # of the dequantised values
-        own = len(panel.perturbations) + sum(map(len, panel.covariates.values()))
-        self.register_buffer("shift", torch.zeros(1 + own, G))           # of generated cells, see calibrate()
+        n_own = len(panel.perturbations) + sum(map(len, panel.covariates.values()))      # V - G columns of c
+        self.register_buffer("shift", torch.zeros(1 + n_own, G))         # of generated cells, see calibrate()
 
         # context tokens: CLS, the control cell's patches, the perturbation
-        self.gene, self.own = nn.Parameter(0.5 * torch.randn(G + self.padding, d)), nn.Parameter(torch.zeros(own, d))
+        self.gene = nn.Parameter(0.5 * torch.randn(G + self.padding, d))
+        self.own = nn.Parameter(torch.zeros(n_own, d))
         self.gene_to_pert = nn.Linear(d, d, bias=False)
-        self.value, self.special = nn.Linear(P, d), nn.Parameter(0.5 * torch.randn(2, d))  # CLS, place of the pert.
+        self.value = nn.Linear(self.patch, d)
+        self.special = nn.Parameter(0.5 * torch.randn(2, d))             # CLS; added to the perturbation
         self.context_layers = nn.ModuleList(ContextLayer(config) for _ in range(config.context_layers))
         self.context_norm = nn.LayerNorm(d)
-        self.effects = nn.Parameter(torch.zeros(own, G), requires_grad=config.effect_readout)
+        self.effects = nn.Parameter(torch.zeros(n_own, G), requires_grad=config.effect_readout)
 
-        # flow: the first order is the file's, or clusters where patches are sparse
+        # flow: the first order is the file's, or clusters of correlated genes where a slot holds several
         graph, first = None, torch.arange(G)
         if corr is not None and config.prior != "none":
             graph = gene_prior(corr, config.prior, config.neighbours, config.rank)
-            first = gene_order(corr) if P > 1 else first
+            first = gene_order(corr) if self.patch > 1 else first
         orders = [order.to(mean.device) for order in block_orders(config.blocks, first, self.padding, config.seed)]
-        self.blocks = nn.ModuleList(FlowBlock(config, o, attention_mask(graph, o, P), G) for o in orders)
+        self.blocks = nn.ModuleList(FlowBlock(config, o, attention_mask(graph, o, self.patch), G) for o in orders)
         self.projection = None
         if config.contrast_weight:
             self.projection = nn.Sequential(nn.LayerNorm(G), nn.Linear(G, 512), nn.GELU(), nn.Linear(512, 128))
@@ -374,8 +373,8 @@ class CellTARNet(nn.Module):
 
     def encode(self, control, c):
         """control (n, G) log1p CP10k, c (n, V) of multi_hot() -> Context."""
-        y = self.blocks[0].slots(self.standard(control))
-        place = self.gene[self.blocks[0].order].unflatten(0, (-1, self.patch)).mean(1)
+        y = self.blocks[0].slots(self.standard(control))                 # (n, T, P): patches of the first block
+        place = self.gene[self.blocks[0].order].unflatten(0, (-1, self.patch)).mean(1)    # (T, d)
         with torch.autocast(y.device.type, enabled=False):               # the effect is part of the values: fp32
             table = torch.cat([self.gene_to_pert(self.gene[:self.n_genes]), self.own])
             pert = c @ table                                             # a sum: doubles never seen are additive here
@@ -387,12 +386,13 @@ class CellTARNet(nn.Module):
         return Context(self.context_norm(h), effect)
 
     def flow(self, x, context, which):
-        """Cells x (B, G) log1p CP10k, of which each has one of the n contexts, which (B,) -> z (B, G), log p(x |
-        context) (B,), fp32."""
-        z, log_det = self.standard(x, context.effect.index_select(0, which)), -self.std.log().sum()
+        """Cells x (B, G) log1p CP10k and which of the n contexts each has (B,) -> z (B, G), log p(x | context) (B,),
+        fp32."""
+        z = self.standard(x, context.effect.index_select(0, which))
+        log_det = -self.std.log().sum()
         for block in self.blocks:
-            z, d = block(z, context.H, which)
-            log_det = log_det + d
+            z, of_block = block(z, context.H, which)
+            log_det = log_det + of_block
         z = z[..., :self.n_genes]
         return z, log_det - (z.square() + math.log(2 * math.pi)).sum(-1) / 2
 
@@ -404,8 +404,8 @@ class CellTARNet(nn.Module):
         return (u[:, :self.n_genes] + context.effect.index_select(0, which)) * self.std + self.mean
 
     def forward(self, x, which, control, c, contrasted):
-        """log p (B,) of cells x (B, G) under their contexts, which (B,), of control (n, G) and c (n, V); embeddings
-        (contrasted, 128) of the first cells."""
+        """Cells x (B, G), which context each has (B,), and for the contexts control (n, G) and c (n, V) -> log p (B,),
+        embeddings of the first cells (contrasted, 128) or None."""
         z, log_p = self.flow(x, self.encode(control, c), which)
         e = F.normalize(self.projection(z[:contrasted]).float(), dim=-1) if contrasted else None
         return log_p, e
@@ -413,17 +413,17 @@ class CellTARNet(nn.Module):
 
 def multi_hot(groups, panel):
     """c (n, V) of groups CONDITION or CONDITION@COVARIATE, float32: genes of the panel that are perturbed,
-    perturbations of the training file, covariates one-hot. A perturbation is its gene, mapped, plus a vector of its own
-    that starts at zero: so genes that were never perturbed have an embedding too."""
-    G, gene = len(panel.genes), {g: i for i, g in enumerate(panel.genes)}
-    own = {p: G + i for i, p in enumerate(panel.perturbations)}
+    perturbations of the training file, covariates one-hot."""
+    G = len(panel.genes)
+    own = {p: G + i for i, p in enumerate(panel.perturbations)}          # column of c
+    gene = {g: i for i, g in enumerate(panel.genes)}
     gene |= {p: g for p, g in zip(panel.perturbations, panel.pert_gene) if g >= 0}
     c = torch.zeros(len(groups), G + len(own))
     for i, group in enumerate(groups):
         for p in group.partition("@")[0].split("+"):
-            for table in (gene, own):
-                if p in table:
-                    c[i, table[p]] = 1
+            for column in (gene, own):
+                if p in column:
+                    c[i, column[p]] = 1
     return torch.cat([c, panel.one_hot(groups)], dim=1)
 
 
@@ -431,56 +431,51 @@ def multi_hot(groups, panel):
 
 def info_nce(own, swapped, partner, condition, temperature):
     """InfoNCE of section 3.1.2, mean over n anchors, each with a positive and one negative of each kind.
-
-    own (n, 2, 128): embeddings of two cells of context k under it, the anchor and the positive; swapped (n, 128): of
-    the anchor's counterpart in context partner[k], under context k. partner (n,) pairs contexts up: swapped[k] is "same
-    context, other cell" to anchor k, swapped[partner[k]] "other context, same cell". Pairs of one condition are no
-    negatives: condition (n,) numbers.
-    """
+    own (n, 2, 128): two cells of context k under it, the anchor and the positive; swapped (n, 128): the anchor of
+    context partner[k] under context k. To anchor k, swapped[k] is "same context, other cell", swapped[partner[k]]
+    "other context, same cell". Partners of one condition, by its number (n,), are no negatives."""
     anchor, positive = own.unbind(1)
     others = torch.stack([positive, swapped, swapped[partner]], dim=1)   # (n, 3, 128)
     logits = (anchor[:, None] * others).sum(-1) / temperature
-    same = F.pad((condition[partner] == condition)[:, None].expand(-1, 2), (1, 0), value=False)
-    logits = logits.masked_fill(same, -math.inf)
+    same = condition[partner] == condition
+    logits[:, 1:] = logits[:, 1:].masked_fill(same[:, None], -math.inf)
     return F.cross_entropy(logits, torch.zeros_like(partner))
 
 
 def celltarnet_loss(net, x, control, noisy, c, null, condition, config):
-    """Negative log-likelihood per gene of perturbed cells and, denoised, of control cells; InfoNCE.
-
-    x (n, m, G), control (n, G): dequantised; noisy (n, G): what the context sees; c and null (n, V), with and without
-    the perturbation; condition (n,) numbers. All cells go through the flow in one pass, each with its context.
-    """
+    """Negative log-likelihood per gene of perturbed cells and, denoised, of control cells; InfoNCE. x (n, m, G) and
+    control (n, G): targets, dequantised; noisy (n, G): the control cells that the contexts see; c and null (n, V),
+    with and without the perturbation; condition (n,) numbers."""
     n, m, G = x.shape
     k = torch.arange(n, device=x.device)
     partner = k ^ 1                                                      # contexts 0 and 1, 2 and 3, ...
-    cells, which, contexts, codes = [x.flatten(0, 1)], [k.repeat_interleave(m, output_size=n * m)], [noisy], [c]
+    cells, which = [x.flatten(0, 1)], [k.repeat_interleave(m, output_size=n * m)]
+    contexts, codes = [noisy], [c]
+    contrasted = 0
     if config.contrast_weight:
         cells.append(x[partner, 0])
         which.append(k)
+        contrasted = n * (m + 1)
     if config.denoise_weight:
         cells.append(control)
         which.append(n + k)
         contexts.append(noisy)
         codes.append(null)
-    contrasted = n * (m + 1) if config.contrast_weight else 0
     log_p, e = net(torch.cat(cells), torch.cat(which), torch.cat(contexts), torch.cat(codes), contrasted)
-    post = -log_p[:n * m].mean() / G
-    pre = -log_p[-n:].mean() / G if config.denoise_weight else torch.zeros_like(post)
+    nll = -log_p[:n * m].mean() / G
+    denoise = -log_p[-n:].mean() / G if config.denoise_weight else torch.zeros_like(nll)
     if not config.contrast_weight:
-        return post, pre, torch.zeros_like(post)
+        return nll, denoise, torch.zeros_like(nll)
     own, swapped = e[:n * m].unflatten(0, (n, m))[:, :2], e[n * m:]
-    return post, pre, info_nce(own, swapped, partner, condition, config.temperature)
+    return nll, denoise, info_nce(own, swapped, partner, condition, config.temperature)
 
 
 # -------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
 def sample(model, z, control, c, config, step=FlowBlock.step):
-    """Cells (B, G) from noise z (B, G), control cells (B, G) log1p CP10k and c (B, V).
-
-    The dequantisation noise is taken back where it shows: values within twice its deviation of zero become zero.
-    """
+    """Cells (B, G) from noise z (B, G), control cells (B, G) log1p CP10k and c (B, V). Values within two deviations of
+    the dequantisation noise become zero."""
     context = model.encode(control, c)
     x = model.inverse(z, context, torch.arange(len(z), device=z.device), step)
     with torch.autocast(x.device.type, enabled=False):
@@ -502,23 +497,24 @@ def load_model(config, panel, saved):
 
 def cells_at_once(run):
     """How many cells fit into memory, each with a context of its own: kv of one block, activations of a layer."""
-    config, slots = run.config, 2 + math.ceil(len(run.panel.genes) / run.config.patch)
-    return min(1024, max(1, int(data.room(run.device) // (4 * slots * config.width * (4 * config.layers + 16)))))
+    config = run.config
+    tokens = 2 + math.ceil(len(run.panel.genes) / config.patch)
+    per_cell = 4 * tokens * config.width * (4 * config.layers + 16)      # bytes
+    return min(1024, max(1, int(data.room(run.device) // per_cell)))
 
 
 def generate(model, run, group, control, columns, seed):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
-    for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory; calls are independent.
-    """
+    for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory."""
     generator = torch.Generator(run.device).manual_seed(seed)
     noise = torch.randn(control.shape, generator=generator, device=run.device)          # the same for any chunks
     c = multi_hot([group], run.panel).to(run.device)
     chunks = math.ceil(len(control) / cells_at_once(run))
     columns, out = torch.as_tensor(columns, device=run.device), []
-    for z, cells in zip(noise.tensor_split(chunks), np.array_split(control, chunks)):
-        cells = torch.from_numpy(cells).to(run.device)
+    for z, start in zip(noise.tensor_split(chunks), np.array_split(control, chunks)):
+        start = torch.from_numpy(start).to(run.device)
         with run.autocast():
-            x = sample(model, z, cells, c.expand(len(cells), -1), run.config, run.compiled(FlowBlock.step))
+            x = sample(model, z, start, c.expand(len(start), -1), run.config, run.compiled(FlowBlock.step))
         out.append(x.index_select(1, columns).cpu())
     return torch.cat(out).numpy()
 
@@ -527,29 +523,31 @@ def generate(model, run, group, control, columns, seed):
 
 @torch.no_grad()
 def log_likelihood(model, x, control, c):
-    """log p(x | c) (B,) of cells x (B, G), dequantised, in nats and log1p CP10k: the mean of p over the R control cells
-    (R, G). c (1, V)."""
-    context, which = model.encode(control, c.expand(len(control), -1)), torch.arange(len(control), device=x.device)
-    log_p = [model.flow(x, context, r.expand(len(x)))[1] for r in which]
-    return torch.stack(log_p).logsumexp(0) - math.log(len(control))
+    """log p (B,) of cells x (B, G), dequantised, in nats and log1p CP10k, under c (1, V): p is the mean over control
+    cells (n, G)."""
+    n = len(control)
+    context = model.encode(control, c.expand(n, -1))
+    log_p = [model.flow(x, context, k.expand(len(x)))[1] for k in torch.arange(n, device=x.device)]
+    return torch.stack(log_p).logsumexp(0) - math.log(n)
 
 
 def score(run, state):
     """--score: log p of the cells of a file under every condition of the training file, or of --score-under, written to
     --out as an AnnData file of cells x conditions. Ctrl-C ends it with the cells that were scored until then."""
-    config = run.config
-    run.panel = panel = data.Panel(**state["panel"])
-    _, controls, _ = data.open_prediction(config, state, panel, known(panel), run.device)
-    asked = config.score_under or [name for names in state["split"].values() for name in names]
-    asked = sorted({condition for condition, _ in data.asked_conditions(asked, known(panel))})
+    config, panel = run.config, data.Panel(**state["panel"])
+    run.panel = panel
+    controls = data.open_prediction(config, state, panel, known(panel), run.device)[1]
+    names = config.score_under or [group for part in state["split"].values() for group in part]
+    asked = sorted({condition for condition, _ in data.asked_conditions(names, known(panel))})
     cells = data.read_cells(config.score, config, control_required=False, perturbed_required=False)
     data.lognormalise(cells)
-    columns, covariate = data.match_genes(cells.genes, panel.genes), cells.covariate
+    columns = data.match_genes(cells.genes, panel.genes)
     missing = [panel.genes[i] for i in np.flatnonzero(columns < 0)]
-    lost = sorted(set(covariate) - set(controls))
     if missing:
         raise DataError(f"--score {config.score}: lacks {len(missing)} of the {len(columns)} genes of the model "
                         f"({missing[0]}, ...); add them (zero where not measured)")
+    covariate = cells.covariate                                          # (cells,)
+    lost = sorted(set(covariate) - set(controls))
     if lost:
         raise DataError(f"--score {config.score}: no control cells for {lost[0]}; there are {', '.join(controls)}")
 
@@ -561,21 +559,23 @@ def score(run, state):
     try:
         for rows in chunks:
             value = covariate[rows[0]]
-            own = data.pick_rows(controls[value], config.score_controls, data.seed_of(value, config.seed))
-            own = torch.from_numpy(own).to(run.device)
+            control = data.pick_rows(controls[value], config.score_controls, data.seed_of(value, config.seed))
+            control = torch.from_numpy(control).to(run.device)
             x = torch.from_numpy(cells.X[rows][:, columns].toarray()).to(run.device)
             x = x + config.dequantise * torch.randn_like(x)
             c = multi_hot([data.group_name(condition, value) for condition in asked], panel).to(run.device)
             with run.autocast():
-                scored.append(torch.stack([log_likelihood(model, x, own, one[None]) for one in c], dim=1).cpu().numpy())
+                log_p = [log_likelihood(model, x, control, one[None]) for one in c]
+            scored.append(torch.stack(log_p, dim=1).cpu().numpy())
             left = (time.perf_counter() - began) * (len(chunks) / len(scored) - 1)
             run.say(f"scored {len(scored)} of {len(chunks)} parts of the cells, {data.clock(left)} left")
     except KeyboardInterrupt:
         run.say("\ninterrupted: what was scored so far is written")
     if not scored:
         raise DataError("--score: interrupted before a cell was scored")
-    rows, log_p = np.concatenate(chunks[:len(scored)]), np.concatenate(scored)
-    condition, best = cells.condition[rows], np.array(asked, dtype=object)[log_p.argmax(axis=1)]
+    rows, log_p = np.concatenate(chunks[:len(scored)]), np.concatenate(scored)           # (cells,), (cells, conditions)
+    condition = cells.condition[rows]
+    best = np.array(asked, dtype=object)[log_p.argmax(axis=1)]
     obs = {"condition": condition, "best": best} | {key: cells.obs(key)[rows] for key in config.covariate_keys}
     uns = {"method": METHOD, "scale": "log p, nats, of log1p CP10k"}
     data.write_h5ad(run.out, log_p, obs, asked, uns, cells.names[rows])
@@ -600,12 +600,12 @@ def rate(step, config):
 def calibrate(run, model):
     """Set model.shift (1 + perturbations and covariates, G), log1p CP10k: a ridge regression, on an intercept and the
     conditions, of what the means of generated training conditions lack. In float64; every process does the same."""
-    names, columns = run.dataset.part("train"), np.arange(len(run.panel.genes))
+    names = run.dataset.part("train")
     model.eval()
     model.shift.zero_()
-    cells = predict(run, model, dict.fromkeys(names, 100), run.dataset.control_cells("train"), columns)
+    cells = predict(run, model, dict.fromkeys(names, 100), run.dataset.control_cells("train"), np.arange(model.n_genes))
     model.train()
-    run.capped = 0
+    run.capped = 0                                                       # these cells are not the run's result
     real = [data.gene_moments(run.dataset.X, run.dataset.rows[g])[0] / len(run.dataset.rows[g]) for g in names]
     lacking = np.stack(real) - np.stack([cells[g].mean(axis=0) for g in names])
     codes = multi_hot(names, run.panel)[:, model.n_genes:].double().numpy()
@@ -619,7 +619,8 @@ def calibrate(run, model):
 def train(run, state):
     """Train to --steps and return the model that predicts."""
     config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
-    m, n, G = config.cells_per_context, config.batch_size // config.cells_per_context, len(panel.genes)
+    m, G = config.cells_per_context, len(panel.genes)
+    n = config.batch_size // m
 
     # model, optimiser, schedule; a resumed run takes them over, statistics and orders included
     torch.manual_seed(config.seed)
@@ -641,9 +642,9 @@ def train(run, state):
     null[:, :model.n_pert] = 0                                           # covariates stay
     if config.contrast_weight and len(conditions) == 1:
         run.say("note: there is one training condition; the contrast has no negatives")
+    allowed = model.blocks[0].mask == 0                                  # (T, T)
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} training conditions, {G:,} genes "
-            f"in {len(model.blocks[0].label):,} slots, {(model.blocks[0].mask == 0).float().mean().item():.0%} of the "
-            "slots' pairs attended to")
+            f"in {len(allowed):,} slots, {allowed.float().mean().item():.0%} of the slots' pairs attended to")
 
     for step in range(begin + 1, config.steps + 1):
         # batch: m cells of each of n conditions, dealt as from shuffled decks: none comes twice while there are enough
