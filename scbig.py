@@ -220,15 +220,14 @@ def interaction_graph(run, corr, neighbours=20):
         i, j = torch.tensor(inside, dtype=torch.long).reshape(-1, 2).T
         graph = torch.zeros(G, G)
         graph[i, j] = 1
-        graph[j, i] = 1
-        return graph
+        return graph.maximum(graph.T)
     if not config.gene_embeddings and config.clustering == "grc":
         run.say("note: without --gene-embeddings and --ppi both terms of the clustering cost come from the same "
                 "expression and tell it much the same")
     with_total = corr.sum(1) / corr.sum().clamp(min=1e-12).sqrt()        # (G,) correlation of a gene with the total
     rest = (1 - with_total ** 2).clamp(min=1e-3).sqrt()                  # (G,) deviation that the total leaves
     partial = (corr - torch.outer(with_total, with_total)).abs() / torch.outer(rest, rest)
-    strength, near = partial.fill_diagonal_(0).topk(min(neighbours, G - 1), dim=1)
+    strength, near = partial.fill_diagonal_(0).topk(min(neighbours, G - 1), dim=1)       # each (G, neighbours)
     graph = torch.zeros(G, G).scatter_(1, near, (strength > 0).float())
     return graph * graph.T
 
@@ -397,14 +396,14 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, source):
-        """x (B or 1, T, d), source (B, S, d) -> (B, T, d)."""
-        k, v = self.kv(source).chunk(2, dim=-1)                          # each (B, S, d)
+        """x (B or 1, T, d), source (B, N, d) -> (B, T, d)."""
+        k, v = self.kv(source).chunk(2, dim=-1)                          # each (B, N, d)
         q = self.split(self.q(x)).expand(len(source), -1, -1, -1)        # (B, H, T, d/H)
         a = F.scaled_dot_product_attention(q, self.split(k), self.split(v))
         return self.out(a.transpose(1, 2).flatten(2))
 
     def weights(self, x, source):
-        """How much of the attention goes to each token of source, over heads and queries: (B, S), rows sum to 1."""
+        """How much of the attention goes to each token of source, over heads and queries: (B, N), rows sum to 1."""
         q, k = self.split(self.q(x)), self.split(self.kv(source).chunk(2, dim=-1)[0])
         return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1).mean((1, 2))
 
@@ -459,9 +458,11 @@ class Autoencoder(nn.Module):
         self.register_buffer("gather", gather, persistent=False)
         self.register_buffer("place", place, persistent=False)
         self.embed, self.head = nn.Linear(L, d), nn.Linear(d, L)         # shared by all modules (official)
+        # who a module is, for the encoder and for the decoder
         self.identity = nn.ModuleList(nn.Sequential(nn.Linear(module_vectors.shape[1], d, bias=False),
                                                     nn.LayerNorm(d, eps=1e-6)) for _ in range(2))
-        self.encoder, self.decoder = (nn.ModuleList(Block(config) for _ in range(config.layers)) for _ in range(2))
+        self.encoder = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.decoder = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.to_latent, self.from_latent = nn.Linear(d, config.latent), nn.Linear(config.latent, d)
         self.drop = nn.Dropout(config.dropout)
 
@@ -898,7 +899,9 @@ def train(run, state):
             pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
         flow = (v - (z1 - z0)).square().mean()
         corr = correlation_loss(pred, real, member) if config.corr_weight else zero
-        path = pathway_loss(pred, real, model.pathways, 0.1, config.path_iterations) if config.path_weight else zero
+        path = zero
+        if config.path_weight:
+            path = pathway_loss(pred, real, model.pathways, iterations=config.path_iterations)
         loss = flow + config.corr_weight * corr + config.path_weight * path                  # eq. 9
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
