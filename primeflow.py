@@ -4,8 +4,9 @@ A network predicts the velocity that turns Gaussian noise into a cell, all genes
 (multi-hot) and the covariates (one-hot). Control cells are training targets too, with an empty perturbation; they are
 never the source. Each gene is a position of a U-Net: its encoded value plus a learned identity. In a fifth of the
 training cells the condition is replaced by a learned null vector, so that sampling can exaggerate the condition:
-v = v_null + w (v_condition - v_null). The MLP, PCA and optimal transport ablations are flags. On small data the MLP is
-better than the U-Net in a tenth of its time, best with the flow started at control cells: --preset demo is that.
+v = v_null + w (v_condition - v_null). --preset demo departs from this, for small data: an MLP, its flow started at
+control cells. On the demo's transfer split it reaches l2 3.4 in half a minute; the U-Net of the former preset, 4.9 in
+two minutes.
 
 Paper: "PRiMeFlow: capturing complex expression heterogeneity in perturbation response modelling" (P; the numbers of
 its tables count those of its appendix E). An official repository exists under a licence that asks for rights in
@@ -39,10 +40,9 @@ Deviations from paper (P) or guided-diffusion (GD), and what P leaves open (numb
  8. MLP: --mlp-layers counts linear layers, of the decoder the hidden ones: were table 4's one layer all of it, nothing
     would mix cell, condition and time. PCA: 50 components over one scale, so that their mean variance is the noise's.
  9. OT: targets are perturbed cells, conditions drawn by their cells; P's "unbalanced" with tau 1 is ordinary Sinkhorn.
-10. Convolutions run on (B, C, L), the fastest layout on CPUs; not measured on GPUs.
-11. A perturbation that no training condition holds has an untrained input; a gene that the file never perturbs has
+10. A perturbation that no training condition holds has an untrained input; a gene that the file never perturbs has
     none, and is refused. The order of the genes matters to a convolution: all genes are generated, in training's order.
-12. Ours, off in the paper's presets, for small data: --coupling control (P starts at control cells for OT alone) with
+11. Ours, off in the paper's presets, for small data: --coupling control (P starts at control cells for OT alone) with
     --sigma 1, which smooths the velocity over cells; --standardise, so that baselines need not be learned;
     --effect-readout, an additive effect; --control-profile, as similar covariates respond alike; --balanced.
 """
@@ -218,23 +218,23 @@ class ResBlock(nn.Module):
         """x (B, C_in, L), film (B or 1, 2 C_out): scale, then shift -> (B, C_out, L)."""
         scale, shift = film[..., None].chunk(2, dim=1)                   # each (B or 1, C_out, 1)
         h = self.conv_in(F.silu(self.norm_in(x)))
-        norm = self.norm_out                                             # its affine part and FiLM: one pass over h
-        weight = norm.weight[:, None] * (1 + scale)
+        norm = self.norm_out                                             # its affine part and FiLM in one pass over h
+        weight = norm.weight[:, None] * (1 + scale)                      # (B or 1, C_out, 1), as bias
         bias = norm.bias[:, None] * (1 + scale) + shift
         h = F.silu(torch.addcmul(bias, F.group_norm(h, norm.num_groups, eps=norm.eps), weight))
         return self.attention(self.skip(x) + self.conv_out(self.dropout(h)))
 
 
 class UNet(nn.Module):
-    """GD's UNetModel with dims=1, scale-shift norm and learned resampling. Layout (B, C, L) throughout: chosen by
-    measurement (deviation 10); nothing is permuted between layers."""
+    """GD's UNetModel with dims=1, scale-shift norm and learned resampling. (B, C, L) is the fastest layout on CPUs."""
 
     def __init__(self, config):
         super().__init__()
+        self.recompute = config.recompute
         D, channels = config.width, [m * config.width for m in config.multipliers]
-        self.stem, self.recompute = nn.Conv1d(D, channels[0], 3, padding=1), config.recompute
-        self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        c, skips, deepest = channels[0], [channels[0]], len(channels) - 1
+        c, deepest = channels[0], len(channels) - 1
+        self.stem = nn.Conv1d(D, c, 3, padding=1)
+        self.down, skips = nn.ModuleList(), [c]                          # channels of what the way up gets
         for level, wide in enumerate(channels):
             for _ in range(config.blocks):
                 self.down.append(ResBlock(c, wide, config, level == deepest))
@@ -243,7 +243,8 @@ class UNet(nn.Module):
             if level < deepest:
                 self.down.append(nn.Conv1d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
-        self.middle.extend([ResBlock(c, c, config, True), ResBlock(c, c, config)])
+        self.middle = nn.ModuleList([ResBlock(c, c, config, True), ResBlock(c, c, config)])
+        self.up = nn.ModuleList()
         for level, wide in reversed(list(enumerate(channels))):
             for _ in range(config.blocks + 1):
                 self.up.append(ResBlock(c + skips.pop(), wide, config, level == deepest))
@@ -251,15 +252,14 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(nn.Conv1d(c, c, 3, padding=1))
         self.norm, self.head = nn.GroupNorm(config.groups, c), zeroed(nn.Conv1d(c, 1, 3, padding=1))
-        blocks = [m for part in (self.down, self.middle, self.up) for m in part if isinstance(m, ResBlock)]
-        self.sizes = [2 * m.conv_out.out_channels for m in blocks]
+        self.sizes = [2 * m.conv_out.out_channels for m in self.modules() if isinstance(m, ResBlock)]
         self.film = nn.Linear(4 * D, sum(self.sizes))                    # FiLM of all blocks in one product
 
     def forward(self, x, film):
-        """x (B, D, L), L a multiple of 2^(levels - 1); film (B or 1, F) -> (B, L)."""
+        """x (B, D, L), L a multiple of 2^(levels - 1); film (B or 1, sum of sizes) -> (B, L)."""
         films = iter(film.split(self.sizes, dim=-1))
 
-        def block(m, x):
+        def block(m, x):                                                 # takes the next block's share of film
             if self.recompute and self.training:
                 return checkpoint(m, x, next(films), use_reentrant=False)
             return m(x, next(films))
@@ -291,17 +291,17 @@ class UNetVelocity(nn.Module):
         self.unet = UNet(config)
 
     def conditioning(self, time, condition):
-        """(n, 4D) and (n or 1, 4D) -> (n, F)."""
+        """(n, 4D) and (n or 1, 4D) -> film of all blocks (n, sum of sizes)."""
         return self.unet.film(F.silu(time + condition))
 
     def embed(self, x):
-        """(B, S) -> (B, D, L): padded, to what the U-Net can halve, with zeros of one shared identity."""
+        """(B, S) -> (B, D, L): padded, to what the U-Net can halve, by zeros that share an identity."""
         identity = torch.cat([self.identity[:, :self.size], self.identity[:, self.size:].expand(-1, self.pad)], dim=1)
         return self.value(sinusoid(self.scale * F.pad(x, (0, self.pad)), self.width)) + identity
 
-    def forward(self, x, film):
-        """x (B, S), film (B or 1, F) -> velocity (B, S)."""
-        return self.unet(self.embed(x), film)[:, :self.size].float()
+    def forward(self, x, conditioning):
+        """x (B, S), conditioning (B or 1, sum of sizes) -> velocity (B, S)."""
+        return self.unet(self.embed(x), conditioning)[:, :self.size].float()
 
 
 class MLPVelocity(nn.Module):
@@ -310,11 +310,10 @@ class MLPVelocity(nn.Module):
     def __init__(self, size, config):
         super().__init__()
         H, drop = config.hidden, config.dropout
-        n_value, _, _, n_decoder = config.mlp_layers
-        self.value = mlp([size] + [H] * n_value, drop)
+        self.value = mlp([size] + [H] * config.mlp_layers[0], drop)
         # the decoder's first layer in two parts: that of condition and time is the same for all cells when sampling
         self.join, self.join_conditioning = nn.Linear(H, H), nn.Linear(2 * H, H, bias=False)
-        self.decoder = nn.Sequential(nn.SiLU(), nn.Dropout(drop), mlp([H] * n_decoder + [size], drop))
+        self.decoder = nn.Sequential(nn.SiLU(), nn.Dropout(drop), mlp([H] * config.mlp_layers[3] + [size], drop))
 
     def conditioning(self, time, condition):
         """(n, H) and (n or 1, H) -> (n, H)."""
@@ -326,11 +325,8 @@ class MLPVelocity(nn.Module):
 
 
 class Space(nn.Module):
-    """The coordinates of the flow: log1p expression of the G genes, as it is or standardised; or S principal components
-    over one scale, chosen so that their mean variance is that of the noise.
-
-    profiles (V, G) are the mean control cells of the V combinations of covariates: origin of their cells when
-    standardised, and what --control-profile compares."""
+    """The S coordinates of the flow: log1p expression of the G genes, as it is or standardised; or principal components
+    over one scale. Profiles are the mean control cells of the V combinations of covariates."""
 
     def __init__(self, config, panel):
         super().__init__()
@@ -338,8 +334,9 @@ class Space(nn.Module):
         self.pca, self.standardise = config.space == "pca", config.standardise
         self.size = min(config.pcs, G) if self.pca else G
         self.covariates = [data.covariate_name(values) for values in itertools.product(*panel.covariates.values())]
-        self.register_buffer("profiles", torch.zeros(len(self.covariates), G))
-        self.register_buffer("trained", torch.zeros(len(self.covariates), dtype=torch.bool))  # has perturbed cells
+        V = len(self.covariates)
+        self.register_buffer("profiles", torch.zeros(V, G))
+        self.register_buffer("trained", torch.zeros(V, dtype=torch.bool))                # has perturbed cells
         self.register_buffer("unit", torch.ones(()))                     # median distance of the trained profiles
         self.register_buffer("deviation", torch.ones(G))
         if self.pca:
@@ -404,7 +401,9 @@ class PRiMeFlow(nn.Module):
         self.width, self.control_profile = config.width, config.control_profile
         self.space = Space(config, panel)
         covariates = sum(map(len, panel.covariates.values()))
-        columns = len(panel.perturbations) + (len(self.space.covariates) if self.control_profile else covariates)
+        if self.control_profile:
+            covariates = len(self.space.covariates)
+        columns = len(panel.perturbations) + covariates                  # of condition_vector
         if config.velocity == "unet":
             self.net = UNetVelocity(self.space.size, config)
             E = 4 * config.width                                         # GD: two layers, no dropout
@@ -413,20 +412,19 @@ class PRiMeFlow(nn.Module):
         else:
             self.net = MLPVelocity(self.space.size, config)
             E = config.hidden
-            _, n_condition, n_time, _ = config.mlp_layers
-            self.time = mlp([config.width] + [E] * n_time, config.dropout)
-            self.condition = mlp([columns] + [E] * n_condition, config.dropout)
+            self.time = mlp([config.width] + [E] * config.mlp_layers[2], config.dropout)
+            self.condition = mlp([columns] + [E] * config.mlp_layers[1], config.dropout)
         self.null = nn.Parameter(torch.zeros(E))
         self.effect = zeroed(nn.Linear(columns, self.space.size, bias=False)) if config.effect_readout else None
 
-    def conditioning(self, t, hidden):
-        """t (n,) in [0, 1], hidden (n or 1, E) of the condition -> (n, F), what the net takes."""
-        return self.net.conditioning(self.time(sinusoid(1000 * t[:, None], self.width).squeeze(-1)), hidden)
+    def conditioning(self, t, condition):
+        """t (n,) in [0, 1], condition (n or 1, E), embedded or the null -> what the net takes, a row for each t."""
+        return self.net.conditioning(self.time(sinusoid(1000 * t[:, None], self.width).squeeze(-1)), condition)
 
     def forward(self, x, t, c, drop):
         """x (B, S), t (B,), c (B, columns) condition, drop (B,) bool: where the null replaces it -> (B, S)."""
-        hidden = torch.where(drop[:, None], self.null, self.condition(c).float())
-        v = self.net(x, self.conditioning(t, hidden))
+        condition = torch.where(drop[:, None], self.null, self.condition(c).float())     # (B, E)
+        v = self.net(x, self.conditioning(t, condition))
         return v if self.effect is None else v + self.effect(c * ~drop[:, None]).float()
 
 
@@ -441,8 +439,7 @@ def path(t, kind):
 
 
 def flow_loss(net, x0, x1, t, c, drop, config):
-    """Mean squared error of the velocity, over cells and coordinates. x0, x1 (B, S), t (B,),
-    c (B, columns), drop (B,)."""
+    """Mean squared error of the velocity: source x0 and cells x1 (B, S), t (B,), c (B, columns), drop (B,) bool."""
     a, b, da, db = path(t[:, None], config.path)
     x_t = a * x0 + b * x1
     if config.sigma:
@@ -451,11 +448,8 @@ def flow_loss(net, x0, x1, t, c, drop, config):
 
 
 def sinkhorn_plan(cost, epsilon, iterations=100):
-    """Entropic optimal transport plans between uniform marginals, in the log domain: (C, n, m) -> (C, n, m).
-
-    epsilon is in units of the mean cost; at 1 both marginals hold to 1e-6 after 100 iterations. Their number is fixed,
-    so that nothing waits for the device.
-    """
+    """Entropic optimal transport plans between uniform marginals, in the log domain: (C, n, m) -> (C, n, m). epsilon is
+    in units of the mean cost; at 1 both marginals hold to 1e-6 after 100 iterations."""
     n, m = cost.shape[1:]
     cost = cost / (epsilon * cost.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))
     g = cost.new_zeros(len(cost), m)
@@ -485,15 +479,11 @@ def couple(x0, x1, epsilon):
 
 @torch.no_grad()
 def sample(velocity, model, x, c, guidance, config):
-    """Carry x (B, S) from t=0 to t=1 in K Euler steps of v_null + w (v_condition - v_null), w the guidance.
-
-    x is noise (encoded control cells with --coupling ot), c (columns,) the condition of all of them. The conditioning
-    of all steps is computed at once; w = 1 needs no null. velocity: model.net.forward, compiled or not. Returns (B, S)
-    float32.
-    """
+    """Carry x (B, S), noise or encoded control cells, from t=0 to t=1 in K Euler steps; guidance is w, c (columns,) the
+    condition. velocity: model.net.forward, compiled or not. Returns (B, S) float32."""
     K = config.ode_steps
     t = torch.arange(K, dtype=x.dtype, device=x.device) / K
-    conditioned = model.conditioning(t, model.condition(c[None]).float())        # (K, F)
+    conditioned = model.conditioning(t, model.condition(c[None]).float())        # a row for each step
     null = model.conditioning(t, model.null[None])
     effect = 0.0 if model.effect is None else model.effect(c[None]).float()      # (1, S)
     for i in range(K):
@@ -506,8 +496,8 @@ def sample(velocity, model, x, c, guidance, config):
 
 
 def condition_vector(group, model, panel, profile):
-    """(columns,) of a group, on the device of profile (1, G), its mean control cell: multi-hot of its perturbations,
-    then a one-hot per covariate column or, with --control-profile, the similarity to known covariates."""
+    """(columns,) of a group: multi-hot of its perturbations, then a one-hot per covariate column or, with
+    --control-profile, the similarity of profile (1, G), its mean control cell, to those of training."""
     names = group.partition("@")[0].split("+")
     hot = torch.from_numpy(np.isin(panel.perturbations, names).astype(np.float32)).to(profile.device)
     if model.control_profile:
@@ -530,8 +520,8 @@ def load_model(config, panel, saved):
 @torch.no_grad()
 def generate(model, run, group, control, columns, seed, guidance=None):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), as many as control cells (n, G) log1p CP10k, for
-    columns (E,) of the panel, ascending: (n, E) float32. All genes are generated, in the order of training, and the
-    columns cut out. The values of the control cells matter where they are the source, or their covariate is new."""
+    columns (E,) of the panel, ascending: (n, E) float32. The values of the control cells matter where they are the
+    source, or their covariate is new."""
     config, S = run.config, model.space.size
     w = config.guidance[0] if guidance is None else guidance
     control = torch.from_numpy(control).to(run.device)
@@ -542,8 +532,8 @@ def generate(model, run, group, control, columns, seed, guidance=None):
         x = torch.randn(len(control), S, generator=generator, device=run.device)         # the same for any chunks
     else:
         x = model.space.encode(control, profile)
-    widest = 24 * S * config.width if config.velocity == "unet" else 8 * (S + config.hidden)
-    most = min(1000, max(1, data.room(run.device) // (4 * widest)))      # cells at once
+    floats = 24 * S * config.width if config.velocity == "unet" else 8 * (S + config.hidden)                # of a cell
+    most = min(1000, max(1, data.room(run.device) // (4 * floats)))      # cells at once
     columns, out = torch.as_tensor(columns, device=run.device), []
     for part in x.tensor_split(math.ceil(len(x) / most)):
         with run.autocast():
@@ -557,8 +547,8 @@ def generate(model, run, group, control, columns, seed, guidance=None):
 def train(run, state):
     """Train to --steps and return the model that predicts."""
     config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
-    A, B, ot = config.accumulate, config.batch_size, config.coupling == "ot"
-    n = config.ot_cells if ot else 1                                     # cells of a group in a batch
+    A, B = config.accumulate, config.batch_size
+    n = config.ot_cells if config.coupling == "ot" else 1                # cells of a group in a batch
 
     # model, optimiser, schedule; a resumed run takes them over, the PCA included
     torch.manual_seed(config.seed)
@@ -573,9 +563,10 @@ def train(run, state):
         return warm * (0.5 + 0.5 * math.cos(math.pi * step / config.steps)) if config.cosine else warm
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    begin, net, space = run.resume(state, parts, cells=A * B), run.wrap(model), model.space
+    begin = run.resume(state, parts, cells=A * B)
+    net, space = run.wrap(model), model.space
 
-    # training groups: covariate, condition, chance to be drawn; controls are no targets where they are the source
+    # groups: covariate, condition, chance to be drawn; controls are targets where they are not the source
     covariate = torch.tensor([space.covariates.index(v) for v in dataset.covariate], device=device)
     condition = torch.stack([condition_vector(g, model, panel, space.profiles[v][None])
                              for g, v in zip(dataset.groups, covariate.tolist())])       # (groups, columns)
@@ -593,7 +584,7 @@ def train(run, state):
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
         for a in range(A):
-            # batch: n cells of each of B / n groups, which are drawn by their cells or alike
+            # batch: n cells of each of B / n groups
             group = torch.multinomial(share, B // n, replacement=True)
             each = group.to(device).repeat_interleave(n, output_size=B)
             profile = space.profiles[covariate[each]]                     # (B, G)
@@ -602,7 +593,7 @@ def train(run, state):
                 x0 = torch.randn_like(x1)
             else:
                 x0 = space.encode(dataset.gather(dataset.draw(dataset.controls_for(group), n)), profile)
-            if ot:
+            if config.coupling == "ot":
                 x0, x1 = couple(x0.unflatten(0, (-1, n)), x1.unflatten(0, (-1, n)), config.ot_epsilon)
             t, drop = torch.rand(B, device=device), torch.rand(B, device=device) < config.p_null
 

@@ -22,11 +22,11 @@ Ablations of table 6: --clustering kmeans or unordered, --encoder transformer, -
 
 Deviations (numbers that back them: README, experiments):
  1. Token k is module k (P). C cuts the genes into runs of 64 that drift off the modules.
- 2. The time features reach 10 t; C's reach 10,000 t: the structure losses, which see the velocity at a few fixed
-    times, then teach it other values at just these.
+ 2. The time features reach 10 t. At C's 10,000 t the structure losses, which see the velocity at a few fixed times,
+    teach it other values at just these.
  3. Structure losses in every step, on 3 conditions of the batch (P); C: an optimiser of its own, now and then.
- 4. The pathway transport is solved in the log domain, epsilon relative to the mean cost, gradient by the envelope
-    theorem: C's kernel form underflows, so that far predictions have no loss. 100 iterations (P), 50 in C.
+ 4. The pathway transport is solved in the log domain, epsilon relative to the mean cost, 100 iterations (P): C's
+    kernel form underflows, so that far predictions have no loss.
  5. Stage 1 is validated on 5% of the training and control cells; C uses 300 controls and, failing these, test controls.
  6. One gene-embedding term in a token, the mean over the module's genes, as in C; P describes a second one.
  7. A perturbation without an embedding has a learned one, and the trained ones' mean where it was in no training
@@ -39,8 +39,7 @@ Deviations (numbers that back them: README, experiments):
 12. The model that predicts is the last one; C selects on validation conditions.
 13. Genes that a file of embeddings lacks are fitted from expression by ridge; C draws them at random or takes 0.
 14. Pathways need three genes of the panel, which fits P's 969; C takes those with one.
-15. --effect-readout and --residual (demo): a linear effect in the velocity, and generated cells keep what the
-    autoencoder loses of their control cell: 30 conditions teach the network no additivity, and its decoder returns
+15. --effect-readout and --residual (demo): 30 conditions teach the network no additivity, and its decoder returns
     conditional means, without the variance and the zeros of cells.
 16. --schedule cosine, --condition-dropout 0.8, --ema (demo): short training of a small model.
 17. Ours: priors from training cells where no file is given, no dropout on attention weights.
@@ -121,19 +120,19 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    cells, conditions = config.batch_size, config.conditions_per_batch
-    if conditions < 1 or cells % conditions:
-        raise DataError(f"--batch-size {cells} --conditions-per-batch {conditions}: the batch must hold as many cells "
-                        "of one condition as of another")
-    if not 1 <= config.structure_conditions <= conditions or config.structure_cells < 2:
-        raise DataError(f"--structure-conditions {config.structure_conditions}: between 1 and --conditions-per-batch "
-                        f"({conditions}), --structure-cells at least 2")
-    if config.heads < 1 or config.width % config.heads:
-        raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
-    for name in ("modules", "layers", "inducing", "latent", "hidden", "pretrain_steps", "pretrain_batch_size",
-                 "pretrain_lr", "patience", "ode_steps", "ot_epsilon"):
+    for name in ("modules", "layers", "heads", "inducing", "latent", "hidden", "pretrain_steps", "pretrain_batch_size",
+                 "pretrain_lr", "patience", "conditions_per_batch", "structure_conditions", "ode_steps", "ot_epsilon"):
         if getattr(config, name) == 0:
             raise DataError(f"--{name.replace('_', '-')} 0: must be positive")
+    cells, conditions = config.batch_size, config.conditions_per_batch
+    if cells % conditions:
+        raise DataError(f"--batch-size {cells} --conditions-per-batch {conditions}: the batch must hold as many cells "
+                        "of one condition as of another")
+    if config.structure_conditions > conditions or config.structure_cells < 2:
+        raise DataError(f"--structure-conditions {config.structure_conditions}: at most --conditions-per-batch "
+                        f"({conditions}), --structure-cells at least 2")
+    if config.width % config.heads:
+        raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
     if max(config.dropout, config.condition_dropout, config.ema) >= 1:
         raise DataError("--dropout, --condition-dropout and --ema must be below 1")
     if config.ppi_info and not config.ppi:
@@ -159,19 +158,19 @@ FIXED, UNKNOWN = -1, -2                 # in pert_learned: no row of the learned
 
 
 def load_priors(run):
-    """Everything that the model takes over from files or training cells, as tensors to be kept with its weights:
-    modules (G,), module_vectors (K, p), mean (G,), pathways (Q, G), and the three of perturbation_vectors."""
+    """What the model takes over from files or training cells, by the names of its buffers: module_of (G,),
+    module_vectors (K, p), mean (G,), pathways (Q, G), and the three of perturbation_vectors."""
     config, dataset = run.config, run.dataset
     corr = data.gene_statistics(dataset)[2].cpu()
     vectors = gene_vectors(run, corr)
     graph = interaction_graph(run, corr)
-    modules, changed = gene_modules(vectors, graph, config)
+    module_of, changed = gene_modules(vectors, graph, config)
     if changed:
         run.say(f"clustering: {config.modules} modules, genes that changed module in each step: "
                 + ", ".join(map(str, changed)))
-    member = F.one_hot(modules).float()                                  # (G, K)
+    member = F.one_hot(module_of).float()                                # (G, K)
     pert_vectors, pert_learned, pert_trained = perturbation_vectors(run, vectors)
-    return {"modules": modules, "module_vectors": member.T @ vectors / member.sum(0)[:, None],
+    return {"module_of": module_of, "module_vectors": member.T @ vectors / member.sum(0)[:, None],
             "mean": torch.tensor(run.panel.mean), "pathways": pathway_sets(run, vectors),
             "pert_vectors": pert_vectors, "pert_learned": pert_learned, "pert_trained": pert_trained}
 
@@ -184,31 +183,26 @@ def covered(run, flag, found, wanted, what):
                         "naming (STRING needs --ppi-info), or leave the flag out: a stand-in is made from the data")
 
 
-def symbols(panel):
-    """Gene names as prior files are matched, [G]."""
-    return [gene.upper() for gene in panel.genes]
-
-
 def gene_vectors(run, corr, width=128, effects=64):
-    """Vector of every gene (G, p): from --gene-embeddings, or from training and control cells alone: principal axes of
-    the standardised genes, and those of the effects of the training conditions, each scaled to length 1 per gene.
-    Genes that the file lacks are fitted to these by ridge. corr (G, G): correlation of the genes."""
-    def principal_rows(matrix, rank, power):                             # U S^power of a truncated SVD
+    """Vector of every gene (G, p): from --gene-embeddings, or own: from corr (G, G), the correlation of the genes, and
+    the effects of the training conditions. Genes that the file lacks are fitted to their own by ridge."""
+    def principal_rows(matrix, rank, power):                             # U S^power of a truncated SVD: (G, rank)
         u, s, _ = torch.svd_lowrank(matrix, q=min(rank, *matrix.shape), niter=6)
         return F.normalize(u * s ** power, dim=1)
     delta = torch.from_numpy(data.training_effects(run.dataset)[1].T.astype(np.float32))           # (G, n)
     own = torch.cat([principal_rows(corr, width, 0.5), principal_rows(delta, effects, 1.0)], dim=1)
-    own = F.normalize(own, dim=1)
+    own = F.normalize(own, dim=1)                                        # (G, p), from the data alone
     if not run.config.gene_embeddings:
         return own
 
-    table, names = data.read_vectors(run.config.gene_embeddings, "--gene-embeddings"), symbols(run.panel)
+    table = data.read_vectors(run.config.gene_embeddings, "--gene-embeddings")
+    names = [gene.upper() for gene in run.panel.genes]                   # as in the files
     there = torch.tensor([name in table for name in names])
     covered(run, "--gene-embeddings", int(there.sum()), len(names), "genes of the panel")
     given = torch.from_numpy(np.stack([table[name] for name in names if name in table]))
-    known_rows, mean = own[there], given.mean(0)
-    ridge = known_rows.T @ known_rows + torch.eye(own.shape[1])
-    vectors = mean + own @ torch.linalg.solve(ridge, known_rows.T @ (given - mean))
+    own_there, mean = own[there], given.mean(0)
+    ridge = own_there.T @ own_there + torch.eye(own.shape[1])
+    vectors = mean + own @ torch.linalg.solve(ridge, own_there.T @ (given - mean))
     vectors[there] = given
     return vectors
 
@@ -218,7 +212,7 @@ def interaction_graph(run, corr, neighbours=20):
     cells, a cell's total expression held fixed."""
     config, G = run.config, len(corr)
     if config.ppi:
-        column = {name: i for i, name in enumerate(symbols(run.panel))}
+        column = {gene.upper(): i for i, gene in enumerate(run.panel.genes)}
         pairs = data.read_edges(config.ppi, config.ppi_info)
         named = {gene for pair in pairs for gene in pair}
         covered(run, "--ppi", len(named & set(column)), G, "genes of the panel")
@@ -226,23 +220,22 @@ def interaction_graph(run, corr, neighbours=20):
         i, j = torch.tensor(inside, dtype=torch.long).reshape(-1, 2).T
         graph = torch.zeros(G, G)
         graph[i, j] = 1
-        graph[j, i] = 1
-        return graph
+        return graph.maximum(graph.T)
     if not config.gene_embeddings and config.clustering == "grc":
         run.say("note: without --gene-embeddings and --ppi both terms of the clustering cost come from the same "
                 "expression and tell it much the same")
-    with_total = corr.sum(1) / corr.sum().clamp(min=1e-12).sqrt()        # correlation of a gene with the total
-    left = (1 - with_total ** 2).clamp(min=1e-3).sqrt()
-    partial = (corr - torch.outer(with_total, with_total)).abs() / torch.outer(left, left)
-    strength, near = partial.fill_diagonal_(0).topk(min(neighbours, G - 1), dim=1)
+    with_total = corr.sum(1) / corr.sum().clamp(min=1e-12).sqrt()        # (G,) correlation of a gene with the total
+    rest = (1 - with_total ** 2).clamp(min=1e-3).sqrt()                  # (G,) deviation that the total leaves
+    partial = (corr - torch.outer(with_total, with_total)).abs() / torch.outer(rest, rest)
+    strength, near = partial.fill_diagonal_(0).topk(min(neighbours, G - 1), dim=1)       # each (G, neighbours)
     graph = torch.zeros(G, G).scatter_(1, near, (strength > 0).float())
     return graph * graph.T
 
 
 def pathway_sets(run, vectors):
-    """(Q, G), rows sum to 1: sets of --pathways with three genes of the panel at least, as in the paper by its count,
-    or clusters of the genes at three granularities."""
-    config, names = run.config, symbols(run.panel)
+    """(Q, G), rows sum to 1: sets of --pathways with at least three genes of the panel, or clusters of the genes at
+    three granularities."""
+    config, names = run.config, [gene.upper() for gene in run.panel.genes]
     if config.pathways:
         sets = list(data.read_gmt(config.pathways).values())
         covered(run, "--pathways", len(set(names) & set().union(*sets)), len(names), "genes of the panel")
@@ -258,31 +251,31 @@ def pathway_sets(run, vectors):
 
 
 def perturbation_vectors(run, vectors):
-    """What the flow knows of every token (see token_names): its vector (N, p), scaled to a root mean square of 1, from
-    --pert-embeddings or the gene's own; (N,) the row of a learned table where there is none, else FIXED, or UNKNOWN for
-    what was not trained either; and the tokens of training conditions."""
+    """What the flow knows of every token (see token_names): pert_vectors (N, p) of root mean square 1, from
+    --pert-embeddings or the gene's own; pert_learned (N,), the row of a learned table where there is no vector, else
+    FIXED, or UNKNOWN for what was not trained either; pert_trained, the tokens of training conditions."""
     config, panel = run.config, run.panel
     names = token_names(panel, config)
     tokens = {name: i for i, name in enumerate(names)}
     asked = {p: perturbation_token(p, config, tokens)[0] for p in panel.perturbations}
-    table = dict(zip(symbols(panel), vectors.numpy()))
+    table = {gene.upper(): vector for gene, vector in zip(panel.genes, vectors.numpy())}
     if config.pert_embeddings:
         table = data.read_vectors(config.pert_embeddings, "--pert-embeddings")
         found = sum(names[i].upper() in table for i in set(asked.values()))
         covered(run, "--pert-embeddings", found, len(set(asked.values())), "perturbations")
     elif config.condition_embedding == "learned":
         table = {"": np.zeros(128, np.float32)}                          # no name has a vector
-    out = torch.zeros(len(names), len(next(iter(table.values()))))
+    nothing = np.zeros_like(next(iter(table.values())))
+    out = torch.from_numpy(np.stack([table.get(name.upper(), nothing) for name in names]))         # (N, p)
     fixed = torch.tensor([name.upper() in table for name in names])
-    for i in fixed.nonzero().flatten().tolist():
-        out[i] = torch.from_numpy(table[names[i].upper()])
     trained = torch.tensor(sorted({asked[p] for p in panel.trained}))
-    own = torch.zeros_like(fixed).index_fill(0, trained, True) & ~fixed
+    own = torch.zeros_like(fixed).index_fill(0, trained, True) & ~fixed  # has a row of the learned table
     lost = [p for p, i in asked.items() if not fixed[i] and not own[i]]
     if lost:
         run.say(f"note: {len(lost)} perturbations have neither an embedding nor a training condition "
                 f"({', '.join(lost[:5])}): each is predicted as an average perturbation")
-    learned = torch.where(own, own.cumsum(0) - 1, torch.where(fixed, FIXED, UNKNOWN))
+    learned = torch.where(fixed, FIXED, UNKNOWN)
+    learned = torch.where(own, own.cumsum(0) - 1, learned)
     return out / out.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12), learned, trained
 
 
@@ -292,23 +285,24 @@ def sinkhorn(cost, epsilon, iterations, columns=None, tolerance=0.0):
     """Entropic transport plans, fp32 or better: cost (..., n, m) -> plan (..., n, m).
 
     Rows are uniform and met exactly, columns uniform or as given (m,). epsilon: number or (..., 1, 1). One iteration
-    in ten is in the log domain, which holds at any epsilon; the others scale the plan that it gives, for less work: a
-    step shrinks no scaling below 1/n or 1/m of what it was, so that nine stay in the range of floats. tolerance: stop
-    when the columns are met this well, checked every ten iterations; 0 never looks, hence never syncs."""
+    in ten is in the log domain, which holds at any epsilon; the others scale the plan that it gives, for less work:
+    nine stay in the range of floats. tolerance: stop when the columns are met this well; 0 never waits for the
+    device."""
     with torch.autocast(cost.device.type, enabled=False):
         kernel = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon
         n, m = kernel.shape[-2:]
         column = kernel.new_full((m,), n / m) if columns is None else n * columns.to(kernel)
-        log_column, f = column.log(), kernel.new_zeros(*kernel.shape[:-1], 1)
+        f = kernel.new_zeros(*kernel.shape[:-1], 1)
         for i in range(0, iterations, 10):
-            g = log_column - (kernel + f).logsumexp(-2, keepdim=True)                # (..., 1, m)
+            g = column.log() - (kernel + f).logsumexp(-2, keepdim=True)                # (..., 1, m)
             f = -(kernel + g).logsumexp(-1, keepdim=True)                            # (..., n, 1)
             plan = (kernel + f + g).exp()                                            # times n: its rows sum to 1
             u, v = torch.ones_like(f), torch.ones_like(g)
             for _ in range(min(10, iterations - i) - 1):
                 v = column / (u.mT @ plan)
                 u = (plan @ v.mT).reciprocal()
-            f, g = f + u.log(), g + v.log()
+            f = f + u.log()
+            g = g + v.log()
             if tolerance and ((kernel + f + g).exp().sum(-2) - column).abs().sum(-1).max() < n * tolerance:
                 break
         return (kernel + f + g).exp() / n
@@ -316,10 +310,11 @@ def sinkhorn(cost, epsilon, iterations, columns=None, tolerance=0.0):
 
 def kmeans(x, K, seed=42, restarts=10, iterations=300):
     """Labels (n,) of the best of several Lloyd runs from k-means++ starts (scikit-learn's defaults): x (n, p)."""
-    generator, best, labels = torch.Generator().manual_seed(seed), math.inf, None
-    norm = x.square().sum(1, keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+    norm = x.square().sum(1, keepdim=True)                               # (n, 1)
+    best = math.inf
 
-    def distance(centre):
+    def distance(centre):                                                # squared: (K, p) -> (n, K)
         return (norm - 2 * x @ centre.T + centre.square().sum(1)).clamp(min=0)
     for _ in range(restarts):
         centre = x[torch.randint(len(x), (1,), generator=generator)]
@@ -327,15 +322,17 @@ def kmeans(x, K, seed=42, restarts=10, iterations=300):
         for _ in range(K - 1):
             centre = torch.cat([centre, x[torch.multinomial(nearest + 1e-12, 1, generator=generator)]])
             nearest = torch.minimum(nearest, distance(centre[-1:])[:, 0])
-        label = None
+        label = torch.full((len(x),), -1)
         for _ in range(iterations):
-            last, (cost, label) = label, distance(centre).min(1)
-            if last is not None and torch.equal(last, label):
+            last = label
+            cost, label = distance(centre).min(1)
+            if torch.equal(last, label):
                 break
             member = F.one_hot(label, K).to(x)
             count = member.sum(0)[:, None]
             centre = torch.where(count > 0, member.T @ x / count.clamp(min=1), centre)
-        if (inertia := cost.sum().item()) < best:
+        inertia = cost.sum().item()
+        if inertia < best:
             best, labels = inertia, label
     return labels
 
@@ -364,14 +361,15 @@ def gene_modules(vectors, graph, config):
         interacting = torch.sparse.mm(graph, member) / size.clamp(min=1)
         cost = (semantic / semantic.max() + config.ppi_weight * (1 - interacting).clamp(0, 1)).double()
         plan = sinkhorn(cost, 0.1, 1000, capacity.double() / G, tolerance=1e-9)
-        last, label = label, round_plan(plan, cost, capacity)
+        last = label
+        label = round_plan(plan, cost, capacity)
         changed.append(int((label != last).sum()))
     return label, changed
 
 
 def round_plan(plan, cost, capacity):
-    """Labels (G,) of a plan (G, K): the largest entries first, ties by lower cost, each gene once, no module over its
-    capacity. The capacities sum to G, so every gene is placed."""
+    """Labels (G,) of a plan (G, K): the largest entries first, ties by lower cost (G, K), no module over its capacity
+    (K,). The capacities sum to G, so every gene is placed."""
     G, K = plan.shape
     i, k = np.divmod(np.arange(G * K), K)
     order = np.lexsort((k, i, cost.flatten().numpy(), -plan.flatten().numpy()))
@@ -398,21 +396,21 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, source):
-        """x (B or 1, T, d), source (B, S, d) -> (B, T, d)."""
-        k, v = self.kv(source).chunk(2, dim=-1)
-        q = self.split(self.q(x)).expand(len(source), -1, -1, -1)
+        """x (B or 1, T, d), source (B, N, d) -> (B, T, d)."""
+        k, v = self.kv(source).chunk(2, dim=-1)                          # each (B, N, d)
+        q = self.split(self.q(x)).expand(len(source), -1, -1, -1)        # (B, H, T, d/H)
         a = F.scaled_dot_product_attention(q, self.split(k), self.split(v))
         return self.out(a.transpose(1, 2).flatten(2))
 
     def weights(self, x, source):
-        """How much of the attention goes to each token of source, over heads and queries: (B, S), rows sum to 1."""
+        """How much of the attention goes to each token of source, over heads and queries: (B, N), rows sum to 1."""
         q, k = self.split(self.q(x)), self.split(self.kv(source).chunk(2, dim=-1)[0])
         return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1).mean((1, 2))
 
 
 class Block(nn.Module):
-    """One layer on module tokens (eq. 3), post-norm: inducing points attend to the modules (compress), to each other
-    (process), and the modules to them (broadcast); or plain self-attention."""
+    """One layer on module tokens (eq. 3), post-norm: inducing points attend to the modules (compress) and to each other
+    (process), then the modules to them (broadcast). Without inducing points: plain self-attention."""
 
     def __init__(self, config):
         super().__init__()
@@ -443,27 +441,28 @@ class Block(nn.Module):
 class Autoencoder(nn.Module):
     """Gene-Cluster-Aware autoencoder: token k is module k (eq. 2-5). Expression (B, G) <-> latent (B, D)."""
 
-    def __init__(self, config, modules, module_vectors, mean):
-        """modules (G,) of each gene, module_vectors (K, p), mean (G,)."""
+    def __init__(self, config, module_of, module_vectors, mean):
+        """See load_priors."""
         super().__init__()
-        d, K, G = config.width, len(module_vectors), len(modules)
-        self.register_buffer("module_of", modules)
+        d = config.width
+        K, G = len(module_vectors), len(module_of)
+        self.register_buffer("module_of", module_of)
         self.register_buffer("module_vectors", module_vectors)
         self.register_buffer("mean", mean)
-        order = torch.argsort(modules, stable=True)
-        size = torch.bincount(modules, minlength=K)
-        L = int(size.max())                                              # slots of a module
-        first = size.cumsum(0) - size
-        slot = modules[order] * L + torch.arange(G) - first[modules[order]]
-        gather, place = torch.full((K * L,), G), torch.empty(G, dtype=torch.long)
-        gather[slot] = order                                             # G stands for an empty slot, holding 0
-        place[order] = slot
+        member = F.one_hot(module_of, K)                                 # (G, K)
+        rank = (member.cumsum(0) * member).sum(1) - 1                    # (G,) of a gene within its module
+        L = int(rank.max()) + 1                                          # slots of a module
+        place = module_of * L + rank                                     # (G,) slot of a gene
+        gather = torch.full((K * L,), G)                                 # gene of a slot; G is an empty one, holding 0
+        gather[place] = torch.arange(G)
         self.register_buffer("gather", gather, persistent=False)
         self.register_buffer("place", place, persistent=False)
         self.embed, self.head = nn.Linear(L, d), nn.Linear(d, L)         # shared by all modules (official)
+        # who a module is, for the encoder and for the decoder
         self.identity = nn.ModuleList(nn.Sequential(nn.Linear(module_vectors.shape[1], d, bias=False),
                                                     nn.LayerNorm(d, eps=1e-6)) for _ in range(2))
-        self.encoder, self.decoder = (nn.ModuleList(Block(config) for _ in range(config.layers)) for _ in range(2))
+        self.encoder = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.decoder = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.to_latent, self.from_latent = nn.Linear(d, config.latent), nn.Linear(config.latent, d)
         self.drop = nn.Dropout(config.dropout)
 
@@ -500,18 +499,18 @@ class Autoencoder(nn.Module):
 
 
 class Flow(nn.Module):
-    """Velocity v(z_t | t, condition) in latent space: CellFlow's network, its first joint layer split by input, so
-    that the condition's part is computed per condition and, over an ODE, the time's part per time point."""
+    """Velocity v(z_t | t, condition) in latent space: CellFlow's network. Its first joint layer is split by input: the
+    condition's part is computed once per condition, the time's part of an ODE once per time point."""
 
-    def __init__(self, config, pert_vectors, pert_learned, pert_trained, covariates):
-        """See perturbation_vectors; covariates: number of one-hot entries."""
+    def __init__(self, config, priors, covariates):
+        """priors: see perturbation_vectors; covariates: number of one-hot entries."""
         super().__init__()
-        d, h, p = 64, config.hidden, pert_vectors.shape[1]
+        for name in ("pert_vectors", "pert_learned", "pert_trained"):
+            self.register_buffer(name, priors[name])
+        d, h = 64, config.hidden
+        p = self.pert_vectors.shape[1]
         self.dropout, self.steps = config.dropout, config.ode_steps
-        self.register_buffer("pert_vectors", pert_vectors)
-        self.register_buffer("pert_learned", pert_learned)
-        self.register_buffer("pert_trained", pert_trained)
-        self.learned = nn.Parameter(torch.randn(max(1, int(pert_learned.max()) + 1), p))
+        self.learned = nn.Parameter(torch.randn(max(1, int(self.pert_learned.max()) + 1), p))
         self.dose = Dose(p) if config.dose_key else None
         self.query = nn.Parameter(torch.randn(d))
         self.kv = nn.Linear(256 if config.dose_key else p, 2 * d, bias=False)
@@ -553,29 +552,28 @@ class Flow(nn.Module):
         angle = 10 * t[..., None] * torch.exp(-math.log(10) * torch.arange(512, device=t.device) / 512)
         return self.join_time(self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1)))
 
-    def velocity(self, z, told, effect, training=False):
-        """z (C, b, D); told (C, b or 1, h): time and condition, both already in the joint layer; effect (C, 1, D or 1)
-        -> (C, b, D) float32."""
+    def velocity(self, z, joined, effect, training=False):
+        """z (C, b, D), joined (C, b or 1, h) of time and condition, effect (C, 1, D or 1) -> (C, b, D) float32."""
         def act(x):
             return F.dropout(F.silu(x), self.dropout, training)
         x = act(self.state[1](act(self.state[0](z))))
-        x = act(self.join_state(x) + told)
+        x = act(self.join_state(x) + joined)
         return (self.out(act(self.joint(x))) + effect).float()
 
     def integrate(self, z, condition, effect):
-        """Midpoint rule from t=0 to 1: control latents (C, b, D), condition() -> perturbed latents."""
+        """Midpoint rule from t=0 to 1: control latents z (C, b, D) -> perturbed latents. condition, effect: of
+        condition()."""
         K = self.steps
-        time = self.time(torch.linspace(0, 1, 2 * K + 1, device=z.device))
-        told = (time[:, None, None] + self.join_condition(condition)[:, None]).unbind()     # each (C, 1, h)
+        time = self.time(torch.linspace(0, 1, 2 * K + 1, device=z.device))                  # (2 K + 1, h)
+        joined = (time[:, None, None] + self.join_condition(condition)[:, None]).unbind()   # each (C, 1, h)
         for i in range(0, 2 * K, 2):
-            middle = torch.add(z, self.velocity(z, told[i], effect), alpha=0.5 / K)
-            z = torch.add(z, self.velocity(middle, told[i + 1], effect), alpha=1 / K)
+            middle = torch.add(z, self.velocity(z, joined[i], effect), alpha=0.5 / K)
+            z = torch.add(z, self.velocity(middle, joined[i + 1], effect), alpha=1 / K)
         return z
 
     def forward(self, z_t, t, condition, keep, start, chosen):
-        """Velocity (C, b, D) at z_t (C, b, D) and t (C, b), under condition (slots() of it) with keep (C, 256) as its
-        dropout mask; and the end points of start (S, n, D), control latents of the chosen (S,) conditions, without
-        dropout."""
+        """Velocity (C, b, D) at z_t (C, b, D) and t (C, b), under condition (of slots()) times its dropout mask, keep
+        (C, 256); and the end points, without dropout, of start (S, n, D), control latents of chosen (S,) conditions."""
         c, effect = self.condition(*condition)
         v = self.velocity(z_t, self.time(t) + self.join_condition(c * keep)[:, None], effect, self.training)
         return v, self.integrate(start, c[chosen], effect[chosen])
@@ -603,10 +601,8 @@ class ScBIG(nn.Module):
     def __init__(self, config, panel, priors):
         """priors: see load_priors."""
         super().__init__()
-        self.autoencoder = Autoencoder(config, priors["modules"], priors["module_vectors"], priors["mean"])
-        covariates = sum(map(len, panel.covariates.values()))
-        self.flow = Flow(config, priors["pert_vectors"], priors["pert_learned"], priors["pert_trained"],
-                         covariates)
+        self.autoencoder = Autoencoder(config, priors["module_of"], priors["module_vectors"], priors["mean"])
+        self.flow = Flow(config, priors, sum(map(len, panel.covariates.values())))
         self.register_buffer("pathways", priors["pathways"])             # (Q, G), rows sum to 1
         for layer in self.modules():
             if isinstance(layer, nn.Linear):                             # LeCun normal (official)
@@ -638,8 +634,8 @@ def correlation_loss(pred, real, member):
 def pathway_loss(pred, real, pathways, epsilon=0.1, iterations=100):
     """L_path (eq. 8): transport cost between the pathway activities of predicted and real cells, mean over conditions.
 
-    pred (S, n, G), real (S, m, G), pathways (Q, G) with rows summing to 1. Cost: squared distance over Q; epsilon is
-    relative to its mean. The gradient takes the plan as constant (envelope theorem): exact for the entropic value."""
+    pred (S, n, G), real (S, m, G), pathways (Q, G), rows sum to 1. Cost: squared distance over Q; epsilon: relative to
+    its mean. The plan is constant for the gradient: exact for the entropic value (envelope theorem)."""
     with torch.autocast(pred.device.type, enabled=False):
         a, b = pred @ pathways.T, real @ pathways.T      # (S, n, Q), (S, m, Q)
         cost = squared_distance(a, b) / len(pathways)
@@ -657,9 +653,8 @@ def squared_distance(a, b):
 
 
 def ot_partners(z0, z1, u, epsilon):
-    """For every control latent a partner among the perturbed ones, drawn from its row of the entropic plan of their
-    condition: z0, z1 (C, b, D), u (C, b) uniform -> z1 reordered, with repetition. Cost: squared distance, over its
-    mean. The controls are random draws already, so the pairs follow the whole plan (official: draws both)."""
+    """For every control latent a partner among the perturbed ones, drawn from its row of the condition's entropic plan:
+    z0, z1 (C, b, D), u (C, b) uniform -> z1 reordered, with repetition. Cost: squared distance over its mean."""
     with torch.autocast(z0.device.type, enabled=False):
         cost = squared_distance(z0, z1)
         plan = sinkhorn(cost, epsilon * cost.mean((1, 2), keepdim=True), OT_ITERATIONS)
@@ -671,8 +666,8 @@ def ot_partners(z0, z1, u, epsilon):
 # -------------------------------------------------------------------------------- sampling
 
 def decode(autoencoder, start, end, control=None):
-    """Cells (n, G) at the latents end (n, D); with the control cells (n, G) that start (n, D) encodes, their residuals
-    are added: what the autoencoder makes of them falls short of them in variance and zeros."""
+    """Cells (n, G) at the latents end (n, D); given the control cells (n, G) that start (n, D) encodes, plus what the
+    autoencoder loses of them."""
     if control is None:
         return autoencoder.decode(end)
     cells, controls = autoencoder.decode(torch.cat([end, start])).chunk(2)
@@ -681,8 +676,8 @@ def decode(autoencoder, start, end, control=None):
 
 @torch.no_grad()
 def sample(integrate, model, control, condition, residual):
-    """One perturbed cell per control cell (n, G) log1p CP10k, of one condition (slots() of it): encode, integrate the
-    flow, decode. integrate: model.flow.integrate, compiled or not. Returns (n, G) float32, which may be negative."""
+    """A perturbed cell for each control cell (n, G) log1p CP10k, of one condition (of slots()): (n, G) float32, which
+    may be negative. integrate: model.flow.integrate, compiled or not."""
     start = model.autoencoder.encode(control)
     end = integrate(start[None], *model.flow.condition(*condition))[0]
     return decode(model.autoencoder, start, end, control if residual else None)
@@ -696,8 +691,10 @@ def token_names(panel, config):
 def base_and_dose(name, config):
     """'drug:10' -> ('drug', 10.0) with --dose-key; other names have no dose."""
     base, _, dose = name.rpartition(":")
+    if not base or not config.dose_key:
+        return name, None
     try:
-        return (base, float(dose)) if base and config.dose_key else (name, None)
+        return base, float(dose)
     except ValueError:
         return name, None
 
@@ -721,10 +718,10 @@ def slots(groups, panel, config):
     mask = torch.zeros(shape, dtype=torch.bool)
     for i, names in enumerate(parts):
         for j, name in enumerate(names):
-            token[i, j], d = perturbation_token(name, config, tokens)
+            token[i, j], raw = perturbation_token(name, config, tokens)
             mask[i, j] = True
-            if d is not None:
-                dose[i, j] = math.log1p(d) / math.log1p(highest)
+            if raw is not None:
+                dose[i, j] = math.log1p(raw) / math.log1p(highest)
     return token, mask, dose, panel.one_hot(groups, strict=False)
 
 
@@ -733,15 +730,9 @@ def known(panel):
     return set(panel.perturbations) | set(panel.genes)
 
 
-PRIORS = {"modules": "autoencoder.module_of", "module_vectors": "autoencoder.module_vectors",
-          "mean": "autoencoder.mean", "pathways": "pathways",
-          "pert_vectors": "flow.pert_vectors", "pert_learned": "flow.pert_learned",
-          "pert_trained": "flow.pert_trained"}                           # their names in a checkpoint
-
-
 def build(config, panel, weights):
-    """The model with the priors that a checkpoint's weights hold."""
-    return ScBIG(config, panel, {name: weights[key] for name, key in PRIORS.items()})
+    """An untrained model with the priors that a checkpoint's weights hold: module_of as autoencoder.module_of, ..."""
+    return ScBIG(config, panel, {name.rpartition(".")[2]: value for name, value in weights.items()})
 
 
 def load_model(config, panel, saved):
@@ -755,8 +746,7 @@ def load_model(config, panel, saved):
 
 def generate(model, run, group, control, columns, seed):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
-    for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory. Nothing is drawn: the
-    seed has chosen the controls."""
+    for columns (E,) of the panel, ascending: (n, E) float32. Nothing is drawn: the seed has chosen the controls."""
     config = run.config
     condition = [a.to(run.device) for a in slots([group], run.panel, config)]
     floats = 20 * len(model.autoencoder.gather) + 12 * config.modules * config.width + 8 * config.hidden   # of a cell
@@ -795,6 +785,7 @@ def pretrain(run, state, model):
     begin = run.resume(state, parts, stage="pretraining", steps=config.pretrain_steps, cells=B)
     net = run.wrap(autoencoder)
 
+    # cells: 5% for validation, the others for training
     rows = torch.from_numpy(np.random.default_rng(config.seed).permutation(dataset.fit_rows)).to(device)
     held = rows[:min(1000, len(rows) // 20) if config.pretrain_check else 0]
     rows = rows[len(held):]
@@ -841,7 +832,7 @@ def reconstruction_error(run, autoencoder, rows):
 def train(run, state):
     """Train both stages and return the model that predicts."""
     config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
-    C, b = config.conditions_per_batch, config.batch_size // config.conditions_per_batch
+    C, b = config.conditions_per_batch, config.batch_size // config.conditions_per_batch     # conditions, cells of each
     S, n = config.structure_conditions, config.structure_cells
     if config.modules > len(panel.genes):
         raise DataError(f"--modules {config.modules}: there are only {len(panel.genes)} genes; choose fewer")
@@ -861,22 +852,23 @@ def train(run, state):
     optimizer = torch.optim.Adam(model.flow.parameters(), lr=config.lr, fused=True)
     schedule = learning_rates(optimizer, config, config.steps)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    begin, net = run.resume(second, parts), run.wrap(model.flow)
+    begin = run.resume(second, parts)
+    net = run.wrap(model.flow)
     autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
     if begin == 0:
         write_modules(run, model)
 
-    # latents of all training cells, once; training conditions: index of their group, and what the flow is told of them
+    # latents of all training and control cells, once; training conditions: number of their group, and slots() of it
     latents = torch.zeros(dataset.X.shape[0], config.latent, device=device)
     with torch.no_grad():
         for rows in torch.from_numpy(dataset.fit_rows).to(device).split(4096):
             latents[rows] = autoencoder.encode(dataset.gather(rows))
     names = dataset.part("train")
     group = torch.tensor([dataset.groups.index(g) for g in names], device=device)
-    told = [a.to(device) for a in slots(names, panel, config)]
+    conditions = [a.to(device) for a in slots(names, panel, config)]
     member = F.one_hot(autoencoder.module_of).float()
     member = member / member.sum(0)                                      # (G, K): mean over a module's genes
-    spread = torch.arange(S, device=device) * C // S                     # conditions of the batch: every C/S-th
+    spread = torch.arange(S, device=device) * C // S                     # of the C, those for the structure losses
     zero = torch.zeros((), device=device)
     run.say(f"{sum(p.numel() for p in model.autoencoder.parameters()):,} parameters in the autoencoder, "
             f"{sum(p.numel() for p in model.flow.parameters()):,} in the flow; {len(names)} training conditions, "
@@ -884,13 +876,14 @@ def train(run, state):
             f"latents have a standard deviation of {latents[dataset.fit_rows].std(0).mean():.2f}")
 
     for step in range(begin + 1, config.steps + 1):
-        # batch: latents of b cells of each of C conditions and of their controls; the condition's dropout; for the
-        # structure losses latents of n controls, and n real cells, of S of the conditions
         run.start(step)
+        # batch: latents of b cells of each of C conditions and of their controls; dropout of the condition
         pick = torch.randint(len(group), (C,), device=device)
         both = torch.cat([group[pick], dataset.controls_for(group[pick])])
         z1, z0 = latents[dataset.draw(both, b)].unflatten(0, (2, C, b))
         keep = (torch.rand(C, 256, device=device) >= config.condition_dropout) / (1 - config.condition_dropout)
+
+        # for the structure losses, of S of the conditions: latents of n controls, and n real cells
         chosen = group[pick[spread]]
         rows = dataset.draw(dataset.controls_for(chosen), n)
         start = latents[rows]                                                                # (S n, D)
@@ -901,12 +894,14 @@ def train(run, state):
         z1 = ot_partners(z0, z1, u, config.ot_epsilon)
         z_t = torch.lerp(z0, z1, t[..., None]) + config.sigma * torch.randn_like(z0)
         with run.autocast():
-            v, end = net(z_t, t, [a[pick] for a in told], keep, start.unflatten(0, (S, n)), spread)
+            v, end = net(z_t, t, [a[pick] for a in conditions], keep, start.unflatten(0, (S, n)), spread)
             control = dataset.gather(rows) if config.residual else None
             pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
         flow = (v - (z1 - z0)).square().mean()
         corr = correlation_loss(pred, real, member) if config.corr_weight else zero
-        path = pathway_loss(pred, real, model.pathways, 0.1, config.path_iterations) if config.path_weight else zero
+        path = zero
+        if config.path_weight:
+            path = pathway_loss(pred, real, model.pathways, iterations=config.path_iterations)
         loss = flow + config.corr_weight * corr + config.path_weight * path                  # eq. 9
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -933,8 +928,7 @@ def write_table(path, header, rows):
 
 
 def write_modules(run, model):
-    """modules.tsv: every gene with its module, numbered as in the other tables; with --pathways
-    modules_enrichment.tsv: which pathways a module holds more of than chance would give it."""
+    """modules.tsv, the module of every gene; with --pathways modules_enrichment.tsv, the pathways of every module."""
     if run.rank == 0:
         genes, modules = run.panel.genes, model.autoencoder.module_of.cpu().numpy()
         write_table(run.out / "modules.tsv", ("gene", "module"), zip(genes, modules))
@@ -945,8 +939,8 @@ def write_modules(run, model):
 
 @torch.no_grad()
 def analyse(run, state):
-    """--ckpt with --analyse: attention_shift.tsv in the run's folder, the share of the encoder's attention that each
-    module receives in the cells predicted for a test condition and in the controls they came from (figure 4)."""
+    """--analyse: attention_shift.tsv, the share of the encoder's attention that each module receives in the cells
+    predicted for a test condition and in the controls they came from (figure 4)."""
     config = run.config
     run.panel = data.Panel(**state["panel"])
     dataset = data.load_run(config, run.device)
@@ -959,7 +953,7 @@ def analyse(run, state):
     for group, cells in predict(run, model, sizes, controls, np.arange(len(run.panel.genes))).items():
         start = data.pick_rows(controls[group.partition("@")[2]], len(cells), data.seed_of(group, config.seed))
         before, after = (model.autoencoder.attention(torch.from_numpy(x).to(run.device)).mean(0).tolist()
-                         for x in (start, cells))
+                         for x in (start, cells))                        # each [K]
         rows += [(group, k, a, b, b / a - 1) for k, (a, b) in enumerate(zip(before, after))]
     path = Path(config.ckpt).with_name("attention_shift.tsv") if config.out == "pred.h5ad" else run.out
     write_table(path, ("condition", "module", "in_controls", "attention", "relative_shift"), rows)
