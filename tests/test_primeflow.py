@@ -256,9 +256,10 @@ def test_a_covariate_without_perturbed_cells_is_a_mixture_of_its_neighbours():
     space = Space(tiny(**OURS), a_panel(6, cell_type=["a", "b", "c", "d"]))
     space.profiles[:, 0] = torch.tensor([0.0, 4.0, 1.0, 9.0])
     space.trained[:] = torch.tensor([True, True, False, True])
+    space.unit.fill_(5)                                                  # the median of their distances 4, 5 and 9
     for i in (0, 1, 3):
         assert torch.equal(space.similarity(space.profiles[[i]]), torch.eye(4)[i])
-    weight = torch.exp(-4 * torch.tensor([1.0, 9.0, 64.0]) / 25)         # the median of 4, 5 and 9 is 5
+    weight = torch.exp(-4 * torch.tensor([1.0, 9.0, 64.0]) / 25)
     torch.testing.assert_close(space.similarity(space.profiles[[2]])[[0, 1, 3]], weight / weight.sum())
     assert space.similarity(space.profiles[[2]])[2] == 0
     new = space.similarity(space.profile("e", torch.full((3, 6), 0.1)))  # of a covariate that training never saw
@@ -271,7 +272,7 @@ def test_condition_is_multi_hot_and_control_is_empty():
 
     def vector(group):
         return condition_vector(group, model, panel, torch.zeros(1, 6)).tolist()
-    assert vector("A+C@y,1,2") == [1, 0, 1, 0, 1, 1, 0]
+    assert vector(r"A+C@y,1\,2") == [1, 0, 1, 0, 1, 1, 0]
     assert vector("control@x,3") == [0, 0, 0, 1, 0, 0, 1]
     with pytest.raises(data.DataError, match="'z' is no cell_type of the training file; it has x, y"):
         vector("A@z,3")
