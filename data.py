@@ -2131,6 +2131,18 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
     return config, state
 
 
+def require(config, positive, below_one):
+    """Refuse a 0 in fields where it has no meaning, and 1 in shares and decays: names, separated by blanks. (Negative
+    numbers are refused in all fields.)"""
+    for name in positive.split():
+        value = getattr(config, name)
+        if 0 in (value if isinstance(value, tuple) else (value,)):
+            raise DataError(f"{_flag(name)} {_shown(value)}: must be positive")
+    for name in below_one.split():
+        if getattr(config, name) >= 1:
+            raise DataError(f"{_flag(name)} {getattr(config, name)}: must be below 1")
+
+
 def finished(config, state):
     """Whether --resume finds nothing left to do: trained to the end, and scored as it would be now."""
     if not config.resume or (state["stage"], state["step"]) != ("training", config.steps):

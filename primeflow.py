@@ -118,30 +118,24 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    if config.width < 2 or config.width % 2:
-        raise DataError(f"--width {config.width}: must be even and positive")
-    if config.velocity == "unet":
-        deepest = config.width * config.multipliers[-1]
-        if config.heads < 1 or deepest % config.heads:
-            raise DataError(f"--heads {config.heads}: must divide the {deepest} channels of the deepest level")
-        if config.groups < 1 or config.width % config.groups:
-            raise DataError(f"--groups {config.groups}: must divide --width {config.width}")
+    data.require(config, "width multipliers blocks heads groups hidden mlp_layers pcs accumulate ode_steps value_scale "
+                 "ot_cells ot_epsilon", below_one="dropout ema p_null")
+    if config.width % 2:
+        raise DataError(f"--width {config.width}: must be even")
+    deepest = config.width * config.multipliers[-1]
+    if config.velocity == "unet" and deepest % config.heads:
+        raise DataError(f"--heads {config.heads}: must divide the {deepest} channels of the deepest level")
+    if config.velocity == "unet" and config.width % config.groups:
+        raise DataError(f"--groups {config.groups}: must divide --width {config.width}")
     if config.standardise and config.space == "pca":
         raise DataError("--space pca: components are of expression as it is; add --no-standardise")
     if len(config.mlp_layers) != 4:
         raise DataError("--mlp-layers takes four numbers: value, condition, time, decoder")
-    if config.coupling == "ot" and (config.ot_cells < 1 or config.batch_size % config.ot_cells):
+    if config.coupling == "ot" and config.batch_size % config.ot_cells:
         raise DataError(f"--batch-size {config.batch_size}: must be a multiple of --ot-cells {config.ot_cells}")
     if any(w != 1 for w in config.guidance) and config.p_null == 0:
         raise DataError(f"--guidance {' '.join(map(str, config.guidance))}: without --p-null the null condition is not "
                         "trained; use --guidance 1")
-    positive = (config.blocks, config.hidden, config.pcs, config.accumulate, config.ode_steps, config.value_scale,
-                config.ot_epsilon)
-    if 0 in positive + tuple(config.multipliers) + tuple(config.mlp_layers):
-        raise DataError("--blocks, --hidden, --pcs, --accumulate, --ode-steps, --multipliers, --mlp-layers, "
-                        "--value-scale and --ot-epsilon must be positive")
-    if max(config.dropout, config.ema, config.p_null) >= 1:
-        raise DataError("--dropout, --ema and --p-null must be below 1")
 
 
 PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4), batch_size=100), "demo": dict(

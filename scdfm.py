@@ -84,17 +84,14 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
+    data.require(config, "heads layers gene_subset conditions_per_batch ode_steps", below_one="dropout ema")
     cells, conditions = config.batch_size, config.conditions_per_batch
     least = 2 if config.mmd_weight else 1
-    if conditions < 1 or cells % conditions or cells // conditions < least:
+    if cells % conditions or cells // conditions < least:
         raise DataError(f"--batch-size {cells} --conditions-per-batch {conditions}: the batch must hold as many cells "
                         "of one condition as of another, at least two with the MMD")
-    if config.heads < 1 or config.width % config.heads:
+    if config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
-    if min(config.layers, config.gene_subset, config.ode_steps) < 1:
-        raise DataError("--layers, --gene-subset and --ode-steps must be positive")
-    if max(config.dropout, config.ema) >= 1:
-        raise DataError("--dropout and --ema must be below 1")
 
 
 PRESETS = {"paper": {}, "demo": dict(

@@ -93,3 +93,19 @@ def test_graphs_of_a_compiled_run(method, demo, call, monkeypatch, tmp_path):
     assert done.returncode == 0, done.stderr
     assert 2 <= counter.frame_count <= GRAPHS[method]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_in_bf16_follows_fp32(method, demo, call, tmp_path):
+    """The same 100 steps in both, from the same random numbers: the losses of each stay within a few per cent."""
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        done = call(f"{method}.py", "--data", demo, *TINY[method], "--steps", "100", "--dtype", dtype,
+                    "--out", tmp_path / dtype)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / dtype / "log.jsonl").read_text().splitlines()]
+        losses[dtype] = np.array([line["loss"] for line in lines if "stage" not in line])
+    assert len(losses["fp32"]) == 100 and np.isfinite(losses["bf16"]).all()
+    difference = np.abs(losses["bf16"] - losses["fp32"]) / np.abs(losses["fp32"]).mean()
+    print(method, difference.max(), difference.mean())
+    assert 0 < difference.mean() < 0.02 and difference.max() < 0.1
