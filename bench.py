@@ -27,6 +27,7 @@ that is tested (doubles for doubles).
                     their control means; of other perturbations, by the distance of their genes' embeddings
 """
 import csv
+import importlib.util
 import hashlib
 import json
 import math
@@ -48,6 +49,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 import data
 import metrics
@@ -128,7 +130,7 @@ class Config(data.DataConfig):
     keys: tuple[str, ...] = ()      # metrics to print; default those of the papers' tables
     jobs: int = 0                   # runs at the same time; 0 is one per CPU core for demo-size models, else 1
     plot: bool = False              # figures as PNG files (needs matplotlib)
-    dry_run: bool = False           # print the commands and stop
+    dry_run: bool = False           # print the commands and stop; with --speed the memory that a step takes on a GPU
     stages: bool = False            # predict training conditions too, and say where each method's error enters
     speed: bool = False             # measure speed instead
     hvg: int = 5000                 # highly variable genes; the same for all methods
@@ -892,6 +894,67 @@ print(counter.get_total_flops())
 """
 
 
+SHARES = 16, 8          # memory is measured on a sixteenth and an eighth of the batch
+
+
+def count_memory(share, script, *flags):
+    """Train a script on a part of its batch and print, as one JSON object, the bytes of the weights (the optimiser's
+    and the averaged ones too), of their gradients, of the data set in fp16, and of the activations that each forward
+    pass keeps for its backward pass."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
+    method = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(method)
+    train, finish, saved, passes, parts = method.train, method.Run.finish, {}, [], {}
+
+    def pack(x):
+        if not isinstance(x._base if x._is_view() else x, torch.nn.Parameter):
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def unpack(x):                              # the first one of a backward pass
+        if saved:
+            passes.append(sum(saved.values()))
+            saved.clear()
+        return x
+
+    def keep(run, step, of_stage, **losses):
+        parts.update(of_stage)
+        finish(run, step, of_stage, **losses)
+
+    def measured(run, state):
+        run.config.batch_size //= int(share)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            train(run, state)
+        states = tree_leaves([part.state_dict() for part in parts.values()])
+        tensors = {a.data_ptr(): a.nbytes for a in states if isinstance(a, torch.Tensor)}
+        gradients = sum(p.grad.nbytes for p in parts["model"].parameters() if p.grad is not None)
+        print(json.dumps({"weights": sum(tensors.values()), "gradients": gradients, "activations": passes,
+                          "data": 2 * math.prod(run.dataset.X.shape)}))
+        sys.exit()
+    method.train, method.Run.finish = measured, keep
+    method.main(list(flags))
+
+
+def memory(script, flags, folder):
+    """Memory of a training step, in GB, from one step each of two small batches on the CPU: activations grow linearly
+    with the batch."""
+    flags = [*flags, "--device", "cpu", "--no-compile", "--steps", "1"]
+    if script.stem in FEW_STAGE:
+        flags += ["--pretrain-steps", "1"]
+    if "--dtype" not in flags:
+        flags += ["--dtype", "bf16"]
+    found = []
+    for share in SHARES:
+        code = "import sys, bench; bench.count_memory(*sys.argv[1:])"
+        _, text = child("-c", code, share, script, *flags, "--out", folder / str(share))
+        found.append(json.loads(text.splitlines()[-1]))
+    passes = np.array([each["activations"] for each in found], dtype=float)              # (2, passes)
+    a, b = (1 / share for share in SHARES)
+    whole = passes[0] + (passes[1] - passes[0]) * (1 - a) / (b - a)
+    row = {name: found[0][name] for name in ("weights", "gradients", "data")} | {"activations": whole.max()}
+    return {f"{name} GB": round(float(n) / 1e9, 2) for name, n in (row | {"sum": sum(row.values())}).items()}
+
+
 def matrix_rate(device, dtype):
     """FLOP/s of a large matrix product: what the device can do at best."""
     n = 8192 if device.type == "cuda" else 2048
@@ -940,7 +1003,11 @@ def speed(config):
     rows = []
     for text, (script, flags) in asked_methods(config).items():
         with tempfile.TemporaryDirectory() as folder:
-            row = measure(script, common_flags(config) + flags, config.device, 400 if cuda else 40, Path(folder))
+            asked = common_flags(config) + flags
+            if config.dry_run:
+                row = memory(script, asked, Path(folder))
+            else:
+                row = measure(script, asked, config.device, 400 if cuda else 40, Path(folder))
         rows.append({"method": text, "preset": config.preset, **row})
         print(f"measured {text}", flush=True)
     if not rows:
