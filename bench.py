@@ -27,8 +27,8 @@ that is tested (doubles for doubles).
                     their control means; of other perturbations, by the distance of their genes' embeddings
 """
 import csv
-import importlib.util
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -894,7 +894,7 @@ print(counter.get_total_flops())
 """
 
 
-SHARES = 16, 8          # memory is measured on a sixteenth and an eighth of the batch
+SHARES = {"demo": (4, 2), "paper": (16, 8)}       # memory is measured on a quarter and a half of the batch, ...
 
 
 def count_memory(share, script, *flags):
@@ -935,7 +935,7 @@ def count_memory(share, script, *flags):
     method.main(list(flags))
 
 
-def memory(script, flags, folder):
+def memory(script, flags, shares, folder):
     """Memory of a training step, in GB, from one step each of two small batches on the CPU: activations grow linearly
     with the batch."""
     flags = [*flags, "--device", "cpu", "--no-compile", "--steps", "1"]
@@ -944,12 +944,12 @@ def memory(script, flags, folder):
     if "--dtype" not in flags:
         flags += ["--dtype", "bf16"]
     found = []
-    for share in SHARES:
+    for share in shares:
         code = "import sys, bench; bench.count_memory(*sys.argv[1:])"
         _, text = child("-c", code, share, script, *flags, "--out", folder / str(share))
         found.append(json.loads(text.splitlines()[-1]))
     passes = np.array([each["activations"] for each in found], dtype=float)              # (2, passes)
-    a, b = (1 / share for share in SHARES)
+    a, b = (1 / share for share in shares)
     whole = passes[0] + (passes[1] - passes[0]) * (1 - a) / (b - a)
     row = {name: found[0][name] for name in ("weights", "gradients", "data")} | {"activations": whole.max()}
     return {f"{name} GB": round(float(n) / 1e9, 2) for name, n in (row | {"sum": sum(row.values())}).items()}
@@ -1005,7 +1005,7 @@ def speed(config):
         with tempfile.TemporaryDirectory() as folder:
             asked = common_flags(config) + flags
             if config.dry_run:
-                row = memory(script, asked, Path(folder))
+                row = memory(script, asked, SHARES.get(config.preset, SHARES["paper"]), Path(folder))
             else:
                 row = measure(script, asked, config.device, 400 if cuda else 40, Path(folder))
         rows.append({"method": text, "preset": config.preset, **row})
