@@ -952,7 +952,7 @@ def memory(script, flags, shares, folder):
     a, b = (1 / share for share in shares)
     whole = passes[0] + (passes[1] - passes[0]) * (1 - a) / (b - a)
     row = {name: found[0][name] for name in ("weights", "gradients", "data")} | {"activations": whole.max()}
-    return {f"{name} GB": round(float(n) / 1e9, 2) for name, n in (row | {"sum": sum(row.values())}).items()}
+    return {f"{name} GB": round(float(n) / 1e9, 3) for name, n in (row | {"sum": sum(row.values())}).items()}
 
 
 def matrix_rate(device, dtype):

@@ -19,7 +19,7 @@ from scipy.stats import wilcoxon
 import bench
 import data
 import metrics
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 NAMES = [f"P{i}" for i in range(8)]
 PAIRS = ["+".join(pair) for pair in itertools.combinations(NAMES, 2)]
@@ -517,6 +517,20 @@ def test_speed_of_a_script_whose_speed_is_known(demo, capsys, monkeypatch, tmp_p
     per_step = 2 * 500 ** 3 + 4 * 2 * 2 * 512 * 512 * 64                             # a product, and attention
     assert found["GFLOP/step"] == round(per_step / 1e9, 2) and found["utilisation"] == round(per_step / .02 / 50e9, 3)
     assert 1200 < found["sampled cells/s"] < 2800
+
+
+def test_memory_of_a_whole_batch_follows_from_two_parts_of_it(demo, capsys, tmp_path):
+    """The extrapolation equals what the whole batch saves; weights are the model's, twice averaged and in Adam's two."""
+    method = f"primeflow {' '.join(TINY['primeflow'])} --batch-size 256"
+    out = ok(main(capsys, "--speed", "--dry-run", "--data", demo, "--preset", "demo", "--methods", method))
+    (found,) = json.loads(out.strip().splitlines()[-1])["methods"]
+    flags = ["--data", demo, *TINY["primeflow"], "--batch-size", 256, "--steps", 1, "--dtype", "bf16"]
+    code = "import sys, bench; bench.count_memory(*sys.argv[1:])"
+    _, text = bench.child("-c", code, 1, ROOT / "primeflow.py", *flags, "--out", tmp_path / "whole")
+    whole = json.loads(text.splitlines()[-1])
+    assert found["activations GB"] == round(max(whole["activations"]) / 1e9, 3) > 0
+    assert whole["weights"] > 3.9 * whole["gradients"] > 0
+    assert whole["data"] == 2 * 560 * 40 and found["sum GB"] >= found["activations GB"] + found["weights GB"]
 
 
 def test_figures_and_what_is_missing_in_them(demo, stub, capsys, monkeypatch, tmp_path):
