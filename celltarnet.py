@@ -241,9 +241,20 @@ class FlowLayer(nn.Module):
         x = self.norm_self(h)
         kv = self.attention.kv(x)
         if cache is not None:
-            kv = cache.index_copy_(1, t, kv.to(cache))
+            kv = cache.index_copy_(1, t, kv)
         h = h + self.drop(self.attention(x, kv, mask))
         return h + self.mlp(self.norm_mlp(h))
+
+
+def cast_once(layers, dtype):
+    """Layers with their products' weights in dtype: under autocast a compiled step would cast them for every slot."""
+    if layers[0].cross.q.weight.dtype == dtype:
+        return layers
+    layers = copy.deepcopy(layers)
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+    return layers
 
 
 class FlowBlock(nn.Module):
@@ -258,7 +269,8 @@ class FlowBlock(nn.Module):
         self.register_buffer("order", order)                             # (T P,)
         self.register_buffer("back", order.argsort())
         self.register_buffer("mask", torch.zeros(T, T, device=mask.device).masked_fill_(~mask, -math.inf))
-        self.register_buffer("real", (order < n_genes).float().view(T, P).repeat(1, 2))     # (T, 2 P): 0 for padding
+        real = (order < n_genes).float().view(T, P)                      # 0 for padding
+        self.register_buffer("scale", torch.cat([real, real / 3], dim=1))    # (T, 2 P): of mu and a
         self.value = nn.Linear(P, d, bias=False)
         self.label = nn.Parameter(0.5 * torch.randn(T, d))
         self.modulate = nn.Linear(d, 2 * d)
@@ -281,11 +293,11 @@ class FlowBlock(nn.Module):
         label = self.label * (1 + scale) + shift
         return label.index_select(0, which), [layer.cross.kv(H).index_select(0, which) for layer in self.layers]
 
-    def affine(self, h, real):
+    def affine(self, h, scale):
         """Hidden states (B, S, d) -> mu and a (B, S, P), |a| < 3; in fp32 also where the layers run in bf16."""
         with torch.autocast(h.device.type, enabled=False):
-            mu, a = (self.head(self.norm(h.to(real))) * real).chunk(2, dim=-1)
-            return mu, 3 * torch.tanh(a / 3)
+            mu, a = (self.head(self.norm(h.to(scale))) * scale).chunk(2, dim=-1)
+            return mu, 3 * torch.tanh(a)                                 # a soft clip: 3 tanh(a / 3)
 
     def parameters_of(self, u, context):
         """mu, a (B, T, P) of all slots at once, from the true values u (B, T, P)."""
@@ -293,7 +305,7 @@ class FlowBlock(nn.Module):
         h = self.value(F.pad(u, (0, 0, 1, -1))) + label                  # (B, T, d); the start slot holds zeros
         for layer, kv in zip(self.layers, cross):
             h = layer(h, kv, self.mask)
-        return self.affine(h, self.real)
+        return self.affine(h, self.scale)
 
     def forward(self, x, H, which):
         """x (B, T P), H (n, T + 2, d), which (B,) -> the same cells one step closer to noise, log|det| (B,)."""
@@ -301,13 +313,13 @@ class FlowBlock(nn.Module):
         mu, a = self.parameters_of(u, self.context(H, which))
         return self.genes((u - mu) * torch.exp(-a)), -a.sum((-2, -1))
 
-    def step(self, before, v, label, mask, real, t, cross, caches):
-        """One slot of the inverse: its values (B, 1, P), from those of the slot before. v, label, mask and real are the
-        slot's own, t (1,) its number. Shapes are the same for every slot: it is compiled once."""
+    def step(self, layers, cross, caches, before, v, label, mask, scale, t):
+        """One slot of the inverse: its values (B, 1, P), from those of the slot before. v, label, mask and scale are
+        the slot's own, t (1,) its number. Shapes are the same for every slot: it is compiled once."""
         h = self.value(before) + label                                   # (B, 1, d)
-        for layer, kv, cache in zip(self.layers, cross, caches):
+        for layer, kv, cache in zip(layers, cross, caches):
             h = layer(h, kv, mask, cache, t)
-        mu, a = self.affine(h, real)
+        mu, a = self.affine(h, scale)
         return torch.addcmul(mu, v, torch.exp(a))
 
     def inverse(self, x, H, which, step):
@@ -315,11 +327,12 @@ class FlowBlock(nn.Module):
         v = self.slots(x)
         label, cross = self.context(H, which)
         caches = [torch.zeros_like(kv[:, 2:]) for kv in cross]           # of self-attention: (B, T, 2 d)
+        layers, mask = cast_once(self.layers, cross[0].dtype), self.mask.to(cross[0])
         numbers = torch.arange(v.shape[1], device=v.device)
-        slots = zip(v.split(1, 1), label.split(1, 1), self.mask.split(1), self.real.split(1), numbers.split(1))
+        slots = zip(v.split(1, 1), label.split(1, 1), mask.split(1), self.scale.split(1), numbers.split(1))
         now, u = torch.zeros_like(v[:, :1]), []
-        for v, label, mask, real, t in slots:
-            now = step(self, now, v, label, mask, real, t, cross, caches)
+        for slot in slots:
+            now = step(self, layers, cross, caches, now, *slot)
             u.append(now)
         return self.genes(torch.cat(u, dim=1))
 

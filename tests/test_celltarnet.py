@@ -354,16 +354,20 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_slot_takes_few_operations(dataset, panel):
-    """On a GPU each costs microseconds of host time, for every slot of every block."""
+@pytest.mark.parametrize("bf16, in_layer, around", [(False, 17.2, 10), (True, 22.2, 12)])
+def test_a_slot_takes_few_operations(dataset, panel, bf16, in_layer, around):
+    """On a GPU each costs microseconds, for every layer and slot. A compiled step has no cache of cast weights."""
     took = []
     for layers in (1, 3):
         model = build(dataset, panel, tiny(layers=layers), torch.float32)
-        H = model.encode(*contexts(dataset, panel, 2, torch.float32)).H
-        with Operations() as count:
-            model.blocks[0].inverse(torch.randn(2, 40), H, torch.arange(2), FlowBlock.step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+            H = model.encode(*contexts(dataset, panel, 2, torch.float32)).H
+            with Operations() as count:
+                model.blocks[0].inverse(torch.randn(2, 40), H, torch.arange(2), FlowBlock.step)
         took.append(count.n / 40)
-    assert (took[1] - took[0]) / 2 < 18 and took[0] < 30, took
+    per_layer = (took[1] - took[0]) / 2
+    print("operations", took, "per layer", per_layer)
+    assert per_layer < in_layer and took[0] - per_layer < around
 
 
 def test_flow_is_one_graph(dataset, panel):
