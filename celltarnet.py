@@ -26,15 +26,14 @@ Deviations (numbers that back them: README, experiments):
  6. Genes are standardised by training mean and sqrt(var + sigma^2). Likelihoods are reported in log1p CP10k.
  7. The perturbation's token of H scales and shifts the slots' labels (FiLM, zero at the start).
  8. Noise on the control cell has a level from U(0, 1): sampling uses the clean cell. Denoising keeps the covariates.
- 9. A batch holds n contexts of distinct conditions with m cells each. Context k also encodes a cell of its partner:
-    one negative of each of P's two kinds. Pairs of one condition are masked.
+ 9. Contexts are paired: each also encodes a cell of its partner, one negative of each of P's kinds; none if both are
+    of one condition. All contexts of a batch, drawn by process, have distinct conditions while there are enough.
 10. A perturbation is a learned map of its gene's vector plus a vector of its own that starts at zero (P: the latter).
 11. Orders come in pairs, one and its reverse: the file's (clusters of correlated genes if P > 1), then random ones.
 12. The prior's correlations are of training and control cells of one fold; the slot before is always seen.
 13. All sizes and the schedule are ours, after TarFlow; P names none. Sampling is sequential with cached keys.
-14. Every process draws its own batch, conditions included; none comes twice in it while there are enough.
-15. --effect-readout (demo): the flow models what a linear effect per gene and perturbation leaves; P has none.
-16. --calibration (demo; log p is untouched): generated cells are shifted, linearly in the conditions, to the means of
+14. --effect-readout (demo): the flow models what a linear effect per gene and perturbation leaves; P has none.
+15. --calibration (demo; log p is untouched): generated cells are shifted, linearly in the conditions, to the means of
     the training conditions, which the likelihood of few cells alone misses.
 """
 import copy
@@ -98,14 +97,10 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    for name in ("heads", "width", "blocks", "layers", "context_layers", "patch", "neighbours", "rank",
-                 "cells_per_context", "score_controls", "dequantise", "temperature"):
-        if getattr(config, name) == 0:
-            raise DataError(f"--{name.replace('_', '-')} 0: must be positive")
+    data.require(config, "heads width blocks layers context_layers patch neighbours rank cells_per_context "
+                 "score_controls dequantise temperature", below_one="dropout ema")
     if config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
-    if max(config.dropout, config.ema) >= 1:
-        raise DataError("--dropout and --ema must be below 1")
     multiple = config.cells_per_context * (2 if config.contrast_weight else 1)
     if config.batch_size % multiple:
         raise DataError(f"--batch-size {config.batch_size}: must be a multiple of {multiple}: --cells-per-context "
@@ -456,9 +451,9 @@ def info_nce(own, swapped, partner, condition, temperature):
 
 
 def celltarnet_loss(net, x, control, noisy, c, null, condition, config):
-    """Negative log-likelihood per gene of perturbed cells and, denoised, of control cells; InfoNCE. x (n, m, G) and
-    control (n, G): targets, dequantised; noisy (n, G): the control cells that the contexts see; c and null (n, V),
-    with and without the perturbation; condition (n,) numbers."""
+    """Negative log-likelihood per gene of perturbed cells and of control cells (denoising), InfoNCE. x (n, m, G) and
+    control (n, G): targets, dequantised; noisy (n, G): what the contexts see; c and null (n, V): with and without the
+    perturbation; condition (n,) numbers."""
     n, m, G = x.shape
     k = torch.arange(n, device=x.device)
     partner = k ^ 1                                                      # contexts 0 and 1, 2 and 3, ...
@@ -549,22 +544,9 @@ def score(run, state):
     --out as an AnnData file of cells x conditions. Ctrl-C ends it with the cells that were scored until then."""
     config, panel = run.config, data.Panel(**state["panel"])
     run.panel = panel
-    controls = data.open_prediction(config, state, panel, known(panel), run.device)[1]
-    names = config.score_under or [group for part in state["split"].values() for group in part]
-    asked = sorted({condition for condition, _ in data.asked_conditions(names, known(panel))})
-    cells = data.read_cells(config.score, config, control_required=False, perturbed_required=False)
-    data.lognormalise(cells)
-    columns = data.match_genes(cells.genes, panel.genes)
-    missing = [panel.genes[i] for i in np.flatnonzero(columns < 0)]
-    if missing:
-        raise DataError(f"--score {config.score}: lacks {len(missing)} of the {len(columns)} genes of the model "
-                        f"({missing[0]}, ...); add them (zero where not measured)")
-    covariate = cells.covariate                                          # (cells,)
-    lost = sorted(set(covariate) - set(controls))
-    if lost:
-        raise DataError(f"--score {config.score}: no control cells for {lost[0]}; there are {', '.join(controls)}")
-
+    cells, columns, controls, asked = data.open_scoring(config, state, panel, known(panel), run.device)
     model = load_model(config, panel, state["parts"]).to(run.device).eval()
+    covariate = cells.covariate                                          # (cells,)
     groups = [np.flatnonzero(covariate == value) for value in sorted(set(covariate))]
     chunks = [rows for g in groups for rows in np.array_split(g, math.ceil(len(g) / cells_at_once(run)))]
     scored, began = [], time.perf_counter()

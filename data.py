@@ -2269,8 +2269,31 @@ def open_prediction(config, state, panel, names, device):
     return sizes, controls, columns
 
 
-def asked_conditions(texts, names):
-    """[(condition, covariate)] of --predict, canonical, in any spelling that files may have: A_B, B|A, (+)-JQ1.
+def open_scoring(config, state, panel, names, device):
+    """What --score asks for: the Cells of the file, log1p CP10k; the columns (G,) of its X where the panel's genes are;
+    control cells {covariate: (n, G)}; the conditions to score the cells under, sorted.
+
+    names: perturbations that the model knows. Raises DataError for conditions, covariates or genes that are not there.
+    """
+    controls = open_prediction(config, state, panel, names, device)[1]
+    texts = config.score_under or [group for part in state["split"].values() for group in part]
+    asked = sorted({condition for condition, _ in asked_conditions(texts, names, "--score-under")})
+    cells = read_cells(config.score, config, control_required=False, perturbed_required=False)
+    lognormalise(cells)
+    columns = match_genes(cells.genes, panel.genes)
+    missing = [panel.genes[i] for i in np.flatnonzero(columns < 0)]
+    if missing:
+        raise DataError(f"--score {config.score}: lacks {len(missing):,} of the model's {len(columns):,} genes "
+                        f"({_listed(missing)}); add them (zero where not measured)")
+    lost = sorted(set(cells.covariate) - set(controls))
+    if lost:
+        raise DataError(f"--score {config.score}: no control cells for {lost[0]}; there are "
+                        f"{_listed(sorted(controls), 20)}")
+    return cells, columns, controls, asked
+
+
+def asked_conditions(texts, names, flag="--predict"):
+    """[(condition, covariate)] of a flag, canonical, in any spelling that files may have: A_B, B|A, (+)-JQ1.
     names: the perturbations that the model knows. Raises DataError for others, and for controls."""
     pieces = {piece for text in texts for piece in {text} | _pieces(text.partition("@")[0])}
     known = {piece for piece in pieces if perturbation_name(piece) in names}
@@ -2281,10 +2304,10 @@ def asked_conditions(texts, names):
         if perturbation_name(text) in names:                    # a name with '@' in it
             label, covariate = text, ""
         if not label.strip():
-            raise DataError(f"--predict '{text}': an empty name; give conditions such as A, A+B or A@covariates")
+            raise DataError(f"{flag} '{text}': an empty name; give conditions such as A, A+B or A@covariates")
         tokens = [token for token in rules.tokens(label.strip()) if not rules.is_control(token)]
         if not tokens:
-            raise DataError(f"--predict {text}: names no perturbation; control cells are real, not predicted")
+            raise DataError(f"{flag} {text}: names no perturbation; control cells are real, not predicted")
         for token in tokens:
             if perturbation_name(token) in names:
                 continue
@@ -2294,7 +2317,7 @@ def asked_conditions(texts, names):
             lower = {name.lower(): name for name in names}
             close = difflib.get_close_matches(perturbation_name(token).lower(), lower, 3)
             advice = f"did you mean {', '.join(lower[name] for name in close)}" if close else "check its spelling"
-            raise DataError(f"--predict {text}: the model does not know '{token}', which was not in its training file; "
+            raise DataError(f"{flag} {text}: the model does not know '{token}', which was not in its training file; "
                             f"{advice}")
         asked.append(("+".join(sorted(set(map(perturbation_name, tokens)))), covariate))
     return asked

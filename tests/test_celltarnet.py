@@ -473,8 +473,8 @@ def test_score_is_the_likelihood_of_every_cell_under_every_condition(demo, call,
     assert len(kept.genes) == 40 and list(kept.names) == list(data.read_cells(demo).names[:kept.X.shape[0]])
 
     data.write_h5ad(tmp_path / "thin.h5ad", np.ones((5, 3), np.float32), {}, ["TF1", "TF2", "TF3"])
-    for flags, words in ((["--score-under", "NOGENE"], "NOGENE"), (["--predict", "TF1"], "two uses"),
-                         (["--score", tmp_path / "thin.h5ad"], "lacks 37 of the 40 genes")):
+    for flags, words in ((["--score-under", "NOGENE"], "--score-under NOGENE"), (["--predict", "TF1"], "two uses"),
+                         (["--score", tmp_path / "thin.h5ad"], "lacks 37 of the model's 40 genes")):
         done = call("celltarnet.py", *ckpt, *flags, "--out", tmp_path / "no.h5ad")
         assert done.returncode == 2 and words in done.stderr and not (tmp_path / "no.h5ad").exists()
     assert "exists" in call("celltarnet.py", *ckpt, "--out", tmp_path / "part.h5ad").stderr
