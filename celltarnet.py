@@ -204,35 +204,23 @@ def mlp(width, dropout):
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
 
 
-class ContextLayer(nn.Module):
-    """Pre-norm transformer encoder layer."""
+class Layer(nn.Module):
+    """Pre-norm transformer layer: cross-attention to the context in the flow (section 3.1, step 1) and none in the
+    context encoder, self-attention, MLP."""
 
-    def __init__(self, config):
+    def __init__(self, config, cross):
         super().__init__()
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.attention, self.drop = Attention(config.width, config.heads), nn.Dropout(config.dropout)
-        self.mlp = mlp(config.width, config.dropout)
+        if cross:
+            self.norm_cross, self.cross = nn.LayerNorm(config.width), Attention(config.width, config.heads)
+        self.norm_self, self.attention = nn.LayerNorm(config.width), Attention(config.width, config.heads)
+        self.norm_mlp, self.mlp = nn.LayerNorm(config.width), mlp(config.width, config.dropout)
+        self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, h):                                                # (n, T + 2, d)
-        x = self.norm_attention(h)
-        h = h + self.drop(self.attention(x, self.attention.kv(x)))
-        return h + self.mlp(self.norm_mlp(h))
-
-
-class FlowLayer(nn.Module):
-    """Cross-attention to the context, masked self-attention, MLP (section 3.1, steps 1 to 3)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.norm_cross = nn.LayerNorm(config.width)
-        self.norm_self, self.norm_mlp = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.cross, self.attention = (Attention(config.width, config.heads) for _ in range(2))
-        self.mlp, self.drop = mlp(config.width, config.dropout), nn.Dropout(config.dropout)
-
-    def forward(self, h, context, mask, cache=None, t=None):
+    def forward(self, h, context=None, mask=None, cache=None, t=None):
         """h (B, S, d), context: kv of self.cross, (B, T + 2, 2 d), mask (S, T) -> (B, S, d). In sampling S = 1: cache
         (B, T, 2 d) holds the kv of the earlier slots and takes that of slot t (1,)."""
-        h = h + self.drop(self.cross(self.norm_cross(h), context))
+        if context is not None:
+            h = h + self.drop(self.cross(self.norm_cross(h), context))
         x = self.norm_self(h)
         kv = self.attention.kv(x)
         if cache is not None:
@@ -269,7 +257,7 @@ class FlowBlock(nn.Module):
         self.value = nn.Linear(P, d, bias=False)
         self.label = nn.Parameter(0.5 * torch.randn(T, d))
         self.modulate = nn.Linear(d, 2 * d)
-        self.layers = nn.ModuleList(FlowLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, cross=True) for _ in range(config.layers))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 2 * P)
         for linear in (self.head, self.modulate):                        # the flow starts as the identity
             nn.init.zeros_(linear.weight)
@@ -360,7 +348,7 @@ class CellTARNet(nn.Module):
         self.gene_to_pert = nn.Linear(d, d, bias=False)
         self.value = nn.Linear(self.patch, d)
         self.special = nn.Parameter(0.5 * torch.randn(2, d))             # CLS; added to the perturbation
-        self.context_layers = nn.ModuleList(ContextLayer(config) for _ in range(config.context_layers))
+        self.context_layers = nn.ModuleList(Layer(config, cross=False) for _ in range(config.context_layers))
         self.context_norm = nn.LayerNorm(d)
         self.effects = nn.Parameter(torch.zeros(n_own, G), requires_grad=config.effect_readout)
 
