@@ -2055,7 +2055,7 @@ def read_gmt(path):
 
 # ------------------------------------------------------------------------------------------------ runs of a method
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 CHECKPOINT_SECONDS = 300                                # between two checkpoints
 FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "compile", "resume", "cache_gb", "backed"}
