@@ -282,30 +282,22 @@ def perturbation_vectors(run, vectors):
 # -------------------------------------------------------------------------------- gene modules
 
 def sinkhorn(cost, epsilon, iterations, columns=None, tolerance=0.0):
-    """Entropic transport plans, fp32 or better: cost (..., n, m) -> plan (..., n, m).
+    """Entropic transport plans, in the log domain, fp32 or better: cost (..., n, m) -> plan (..., n, m).
 
-    Rows are uniform and met exactly, columns uniform or as given (m,). epsilon: number or (..., 1, 1). One iteration
-    in ten is in the log domain, which holds at any epsilon; the others scale the plan that it gives, for less work:
-    nine stay in the range of floats. tolerance: stop when the columns are met this well; 0 never waits for the
-    device."""
+    Rows are uniform and met exactly, columns uniform or as given (m,). epsilon: number or (..., 1, 1). tolerance: stop
+    when the columns are met this well; 0 never waits for the device."""
     with torch.autocast(cost.device.type, enabled=False):
-        kernel = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon
-        n, m = kernel.shape[-2:]
-        column = kernel.new_full((m,), n / m) if columns is None else n * columns.to(kernel)
-        f = kernel.new_zeros(*kernel.shape[:-1], 1)
-        for i in range(0, iterations, 10):
-            g = column.log() - (kernel + f).logsumexp(-2, keepdim=True)                # (..., 1, m)
-            f = -(kernel + g).logsumexp(-1, keepdim=True)                            # (..., n, 1)
-            plan = (kernel + f + g).exp()                                            # times n: its rows sum to 1
-            u, v = torch.ones_like(f), torch.ones_like(g)
-            for _ in range(min(10, iterations - i) - 1):
-                v = column / (u.mT @ plan)
-                u = (plan @ v.mT).reciprocal()
-            f = f + u.log()
-            g = g + v.log()
-            if tolerance and ((kernel + f + g).exp().sum(-2) - column).abs().sum(-1).max() < n * tolerance:
+        log_plan = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon            # of n times the plan
+        n, m = log_plan.shape[-2:]
+        target = 1 / m if columns is None else columns.to(log_plan)
+        for i in range(iterations):
+            log_plan = log_plan.log_softmax(-2)                          # the columns are met
+            if columns is not None:                                      # uniform ones cancel in the next line
+                log_plan = log_plan + target.log()
+            log_plan = log_plan.log_softmax(-1)                          # the rows are met
+            if tolerance and i % 10 == 0 and (log_plan.exp().mean(-2) - target).abs().sum(-1).max() < tolerance:
                 break
-        return (kernel + f + g).exp() / n
+        return log_plan.exp() / n
 
 
 def kmeans(x, K, seed=42, restarts=10, iterations=300):
@@ -516,6 +508,7 @@ class Flow(nn.Module):
         self.kv = nn.Linear(256 if config.dose_key else p, 2 * d, bias=False)
         self.pooled = nn.Linear(d + covariates, 256)
         self.effect = nn.Parameter(torch.zeros(self.kv.in_features, config.latent)) if config.effect_readout else None
+        self.register_buffer("frequency", 10 ** (1 - torch.arange(512) / 512), persistent=False)
         self.time_mlp = nn.Sequential(nn.Linear(1024, h), nn.SiLU(), nn.Linear(h, h))
         self.state = nn.ModuleList([nn.Linear(config.latent, h), nn.Linear(h, h)])
         self.join_time, self.join_state = nn.Linear(h, h), nn.Linear(h, h, bias=False)
@@ -529,7 +522,7 @@ class Flow(nn.Module):
 
     def condition(self, tokens, mask, dose, covariates):
         """Attention pooling over the slots that hold a perturbation: tokens, mask, dose (C, slots) -> (C, 256); and the
-        part of the velocity that is linear in them (C, 1, D)."""
+        part of the velocity that is the same at all times and states (C, 1, D): a bias, with what is linear in them."""
         def split(x):                                                    # (C, slots, 64) -> (C, 8 heads, slots, 8)
             return x.unflatten(-1, (8, -1)).transpose(1, 2)
         a = self.vectors(tokens)                                         # (C, slots, p)
@@ -544,27 +537,32 @@ class Flow(nn.Module):
                                                 scale=1 / 8)             # official scale
         c = self.pooled(torch.cat([pooled.flatten(1), covariates], dim=1))
         if self.effect is None:
-            return c, c.new_zeros(len(c), 1, 1)
-        return c, (a * mask[..., None]).sum(1, keepdim=True) @ self.effect
+            return c, self.out.bias.expand(len(c), 1, -1)
+        return c, (a * mask[..., None]).sum(1, keepdim=True) @ self.effect + self.out.bias
 
     def time(self, t):
         """(...) times in [0, 1] -> (..., h): their part of the joint layer."""
-        angle = 10 * t[..., None] * torch.exp(-math.log(10) * torch.arange(512, device=t.device) / 512)
+        angle = t[..., None] * self.frequency
         return self.join_time(self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1)))
 
     def velocity(self, z, joined, effect, training=False):
-        """z (C, b, D), joined (C, b or 1, h) of time and condition, effect (C, 1, D or 1) -> (C, b, D) float32."""
+        """z (C, b, D), joined (C, b or 1, h) of time and condition, effect (C, 1, D) -> (C, b, D) float32."""
         def act(x):
             return F.dropout(F.silu(x), self.dropout, training)
         x = act(self.state[1](act(self.state[0](z))))
         x = act(self.join_state(x) + joined)
-        return (self.out(act(self.joint(x))) + effect).float()
+        return (F.linear(act(self.joint(x)), self.out.weight) + effect).float()
 
-    def integrate(self, z, condition, effect):
+    def grid(self):
+        """The times (2 K + 1,) at which the midpoint rule asks for a velocity."""
+        return torch.linspace(0, 1, 2 * self.steps + 1, device=self.frequency.device)
+
+    def integrate(self, z, condition, effect, time=None):
         """Midpoint rule from t=0 to 1: control latents z (C, b, D) -> perturbed latents. condition, effect: of
-        condition()."""
+        condition(); time: time(grid()), where it is known."""
         K = self.steps
-        time = self.time(torch.linspace(0, 1, 2 * K + 1, device=z.device))                  # (2 K + 1, h)
+        if time is None:
+            time = self.time(self.grid())                                                   # (2 K + 1, h)
         joined = (time[:, None, None] + self.join_condition(condition)[:, None]).unbind()   # each (C, 1, h)
         for i in range(0, 2 * K, 2):
             middle = torch.add(z, self.velocity(z, joined[i], effect), alpha=0.5 / K)
@@ -575,8 +573,10 @@ class Flow(nn.Module):
         """Velocity (C, b, D) at z_t (C, b, D) and t (C, b), under condition (of slots()) times its dropout mask, keep
         (C, 256); and the end points, without dropout, of start (S, n, D), control latents of chosen (S,) conditions."""
         c, effect = self.condition(*condition)
-        v = self.velocity(z_t, self.time(t) + self.join_condition(c * keep)[:, None], effect, self.training)
-        return v, self.integrate(start, c[chosen], effect[chosen])
+        time, steps = self.time(torch.cat([t.flatten(), self.grid()])).tensor_split([t.numel()])
+        joined = time.view(*t.shape, -1) + self.join_condition(c * keep)[:, None]           # (C, b, h)
+        v = self.velocity(z_t, joined, effect, self.training)
+        return v, self.integrate(start, c[chosen], effect[chosen], steps)
 
 
 class Dose(nn.Module):
@@ -619,10 +619,8 @@ OT_ITERATIONS = 10      # enough at epsilon 1, where official runs end after one
 def correlation(x, member):
     """Correlation between modules over the cells: x (S, n, G), member (G, K) averaging -> (S, K, K)."""
     with torch.autocast(x.device.type, enabled=False):
-        y = x @ member
-        y = y - y.mean(1, keepdim=True)
-        y = (y / y.square().mean(1, keepdim=True).clamp(min=1e-12).sqrt()).clamp(-10, 10)
-        return y.transpose(1, 2) @ y / y.shape[1]
+        y = F.layer_norm((x @ member).mT, x.shape[1:2], eps=1e-12)       # (S, K, n), standardised over the cells
+        return y @ y.mT / x.shape[1]
 
 
 def correlation_loss(pred, real, member):
@@ -649,7 +647,7 @@ def squared_distance(a, b):
     centre = b.detach().mean(1, keepdim=True)
     a, b = a - centre, b - centre
     norms = a.square().sum(-1)[:, :, None] + b.square().sum(-1)[:, None]
-    return (norms - 2 * a @ b.transpose(1, 2)).clamp(min=0)
+    return torch.baddbmm(norms, a, b.mT, alpha=-2).clamp(min=0)
 
 
 def ot_partners(z0, z1, u, epsilon):
@@ -892,12 +890,12 @@ def train(run, state):
         # pairs of control and perturbed latents, a point between them, and the velocity to learn (eq. 6)
         t, u = torch.rand(2, C, b, device=device)
         z1 = ot_partners(z0, z1, u, config.ot_epsilon)
-        z_t = torch.lerp(z0, z1, t[..., None]) + config.sigma * torch.randn_like(z0)
+        z_t = torch.lerp(z0, z1, t[..., None]).add(torch.randn_like(z0), alpha=config.sigma)
         with run.autocast():
             v, end = net(z_t, t, [a[pick] for a in conditions], keep, start.unflatten(0, (S, n)), spread)
             control = dataset.gather(rows) if config.residual else None
             pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
-        flow = (v - (z1 - z0)).square().mean()
+        flow = F.mse_loss(v, z1 - z0)
         corr = correlation_loss(pred, real, member) if config.corr_weight else zero
         path = zero
         if config.path_weight:
