@@ -27,7 +27,7 @@ Deviations (numbers that back them: README, experiments):
  3. Structure losses in every step, on 3 conditions of the batch (P); C: an optimiser of its own, now and then.
  4. The pathway transport is solved in the log domain, epsilon relative to the mean cost, 100 iterations (P): C's
     kernel form underflows, so that far predictions have no loss.
- 5. Stage 1 is validated on 5% of the training and control cells; C uses 300 controls and, failing these, test controls.
+ 5. Stage 1 has a fixed length (P); C stops it early, by the error on 300 controls, where these lack on test controls.
  6. One gene-embedding term in a token, the mean over the module's genes, as in C; P describes a second one.
  7. A perturbation without an embedding has a learned one, and the trained ones' mean where it was in no training
     condition; in C a zero vector, the same as no perturbation.
@@ -94,11 +94,9 @@ class Config(data.RunConfig):
     inducing: int = 8               # M, inducing points per layer (paper)
     latent: int = 50                # D, latent dimension (paper)
     dropout: float = 0.1            # in both stages (official)
-    pretrain_steps: int = 35_000    # length of stage 1, at most (paper: 100 epochs of Norman)
+    pretrain_steps: int = 35_000    # length of stage 1 (paper: 100 epochs of Norman)
     pretrain_batch_size: int = 256  # cells per step and process (paper)
     pretrain_lr: float = 1e-4       # Adam (official)
-    pretrain_check: int = 1750      # steps between validations (official: 5 epochs); 0 never stops early
-    patience: int = 4               # validations without improvement that end stage 1 (official)
     # stage 2: flow
     conditions_per_batch: int = 20  # cells are paired within each (official)
     hidden: int = 1024              # width of the velocity network (paper)
@@ -121,7 +119,7 @@ class Config(data.RunConfig):
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
     for name in ("modules", "layers", "heads", "inducing", "latent", "hidden", "pretrain_steps", "pretrain_batch_size",
-                 "pretrain_lr", "patience", "conditions_per_batch", "structure_conditions", "ode_steps", "ot_epsilon"):
+                 "pretrain_lr", "conditions_per_batch", "structure_conditions", "ode_steps", "ot_epsilon"):
         if getattr(config, name) == 0:
             raise DataError(f"--{name.replace('_', '-')} 0: must be positive")
     cells, conditions = config.batch_size, config.conditions_per_batch
@@ -142,7 +140,7 @@ def check(config):
 PRESETS = {"paper": {}, "demo": dict(
     steps=500, hvg=1000, batch_size=512, conditions_per_batch=8, lr=1e-3, schedule="cosine", modules=8, width=64,
     layers=2, heads=4, inducing=4, latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128,
-    pretrain_lr=2e-3, pretrain_check=200, hidden=256, condition_dropout=0.8, effect_readout=True, residual=True,
+    pretrain_lr=2e-3, hidden=256, condition_dropout=0.8, effect_readout=True, residual=True,
     structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, zeros="detect", eval_cells=100)}
 SAMPLING = {"ode_steps", "analyse"}     # flags that --ckpt may change
 
@@ -770,61 +768,25 @@ def learning_rates(optimizer, config, steps):
 
 
 def pretrain(run, state, model):
-    """Stage 1: reconstruction (eq. 5), validated on training and control cells set aside; leaves the best weights in
-    model.autoencoder. state: a checkpoint of this stage, or None."""
-    config, dataset, device = run.config, run.dataset, run.device
-    autoencoder, B = model.autoencoder, config.pretrain_batch_size
-    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=config.pretrain_lr, fused=True)
+    """Stage 1: model.autoencoder learns to reconstruct training and control cells (eq. 5). state: a checkpoint of this
+    stage, or None."""
+    config, dataset, B = run.config, run.dataset, run.config.pretrain_batch_size
+    optimizer = torch.optim.Adam(model.autoencoder.parameters(), lr=config.pretrain_lr, fused=True)
     schedule = learning_rates(optimizer, config, config.pretrain_steps)
-    best = copy.deepcopy(autoencoder)
-    best.register_buffer("error", torch.tensor(math.inf))                # of the best weights
-    best.register_buffer("checks", torch.tensor(0))                      # validations since
-    parts = {"model": model, "best": best.to(device), "optimizer": optimizer, "schedule": schedule}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     begin = run.resume(state, parts, stage="pretraining", steps=config.pretrain_steps, cells=B)
-    net = run.wrap(autoencoder)
-
-    # cells: 5% for validation, the others for training
-    rows = torch.from_numpy(np.random.default_rng(config.seed).permutation(dataset.fit_rows)).to(device)
-    held = rows[:min(1000, len(rows) // 20) if config.pretrain_check else 0]
-    rows = rows[len(held):]
-    over = bool(best.checks >= config.patience)
+    net = run.wrap(model.autoencoder)
+    rows = torch.from_numpy(dataset.fit_rows).to(dataset.where)
     for step in range(begin + 1, config.pretrain_steps + 1):
-        if over:
-            break
         run.start(step)
-        x = dataset.gather(rows[torch.randint(len(rows), (B,), device=device)])              # (B, G)
+        x = dataset.gather(rows[torch.randint(len(rows), (B,), device=rows.device)])         # (B, G)
         with run.autocast():
             loss = F.mse_loss(net(x), x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-
-        if len(held) and (step % config.pretrain_check == 0 or step == config.pretrain_steps):
-            error = reconstruction_error(run, autoencoder, held)
-            if error < best.error:
-                best.load_state_dict(autoencoder.state_dict() | {"error": error, "checks": torch.tensor(0)})
-            else:
-                best.checks += 1
-            over = bool(best.checks >= config.patience)
-            if over:
-                run.say(f"autoencoder: no better in {config.patience} validations, best {best.error:.4f}")
-                run.steps = step                                         # the stage ends here
         run.finish(step, parts, loss=loss)
-    if len(held):
-        autoencoder.load_state_dict(best.state_dict(), strict=False)
-
-
-@torch.no_grad()
-def reconstruction_error(run, autoencoder, rows):
-    """Mean squared error over some cells, the same on all processes."""
-    autoencoder.eval()
-    total = sum((autoencoder(x) - x).square().sum() for x in map(run.dataset.gather, rows.split(1024)))
-    autoencoder.train()
-    error = total / (len(rows) * len(autoencoder.mean))
-    if run.world > 1:
-        dist.broadcast(error, 0)
-    return error
 
 
 def train(run, state):

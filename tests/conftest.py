@@ -26,8 +26,8 @@ TINY = {
                   "--heads", "2", "--guidance", "1", "--ode-steps", "2"],
     "scbig": [*SHORT, "--batch-size", "16", "--conditions-per-batch", "4", "--width", "16", "--layers", "1",
               "--heads", "2", "--hidden", "32", "--latent", "8", "--modules", "4", "--inducing", "2",
-              "--pretrain-steps", "4", "--pretrain-batch-size", "16", "--pretrain-check", "2",
-              "--structure-conditions", "2", "--structure-cells", "8", "--ode-steps", "2"],
+              "--pretrain-steps", "4", "--pretrain-batch-size", "16", "--structure-conditions", "2",
+              "--structure-cells", "8", "--ode-steps", "2"],
     "celltarnet": [*SHORT, "--batch-size", "16", "--cells-per-context", "2", "--width", "16", "--blocks", "2",
                    "--patch", "2", "--neighbours", "5"],
 }

@@ -37,8 +37,6 @@ def measured(demo, tmp_path_factory):
     (folder / "split.json").write_text(json.dumps({"val": doubles[:1], "test": doubles[1:2]}))   # few, since it is slow
     for method in METHODS:
         flags = ["--data", demo, *TINY[method], "--steps", "3", "--split", f"{folder}/split.json"]
-        if method == "scbig":
-            flags += ["--pretrain-check", "0"]          # validation waits, as it may
         run, ckpt = ["--out", f"{folder}/{method}"], ["--ckpt", f"{folder}/{method}/ckpt.pt"]
         commands = [flags + run + ["--eval-every", "2"], run + ["--resume", "--eval-cells", "6"],
                     ckpt + ["--predict", "TF1+TF2", "--cells", "5", "--out", f"{folder}/{method}-p.h5ad"],
