@@ -1730,6 +1730,13 @@ def write_json(path, content):
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def write_table(path, header, rows):
+    """A tab-separated file, atomically; numbers have four digits."""
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row in [header, *rows]:
+            file.write("\t".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + "\n")
+
+
 class _Disk(io.FileIO):
     """A file for h5py that raises a failed write when it is closed: HDF5 crashes when the disk is full as it writes."""
     failure = None
@@ -2051,6 +2058,44 @@ def read_gmt(path):
             raise ValueError
         return name, genes
     return dict(_records(path, "--pathways", pathway, "a name, a description and genes, separated by tabs"))
+
+
+def coverage(say, flag, known, what):
+    """Print how many of the names that are needed a file knows, known (n,) bool; under 20% are an error."""
+    found, wanted = int(known.sum()), len(known)
+    say(f"{flag}: knows {found:,} of {wanted:,} {what}")
+    if found < 0.2 * wanted:
+        raise DataError(f"{flag}: knows only {found:,} of {wanted:,} {what}; give a file of the same species and "
+                        "naming (STRING needs --ppi-info), or leave the flag out: a stand-in is made from the data")
+
+
+def aligned_vectors(path, flag, names):
+    """Vectors of read_vectors for some names: (n, p) float32, zeros where the file has none, and known (n,) bool."""
+    table = read_vectors(path, flag)
+    known = torch.tensor([name.upper() in table for name in names])
+    nothing = np.zeros(len(next(iter(table.values()), ())), dtype=np.float32)
+    return torch.from_numpy(np.stack([table.get(name.upper(), nothing) for name in names])), known
+
+
+def gene_graph(path, info, genes, say):
+    """Which of the genes interact by read_edges: (G, G) float32, 0 or 1, symmetric, nothing on the diagonal."""
+    column = {gene.upper(): i for i, gene in enumerate(genes)}
+    edges = read_edges(path, info)
+    named = {gene for edge in edges for gene in edge}
+    coverage(say, "--ppi", torch.tensor([gene in named for gene in column]), "genes of the panel")
+    graph = torch.zeros(len(genes), len(genes))
+    for a, b in edges:
+        if a in column and b in column:
+            graph[column[a], column[b]] = 1
+    return graph.maximum(graph.T).fill_diagonal_(0)
+
+
+def gene_sets(path, genes, say):
+    """Which of the genes are in the sets of read_gmt: (Q, G) float32, 0 or 1."""
+    names, sets = [gene.upper() for gene in genes], list(read_gmt(path).values())
+    member = torch.tensor([[name in of for name in names] for of in sets], dtype=torch.float32).view(-1, len(names))
+    coverage(say, "--pathways", member.any(0), "genes of the panel")
+    return member
 
 
 # ------------------------------------------------------------------------------------------------ runs of a method

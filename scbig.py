@@ -173,14 +173,6 @@ def load_priors(run):
             "pert_vectors": pert_vectors, "pert_learned": pert_learned, "pert_trained": pert_trained}
 
 
-def covered(run, flag, found, wanted, what):
-    """Print which share of the panel a file knows; an error under 20%."""
-    run.say(f"{flag}: knows {found:,} of {wanted:,} {what}")
-    if found < 0.2 * wanted:
-        raise DataError(f"{flag}: knows only {found:,} of {wanted:,} {what}; give a file of the same species and "
-                        "naming (STRING needs --ppi-info), or leave the flag out: a stand-in is made from the data")
-
-
 def gene_vectors(run, corr, width=128, effects=64):
     """Vector of every gene (G, p): from --gene-embeddings, or own: from corr (G, G), the correlation of the genes, and
     the effects of the training conditions. Genes that the file lacks are fitted to their own by ridge."""
@@ -193,16 +185,12 @@ def gene_vectors(run, corr, width=128, effects=64):
     if not run.config.gene_embeddings:
         return own
 
-    table = data.read_vectors(run.config.gene_embeddings, "--gene-embeddings")
-    names = [gene.upper() for gene in run.panel.genes]                   # as in the files
-    there = torch.tensor([name in table for name in names])
-    covered(run, "--gene-embeddings", int(there.sum()), len(names), "genes of the panel")
-    given = torch.from_numpy(np.stack([table[name] for name in names if name in table]))
-    own_there, mean = own[there], given.mean(0)
-    ridge = own_there.T @ own_there + torch.eye(own.shape[1])
-    vectors = mean + own @ torch.linalg.solve(ridge, own_there.T @ (given - mean))
-    vectors[there] = given
-    return vectors
+    given, known = data.aligned_vectors(run.config.gene_embeddings, "--gene-embeddings", run.panel.genes)
+    data.coverage(run.say, "--gene-embeddings", known, "genes of the panel")
+    own_known, mean = own[known], given[known].mean(0)
+    ridge = own_known.T @ own_known + torch.eye(own.shape[1])
+    fitted = mean + own @ torch.linalg.solve(ridge, own_known.T @ (given[known] - mean))
+    return torch.where(known[:, None], given, fitted)
 
 
 def interaction_graph(run, corr, neighbours=20):
@@ -210,15 +198,7 @@ def interaction_graph(run, corr, neighbours=20):
     cells, a cell's total expression held fixed."""
     config, G = run.config, len(corr)
     if config.ppi:
-        column = {gene.upper(): i for i, gene in enumerate(run.panel.genes)}
-        pairs = data.read_edges(config.ppi, config.ppi_info)
-        named = {gene for pair in pairs for gene in pair}
-        covered(run, "--ppi", len(named & set(column)), G, "genes of the panel")
-        inside = [(column[a], column[b]) for a, b in pairs if a in column and b in column and a != b]
-        i, j = torch.tensor(inside, dtype=torch.long).reshape(-1, 2).T
-        graph = torch.zeros(G, G)
-        graph[i, j] = 1
-        return graph.maximum(graph.T)
+        return data.gene_graph(config.ppi, config.ppi_info, run.panel.genes, run.say)
     if not config.gene_embeddings and config.clustering == "grc":
         run.say("note: without --gene-embeddings and --ppi both terms of the clustering cost come from the same "
                 "expression and tell it much the same")
@@ -233,14 +213,12 @@ def interaction_graph(run, corr, neighbours=20):
 def pathway_sets(run, vectors):
     """(Q, G), rows sum to 1: sets of --pathways with at least three genes of the panel, or clusters of the genes at
     three granularities."""
-    config, names = run.config, [gene.upper() for gene in run.panel.genes]
+    config = run.config
     if config.pathways:
-        sets = list(data.read_gmt(config.pathways).values())
-        covered(run, "--pathways", len(set(names) & set().union(*sets)), len(names), "genes of the panel")
-        member = torch.tensor([[name in genes for name in names] for genes in sets], dtype=torch.float32)
+        member = data.gene_sets(config.pathways, run.panel.genes, run.say)
     else:
         unit = F.normalize(vectors, dim=1)
-        labels = [kmeans(unit, min(len(names), n * config.modules)) for n in (1, 2, 4)]
+        labels = [kmeans(unit, min(len(unit), n * config.modules)) for n in (1, 2, 4)]
         member = torch.cat([F.one_hot(label).T.float() for label in labels])
     member = member[member.sum(1) >= 3]
     if config.path_weight and not len(member):
@@ -249,31 +227,28 @@ def pathway_sets(run, vectors):
 
 
 def perturbation_vectors(run, vectors):
-    """What the flow knows of every token (see token_names): pert_vectors (N, p) of root mean square 1, from
+    """What the flow knows of every token (see token_numbers): pert_vectors (N, p) of root mean square 1, from
     --pert-embeddings or the gene's own; pert_learned (N,), the row of a learned table where there is no vector, else
     FIXED, or UNKNOWN for what was not trained either; pert_trained, the tokens of training conditions."""
     config, panel = run.config, run.panel
-    names = token_names(panel, config)
-    tokens = {name: i for i, name in enumerate(names)}
+    tokens = token_numbers(panel, config)
     asked = {p: perturbation_token(p, config, tokens)[0] for p in panel.perturbations}
-    table = {gene.upper(): vector for gene, vector in zip(panel.genes, vectors.numpy())}
     if config.pert_embeddings:
-        table = data.read_vectors(config.pert_embeddings, "--pert-embeddings")
-        found = sum(names[i].upper() in table for i in set(asked.values()))
-        covered(run, "--pert-embeddings", found, len(set(asked.values())), "perturbations")
+        out, fixed = data.aligned_vectors(config.pert_embeddings, "--pert-embeddings", tokens)
+        data.coverage(run.say, "--pert-embeddings", fixed[sorted(set(asked.values()))], "perturbations")
     elif config.condition_embedding == "learned":
-        table = {"": np.zeros(128, np.float32)}                          # no name has a vector
-    nothing = np.zeros_like(next(iter(table.values())))
-    out = torch.from_numpy(np.stack([table.get(name.upper(), nothing) for name in names]))         # (N, p)
-    fixed = torch.tensor([name.upper() in table for name in names])
+        out, fixed = torch.zeros(len(tokens), 128), torch.zeros(len(tokens), dtype=torch.bool)
+    else:
+        others = len(tokens) - len(vectors)                              # tokens that are no genes are the last ones
+        out, fixed = F.pad(vectors, (0, 0, 0, others)), torch.arange(len(tokens)) < len(vectors)
     trained = torch.tensor(sorted({asked[p] for p in panel.trained}))
-    own = torch.zeros_like(fixed).index_fill(0, trained, True) & ~fixed  # has a row of the learned table
-    lost = [p for p, i in asked.items() if not fixed[i] and not own[i]]
+    learned = torch.where(fixed, FIXED, UNKNOWN)
+    own = trained[~fixed[trained]]                                       # have a row of the learned table
+    learned[own] = torch.arange(len(own))
+    lost = [p for p, i in asked.items() if learned[i] == UNKNOWN]
     if lost:
         run.say(f"note: {len(lost)} perturbations have neither an embedding nor a training condition "
                 f"({', '.join(lost[:5])}): each is predicted as an average perturbation")
-    learned = torch.where(fixed, FIXED, UNKNOWN)
-    learned = torch.where(own, own.cumsum(0) - 1, learned)
     return out / out.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12), learned, trained
 
 
@@ -679,9 +654,11 @@ def sample(integrate, model, control, condition, residual):
     return decode(model.autoencoder, start, end, control if residual else None)
 
 
-def token_names(panel, config):
-    """What can have an embedding: the genes of the panel, then the perturbations that are none, without their dose."""
-    return list(panel.genes) + sorted({base_and_dose(p, config)[0] for p in panel.outside()})
+def token_numbers(panel, config):
+    """{name: token} of what can have an embedding: the genes of the panel, then perturbations that are none, without
+    their dose."""
+    others = sorted({base_and_dose(p, config)[0] for p in panel.outside()})
+    return {name: i for i, name in enumerate([*panel.genes, *others])}
 
 
 def base_and_dose(name, config):
@@ -705,7 +682,7 @@ def slots(groups, panel, config):
     """What the flow is told of groups (CONDITION or CONDITION@COVARIATE): tokens, mask, dose (C, slots) and covariates
     (C, V) one-hot. Doses are log(1 + dose) over the file's highest, 1 where there is none. A covariate value that the
     training file did not have is all zeros."""
-    tokens = {name: i for i, name in enumerate(token_names(panel, config))}
+    tokens = token_numbers(panel, config)
     doses = [base_and_dose(p, config)[1] for p in panel.perturbations]
     highest = max((d for d in doses if d is not None), default=1.0)
     parts = [group.partition("@")[0].split("+") for group in groups]
@@ -880,21 +857,14 @@ def train(run, state):
 
 # -------------------------------------------------------------------------------- what the modules mean
 
-def write_table(path, header, rows):
-    """A tab-separated file."""
-    with data.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row in [header, *rows]:
-            file.write("\t".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + "\n")
-
-
 def write_modules(run, model):
     """modules.tsv, the module of every gene; with --pathways modules_enrichment.tsv, the pathways of every module."""
     if run.rank == 0:
         genes, modules = run.panel.genes, model.autoencoder.module_of.cpu().numpy()
-        write_table(run.out / "modules.tsv", ("gene", "module"), zip(genes, modules))
+        data.write_table(run.out / "modules.tsv", ("gene", "module"), zip(genes, modules))
         if run.config.pathways:
             found = metrics.enrichment(modules, genes, data.read_gmt(run.config.pathways))
-            write_table(run.out / "modules_enrichment.tsv", metrics.ENRICHMENT, found)
+            data.write_table(run.out / "modules_enrichment.tsv", metrics.ENRICHMENT, found)
 
 
 @torch.no_grad()
@@ -916,7 +886,7 @@ def analyse(run, state):
                          for x in (start, cells))                        # each [K]
         rows += [(group, k, a, b, b / a - 1) for k, (a, b) in enumerate(zip(before, after))]
     path = Path(config.ckpt).with_name("attention_shift.tsv") if config.out == "pred.h5ad" else run.out
-    write_table(path, ("condition", "module", "in_controls", "attention", "relative_shift"), rows)
+    data.write_table(path, ("condition", "module", "in_controls", "attention", "relative_shift"), rows)
     run.say(f"wrote {path}")
 
 

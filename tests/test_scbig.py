@@ -542,6 +542,9 @@ def test_interactions_in_every_format(tmp_path):
     ("--gene-embeddings", "v.tsv", "TF1\t1\t2\nTF2\t1\t3\n", ["knows only 2 of 40 genes"]),
     ("--pert-embeddings", "v.tsv", "TF1\t1\t2\nTF2\t1\t3\n", ["knows only 2 of 16 perturbations"]),
     ("--ppi", "p.txt", "9606.P1 9606.P2 900\n", ["knows only 0 of 40 genes", "--ppi-info"]),
+    ("--ppi", "p.txt", "", ["knows only 0 of 40 genes"]),
+    ("--pathways", "p.gmt", "", ["knows only 0 of 40 genes"]),
+    ("--pert-embeddings", "v.tsv", "TF1\t0\t0\n", ["knows only 0 of 16 perturbations"]),
 ])
 def test_bad_prior_files_are_one_clear_line(flag, name, content, words, dataset, panel, tmp_path):
     path = tmp_path / name
@@ -612,7 +615,7 @@ def test_doses_share_the_embedding_of_their_drug(call, tmp_path):
     state = checkpoint(tmp_path / "run")
     config, panel = Config(**state["config"]), data.Panel(**state["panel"])
     token, mask, amount, _ = scbig.slots(["X-1:10", "X-1:1000", "Y:10"], panel, config)
-    assert token[0, 0] == token[1, 0] != token[2, 0] and scbig.token_names(panel, config)[30:] == drugs
+    assert token[0, 0] == token[1, 0] != token[2, 0] and list(scbig.token_numbers(panel, config))[30:] == drugs
     assert amount[:, 0].tolist() == pytest.approx([math.log(11) / math.log(1001), 1, math.log(11) / math.log(1001)])
     c, _ = scbig.load_model(config, panel, state["parts"]).flow.condition(token, mask, amount, torch.zeros(3, 0))
     assert (c[0] - c[1]).abs().max() > 1e-3 and (c[0] - c[2]).abs().max() > 1e-3
