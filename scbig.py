@@ -801,11 +801,11 @@ def train(run, state):
         for rows in torch.from_numpy(dataset.fit_rows).to(device).split(4096):
             latents[rows] = autoencoder.encode(dataset.gather(rows))
     names = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in names], device=device)
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
     conditions = [a.to(device) for a in slots(names, panel, config)]
     member = F.one_hot(autoencoder.module_of).float()
     member = member / member.sum(0)                                      # (G, K): mean over a module's genes
-    spread = torch.arange(S, device=device) * C // S                     # of the C, those for the structure losses
+    spread = torch.arange(S, device=dataset.where) * C // S              # of the C, those for the structure losses
     zero = torch.zeros((), device=device)
     run.say(f"{sum(p.numel() for p in model.autoencoder.parameters()):,} parameters in the autoencoder, "
             f"{sum(p.numel() for p in model.flow.parameters()):,} in the flow; {len(names)} training conditions, "
@@ -815,7 +815,7 @@ def train(run, state):
     for step in range(begin + 1, config.steps + 1):
         run.start(step)
         # batch: latents of b cells of each of C conditions and of their controls; dropout of the condition
-        pick = torch.randint(len(group), (C,), device=device)
+        pick = torch.randint(len(group), (C,), device=dataset.where)
         both = torch.cat([group[pick], dataset.controls_for(group[pick])])
         z1, z0 = latents[dataset.draw(both, b)].unflatten(0, (2, C, b))
         keep = (torch.rand(C, 256, device=device) >= config.condition_dropout) / (1 - config.condition_dropout)
@@ -830,8 +830,9 @@ def train(run, state):
         t, u = torch.rand(2, C, b, device=device)
         z1 = ot_partners(z0, z1, u, config.ot_epsilon)
         z_t = torch.lerp(z0, z1, t[..., None]).add(torch.randn_like(z0), alpha=config.sigma)
+        told = [a[pick.to(device)] for a in conditions]
         with run.autocast():
-            v, end = net(z_t, t, [a[pick] for a in conditions], keep, start.unflatten(0, (S, n)), spread)
+            v, end = net(z_t, t, told, keep, start.unflatten(0, (S, n)), spread.to(device))
             control = dataset.gather(rows) if config.residual else None
             pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
         flow = F.mse_loss(v, z1 - z0)

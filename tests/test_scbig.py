@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 
 import data
 import scbig
-from conftest import TINY
+from conftest import ROOT, TINY
 from scbig import Config
 
 
@@ -721,6 +723,15 @@ def test_bf16_trains_like_fp32(demo, call, tmp_path):
     (["--pretrain-steps", "0"], ["--pretrain-steps"])])
 def test_misuse(flags, words, demo, call, tmp_path):
     error(call("scbig.py", "--data", demo, *TINY["scbig"], "--out", tmp_path / "run", *flags), *words)
+
+
+def test_cells_on_disk_are_streamed_to_a_device(demo, tmp_path):
+    """Where the matrix is not on the device, neither are the numbers of the rows; standin.py refuses to mix them."""
+    flags = ["--data", demo, *TINY["scbig"], "--steps", "3", "--backed", "--out", str(tmp_path / "run")]
+    (tmp_path / "commands.json").write_text(json.dumps([flags]))
+    command = [sys.executable, ROOT / "tests" / "standin.py", "scbig", tmp_path / "commands.json"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert '"calls": {"step": 7' in ok(done)
 
 
 def test_exported_modules_are_those_of_the_checkpoint_and_balanced(whole, panel):
