@@ -158,19 +158,16 @@ FIXED, UNKNOWN = -1, -2                 # in pert_learned: no row of the learned
 def load_priors(run):
     """What the model takes over from files or training cells, by the names of its buffers: module_of (G,),
     module_vectors (K, p), mean (G,), pathways (Q, G), and the three of perturbation_vectors."""
-    config, dataset = run.config, run.dataset
-    corr = data.gene_statistics(dataset)[2].cpu()
+    corr = data.gene_statistics(run.dataset)[2].cpu()
     vectors = gene_vectors(run, corr)
-    graph = interaction_graph(run, corr)
-    module_of, changed = gene_modules(vectors, graph, config)
+    module_of, changed = gene_modules(vectors, interaction_graph(run, corr), run.config)
     if changed:
-        run.say(f"clustering: {config.modules} modules, genes that changed module in each step: "
+        run.say(f"clustering: {run.config.modules} modules, genes that changed module in each step: "
                 + ", ".join(map(str, changed)))
     member = F.one_hot(module_of).float()                                # (G, K)
-    pert_vectors, pert_learned, pert_trained = perturbation_vectors(run, vectors)
     return {"module_of": module_of, "module_vectors": member.T @ vectors / member.sum(0)[:, None],
             "mean": torch.tensor(run.panel.mean), "pathways": pathway_sets(run, vectors),
-            "pert_vectors": pert_vectors, "pert_learned": pert_learned, "pert_trained": pert_trained}
+            **perturbation_vectors(run, vectors)}
 
 
 def gene_vectors(run, corr, width=128, effects=64):
@@ -249,7 +246,8 @@ def perturbation_vectors(run, vectors):
     if lost:
         run.say(f"note: {len(lost)} perturbations have neither an embedding nor a training condition "
                 f"({', '.join(lost[:5])}): each is predicted as an average perturbation")
-    return out / out.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12), learned, trained
+    size = out.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
+    return {"pert_vectors": out / size, "pert_learned": learned, "pert_trained": trained}
 
 
 # -------------------------------------------------------------------------------- gene modules
@@ -590,7 +588,8 @@ OT_ITERATIONS = 10      # enough at epsilon 1, where official runs end after one
 
 
 def correlation(x, member):
-    """Correlation between modules over the cells: x (S, n, G), member (G, K) averaging -> (S, K, K)."""
+    """Correlation between modules over the cells: x (S, n, G), member (G, K) averaging -> (S, K, K). C also clips the
+    standardised values at 10, which no value reaches among 101 cells or fewer."""
     with torch.autocast(x.device.type, enabled=False):
         y = F.layer_norm((x @ member).mT, x.shape[1:2], eps=1e-12)       # (S, K, n), standardised over the cells
         return y @ y.mT / x.shape[1]
@@ -836,8 +835,9 @@ def train(run, state):
             control = dataset.gather(rows) if config.residual else None
             pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
         flow = F.mse_loss(v, z1 - z0)
-        corr = correlation_loss(pred, real, member) if config.corr_weight else zero
-        path = zero
+        corr = path = zero
+        if config.corr_weight:
+            corr = correlation_loss(pred, real, member)
         if config.path_weight:
             path = pathway_loss(pred, real, model.pathways, iterations=config.path_iterations)
         loss = flow + config.corr_weight * corr + config.path_weight * path                  # eq. 9
