@@ -118,10 +118,9 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    for name in ("modules", "layers", "heads", "inducing", "latent", "hidden", "pretrain_steps", "pretrain_batch_size",
-                 "pretrain_lr", "conditions_per_batch", "structure_conditions", "ode_steps", "ot_epsilon"):
-        if getattr(config, name) == 0:
-            raise DataError(f"--{name.replace('_', '-')} 0: must be positive")
+    data.require(config, "modules layers heads inducing latent hidden pretrain_steps pretrain_batch_size pretrain_lr "
+                 "conditions_per_batch structure_conditions ode_steps ot_epsilon",
+                 below_one="dropout condition_dropout ema")
     cells, conditions = config.batch_size, config.conditions_per_batch
     if cells % conditions:
         raise DataError(f"--batch-size {cells} --conditions-per-batch {conditions}: the batch must hold as many cells "
@@ -131,8 +130,6 @@ def check(config):
                         f"({conditions}), --structure-cells at least 2")
     if config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
-    if max(config.dropout, config.condition_dropout, config.ema) >= 1:
-        raise DataError("--dropout, --condition-dropout and --ema must be below 1")
     if config.ppi_info and not config.ppi:
         raise DataError("--ppi-info names the proteins of --ppi; give both")
 
