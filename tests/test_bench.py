@@ -520,7 +520,7 @@ def test_speed_of_a_script_whose_speed_is_known(demo, capsys, monkeypatch, tmp_p
 
 
 def test_memory_of_a_whole_batch_follows_from_two_parts_of_it(demo, capsys, tmp_path):
-    """The extrapolation equals what the whole batch saves; weights are the model's, twice averaged and in Adam's two."""
+    """The extrapolation equals what the whole batch saves; weights: model, average, Adam's two."""
     method = f"primeflow {' '.join(TINY['primeflow'])} --batch-size 256"
     out = ok(main(capsys, "--speed", "--dry-run", "--data", demo, "--preset", "demo", "--methods", method))
     (found,) = json.loads(out.strip().splitlines()[-1])["methods"]
