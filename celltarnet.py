@@ -704,14 +704,7 @@ class Run:
         if not self.compile:
             return function
         once = self.functions.setdefault(function.__qualname__, torch.compile(function))
-
-        def call(*args):
-            tensors = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor)]
-            for a in tensors:
-                if a.dim() and len(a) == len(tensors[0]):
-                    torch._dynamo.maybe_mark_dynamic(a, 0)
-            return once(*args)
-        return call
+        return lambda *args: once(*data.of_any_length(args))
 
     def resume(self, state, parts, stage="training", steps=0, cells=0):
         """Begin a stage of training, from a checkpoint of it if there is one; returns the last step that was done.

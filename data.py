@@ -43,6 +43,7 @@ import h5py
 import numpy as np
 import scipy.sparse as sp
 import torch
+from torch.utils._pytree import tree_leaves
 
 CONTROL = "control"
 PERT_KEYS = ("condition", "perturbation", "target", "perturbation_name", "pert", "gene", "target_gene",
@@ -2455,6 +2456,16 @@ def status(run, step, values, seconds):
     start, end = ("\r", "\033[K") if sys.stdout.isatty() else ("", "")  # one line that is written over
     return (f"{start}{warning}{stage} {step}/{run.steps}  {shown}  {values['cells_per_s']:,.0f} cells/s  "
             f"{clock(run.trained)} elapsed  {left} left{end}")
+
+
+def of_any_length(args):
+    """Arguments of a compiled function, their tensors marked so that it is compiled for any length of the first one's
+    first dimension, the number of cells."""
+    tensors = [a for a in tree_leaves(args) if isinstance(a, torch.Tensor) and a.dim()]
+    for a in tensors:
+        if len(a) == len(tensors[0]):
+            torch._dynamo.maybe_mark_dynamic(a, 0)
+    return args
 
 
 def room(device):
