@@ -898,9 +898,9 @@ SHARES = {"demo": (4, 2), "paper": (16, 8)}       # memory is measured on a quar
 
 
 def count_memory(share, script, *flags):
-    """Train a script on a part of its batch and print, as one JSON object, the bytes of the weights (the optimiser's
-    and the averaged ones too), of their gradients, of the data set in fp16, and of the activations that each forward
-    pass keeps for its backward pass."""
+    """Train a script on a part of its batch and print, as one JSON object, the part that it was, and the bytes of the
+    weights (the optimiser's and the averaged ones too), of their gradients, of the data set in fp16, and of the
+    activations that each forward pass keeps for its backward pass."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, script)
     method = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(method)
@@ -922,14 +922,15 @@ def count_memory(share, script, *flags):
         finish(run, step, of_stage, **losses)
 
     def measured(run, state):
-        run.config.batch_size //= int(share)
+        whole = run.config.batch_size
+        run.config.batch_size = whole // int(share)
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             train(run, state)
         states = tree_leaves([part.state_dict() for part in parts.values()])
         tensors = {a.data_ptr(): a.nbytes for a in states if isinstance(a, torch.Tensor)}
         gradients = sum(p.grad.nbytes for p in parts["model"].parameters() if p.grad is not None)
         print(json.dumps({"weights": sum(tensors.values()), "gradients": gradients, "activations": passes,
-                          "data": 2 * math.prod(run.dataset.X.shape)}))
+                          "data": 2 * math.prod(run.dataset.X.shape), "share": run.config.batch_size / whole}))
         sys.exit()
     method.train, method.Run.finish = measured, keep
     method.main(list(flags))
@@ -949,7 +950,7 @@ def memory(script, flags, shares, folder):
         _, text = child("-c", code, share, script, *flags, "--out", folder / str(share))
         found.append(json.loads(text.splitlines()[-1]))
     passes = np.array([each["activations"] for each in found], dtype=float)              # (2, passes)
-    a, b = (1 / share for share in shares)
+    a, b = (each["share"] for each in found)
     whole = passes[0] + (passes[1] - passes[0]) * (1 - a) / (b - a)
     row = {name: found[0][name] for name in ("weights", "gradients", "data")} | {"activations": whole.max()}
     return {f"{name} GB": round(float(n) / 1e9, 3) for name, n in (row | {"sum": sum(row.values())}).items()}
