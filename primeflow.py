@@ -5,7 +5,7 @@ A network predicts the velocity that turns Gaussian noise into a cell, all genes
 never the source. Each gene is a position of a U-Net: its encoded value plus a learned identity. In a fifth of the
 training cells the condition is replaced by a learned null vector, so that sampling can exaggerate the condition:
 v = v_null + w (v_condition - v_null). --preset demo departs from this, for small data: an MLP, its flow started at
-control cells. On the demo's transfer split it reaches l2 3.4 in half a minute; the U-Net of the former preset, 4.9 in
+control cells. On the demo's transfer split it reaches l2 3.3 in half a minute; the U-Net of the former preset, 4.9 in
 two minutes.
 
 Paper: "PRiMeFlow: capturing complex expression heterogeneity in perturbation response modelling" (P; the numbers of
