@@ -924,6 +924,9 @@ def count_memory(share, script, *flags):
     def measured(run, state):
         whole = run.config.batch_size
         run.config.batch_size = whole // int(share)
+        if run.config.batch_size == 0:
+            raise DataError(f"--batch-size {whole}: too small to measure parts of it")
+        method.check(run.config)
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             train(run, state)
         states = tree_leaves([part.state_dict() for part in parts.values()])
@@ -938,7 +941,8 @@ def count_memory(share, script, *flags):
 
 def memory(script, flags, shares, folder):
     """Memory of a training step, in GB, from one step each of two small batches on the CPU: activations grow linearly
-    with the batch."""
+    with the batch. A lower bound: a GPU keeps norms in fp32 where a CPU has bf16, and what --recompute computes again
+    is not counted."""
     flags = [*flags, "--device", "cpu", "--no-compile", "--steps", "1"]
     if script.stem in FEW_STAGE:
         flags += ["--pretrain-steps", "1"]

@@ -118,8 +118,8 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    data.require(config, "modules layers heads inducing latent hidden pretrain_steps pretrain_batch_size pretrain_lr "
-                 "conditions_per_batch structure_conditions ode_steps ot_epsilon",
+    data.require(config, "modules width layers heads inducing latent hidden pretrain_steps pretrain_batch_size "
+                 "pretrain_lr conditions_per_batch structure_conditions path_iterations ode_steps ot_epsilon",
                  below_one="dropout condition_dropout ema")
     cells, conditions = config.batch_size, config.conditions_per_batch
     if cells % conditions:
@@ -522,7 +522,7 @@ class Flow(nn.Module):
         return (F.linear(act(self.joint(x)), self.out.weight) + effect).float()
 
     def grid(self):
-        """The times (2 K + 1,) at which the midpoint rule asks for a velocity."""
+        """Times (2 K + 1,): borders and middles of the steps."""
         return torch.linspace(0, 1, 2 * self.steps + 1, device=self.frequency.device)
 
     def integrate(self, z, condition, effect, time=None):

@@ -84,7 +84,7 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    data.require(config, "heads layers gene_subset conditions_per_batch ode_steps", below_one="dropout ema")
+    data.require(config, "width heads layers gene_subset conditions_per_batch ode_steps", below_one="dropout ema")
     cells, conditions = config.batch_size, config.conditions_per_batch
     least = 2 if config.mmd_weight else 1
     if cells % conditions or cells // conditions < least:
