@@ -957,7 +957,7 @@ def memory(script, flags, shares, folder):
     a, b = (each["share"] for each in found)
     whole = passes[0] + (passes[1] - passes[0]) * (1 - a) / (b - a)
     row = {name: found[0][name] for name in ("weights", "gradients", "data")} | {"activations": whole.max()}
-    return {f"{name} GB": round(float(n) / 1e9, 3) for name, n in (row | {"sum": sum(row.values())}).items()}
+    return {f"{name} GB": float(n) / 1e9 for name, n in (row | {"sum": sum(row.values())}).items()}
 
 
 def matrix_rate(device, dtype):
@@ -1017,7 +1017,8 @@ def speed(config):
         print(f"measured {text}", flush=True)
     if not rows:
         raise DataError("--speed: --methods names none to measure")
-    print(render([list(rows[0])] + [[str(value) for value in row.values()] for row in rows]))
+    shown = [[f"{v:.2f}" if name.endswith("GB") else str(v) for name, v in row.items()] for row in rows]
+    print(render([list(rows[0]), *shown]))
     print(json.dumps({"methods": rows, "torch": torch.__version__, "threads": torch.get_num_threads(),
                       "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}))
     return 0

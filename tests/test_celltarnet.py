@@ -366,8 +366,7 @@ def test_a_slot_takes_few_operations(dataset, panel, bf16, in_layer, around):
                 model.blocks[0].inverse(torch.randn(2, 40), H, torch.arange(2), FlowBlock.step)
         took.append(count.n / 40)
     per_layer = (took[1] - took[0]) / 2
-    print("operations", took, "per layer", per_layer)
-    assert per_layer < in_layer and took[0] - per_layer < around
+    assert per_layer < in_layer and took[0] - per_layer < around, took
 
 
 def test_flow_is_one_graph(dataset, panel):
@@ -544,12 +543,6 @@ def test_learning_rate_warms_up_and_ends_low():
     rates = [ct.rate(step, config) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11) and rates[10] == pytest.approx(1.0) and rates[100] == pytest.approx(0.01)
     assert np.all(np.diff(rates[:11]) > 0) and np.all(np.diff(rates[10:]) < 0)
-
-
-def test_bf16_trains_as_fp32_does(demo, call, tmp_path, monkeypatch):
-    nll = [spied(monkeypatch, call, tmp_path / dtype, "--data", demo, "--steps", 20, "--dtype", dtype)[1][-1]["nll"]
-           for dtype in ("fp32", "bf16")]
-    assert nll[0] != nll[1] and nll[1] == pytest.approx(nll[0], rel=0.03)
 
 
 @pytest.mark.parametrize("flags", [["--contrast-weight", 0, "--denoise-weight", 0, "--cells-per-context", 1],

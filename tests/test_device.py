@@ -108,8 +108,7 @@ def test_training_in_bf16_follows_fp32(method, demo, call, tmp_path):
                     "--out", tmp_path / dtype)
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (tmp_path / dtype / "log.jsonl").read_text().splitlines()]
-        losses[dtype] = np.array([line["loss"] for line in lines if "stage" not in line])
-    assert len(losses["fp32"]) == 100 and np.isfinite(losses["bf16"]).all()
+        losses[dtype] = np.array([line["loss"] for line in lines])
+    assert len(losses["fp32"]) >= 100 and np.isfinite(losses["bf16"]).all()
     difference = np.abs(losses["bf16"] - losses["fp32"]) / np.abs(losses["fp32"]).mean()
-    print(method, difference.max(), difference.mean())
     assert 0 < difference.mean() < 0.02 and difference.max() < 0.1
