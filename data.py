@@ -126,7 +126,7 @@ def _open(path):
         with open(path, "rb") as handle:
             head = handle.read(512)
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise DataError(f"{path}: no such file; check the path (README, 'Data', says where to get data sets)") from None
+        raise DataError(f"{path}: no such file; check the path (README, 'Data sets', says where to get data sets)") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions and its folder's") from None
     for pattern, message in NOT_HDF5:
