@@ -9,6 +9,7 @@
     python bench.py --data sciplex.h5 --split transfer --covariates cell_type --keys rmse rmse_rank mmd mmd_rank
     python bench.py --stages                                               does a method underfit, or not transfer
     python bench.py --speed --preset paper --data norman.h5                ms per step, cells/s, memory, utilisation
+    python bench.py --speed --dry-run --preset paper --data norman.h5      what a step will take of a GPU's memory
 
 Every method runs as a user runs it, python METHOD.py, in a process of its own, with the same data flags, split, fold
 and seed; a second call runs only what is missing, and continues what was interrupted. Results are in the folder --out:
@@ -49,6 +50,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils import flop_counter
 from torch.utils._pytree import tree_leaves
 
 import data
@@ -879,32 +881,36 @@ def plot_pca(plt, condition, cells, colors):
 
 # -------------------------------------------------------------------------------- speed
 
-FEW_STAGE = {"scbig": ["--pretrain-steps", "20"]}      # an earlier stage, which is not what is timed
-
-# runs the script of its arguments as python does, and prints its FLOPs last; the counter knows plain attention only
-COUNT_FLOPS = """
-import os, runpy, sys
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-del sys.argv[0]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-    runpy.run_path(sys.argv[0], run_name="__main__")
-print(counter.get_total_flops())
-"""
-
-
 SHARES = {"demo": (4, 2), "paper": (16, 8)}       # memory is measured on a quarter and a half of the batch, ...
+CPU_ATTENTION = {                       # FLOPs of what torch's counter does not know, from the shapes of the arguments
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda *shapes, **_: flop_counter.sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda *shapes, **_: flop_counter.sdpa_backward_flop_count(*shapes[:4])}
 
 
-def count_memory(share, script, *flags):
-    """Train a script on a part of its batch and print, as one JSON object, the part that it was, and the bytes of the
-    weights (the optimiser's and the averaged ones too), of their gradients, of the data set in fp16, and of the
-    activations that each forward pass keeps for its backward pass."""
+def load(script):
+    """The module of a method's script, in a child process, which may change it."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, script)
     method = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(method)
-    train, finish, saved, passes, parts = method.train, method.Run.finish, {}, [], {}
+    return method
+
+
+def shorten(config):
+    """An earlier stage of training, which is not what is measured, takes a few steps."""
+    if hasattr(config, "pretrain_steps"):
+        config.pretrain_steps = 3
+
+
+def count(share, script, *flags):
+    """Train a script for a step on a part of its batch and print, as one JSON object, the part that it was, the FLOPs
+    of the step, and the bytes of the weights (the optimiser's and the averaged ones too), of their gradients, of the
+    data set in fp16, and of the activations that each forward pass keeps for its backward pass."""
+    method = load(script)
+    train, start, finish = method.train, method.Run.start, method.Run.finish
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    saved, passes, total, whole = {}, [], [], 0
 
     def pack(x):
         if not isinstance(x._base if x._is_view() else x, torch.nn.Parameter):
@@ -917,47 +923,85 @@ def count_memory(share, script, *flags):
             saved.clear()
         return x
 
-    def keep(run, step, of_stage, **losses):
-        parts.update(of_stage)
-        finish(run, step, of_stage, **losses)
+    def before(run, step):
+        start(run, step)
+        total[:] = [counter.get_total_flops()]
+
+    def after(run, step, parts, **losses):
+        finish(run, step, parts, **losses)
+        if run.stage != "training":
+            return
+        states = tree_leaves([part.state_dict() for part in parts.values()])
+        tensors = {a.data_ptr(): a.nbytes for a in states if isinstance(a, torch.Tensor)}
+        gradients = sum(p.grad.nbytes for p in parts["model"].parameters() if p.grad is not None)
+        print(json.dumps({"weights": sum(tensors.values()), "gradients": gradients, "activations": passes,
+                          "data": 2 * math.prod(run.dataset.X.shape), "share": run.config.batch_size / whole,
+                          "flops": counter.get_total_flops() - total[0]}))
+        sys.exit()
 
     def measured(run, state):
+        nonlocal whole
         whole = run.config.batch_size
         run.config.batch_size = whole // int(share)
         if run.config.batch_size == 0:
             raise DataError(f"--batch-size {whole}: too small to measure parts of it")
         method.check(run.config)
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        shorten(run.config)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack), counter:
             train(run, state)
-        states = tree_leaves([part.state_dict() for part in parts.values()])
-        tensors = {a.data_ptr(): a.nbytes for a in states if isinstance(a, torch.Tensor)}
-        gradients = sum(p.grad.nbytes for p in parts["model"].parameters() if p.grad is not None)
-        print(json.dumps({"weights": sum(tensors.values()), "gradients": gradients, "activations": passes,
-                          "data": 2 * math.prod(run.dataset.X.shape), "share": run.config.batch_size / whole}))
-        sys.exit()
-    method.train, method.Run.finish = measured, keep
-    method.main(list(flags))
+    method.train, method.Run.start, method.Run.finish = measured, before, after
+    method.main([*flags, "--steps", "2", "--no-compile"])                # the last step may do more
+
+
+def counted(share, script, flags, folder):
+    """What count() finds, in a process of its own."""
+    code = "import sys, bench; bench.count(*sys.argv[1:])"
+    _, text = child("-c", code, share, script, *flags, "--out", folder / f"count{share}")
+    return json.loads(text.splitlines()[-1])
 
 
 def memory(script, flags, shares, folder):
     """Memory of a training step, in GB, from one step each of two small batches on the CPU: activations grow linearly
     with the batch. A lower bound: a GPU keeps norms in fp32 where a CPU has bf16, and what --recompute computes again
     is not counted."""
-    flags = [*flags, "--device", "cpu", "--no-compile", "--steps", "1"]
-    if script.stem in FEW_STAGE:
-        flags += ["--pretrain-steps", "1"]
-    if "--dtype" not in flags:
+    flags = [*flags, "--device", "cpu"]
+    if not any(flag.startswith("--dtype") for flag in flags):
         flags += ["--dtype", "bf16"]
-    found = []
-    for share in shares:
-        code = "import sys, bench; bench.count_memory(*sys.argv[1:])"
-        _, text = child("-c", code, share, script, *flags, "--out", folder / str(share))
-        found.append(json.loads(text.splitlines()[-1]))
+    found = [counted(share, script, flags, folder) for share in shares]
     passes = np.array([each["activations"] for each in found], dtype=float)              # (2, passes)
     a, b = (each["share"] for each in found)
     whole = passes[0] + (passes[1] - passes[0]) * (1 - a) / (b - a)
     row = {name: found[0][name] for name in ("weights", "gradients", "data")} | {"activations": whole.max()}
     return {f"{name} GB": float(n) / 1e9 for name, n in (row | {"sum": sum(row.values())}).items()}
+
+
+def time_run(seconds, script, *flags):
+    """Train a script, generate cells of one test condition for about these seconds, and print as one JSON object what
+    the log and the clock say. What compiles is not timed."""
+    method = load(script)
+    train = method.train
+
+    def timed(run, state):
+        shorten(run.config)
+        model = train(run, state)
+        peak = data.peak_memory(run.device)
+        lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+        log = [line for line in lines if "cells_per_s" in line and "stage" not in line][2:]     # after compilation
+        steps = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log, log[1:])]
+        (_, options), *_ = method.variants(run.config).items()
+        group, controls = min(run.dataset.sizes("test", 1)), run.dataset.control_cells("test")
+
+        def rate(n):
+            began = time.perf_counter()
+            method.predict(run, model, {group: n}, controls, run.panel.eval_genes, **options)
+            return n / (time.perf_counter() - began)
+        rate(64)
+        sampled = rate(min(10_000, max(64, int(float(seconds) * rate(64)))))
+        print(json.dumps({"seconds": np.median(steps), "cells": np.median([line["cells_per_s"] for line in log]),
+                          "peak": peak, "sampled": sampled}))
+        sys.exit()
+    method.train = timed
+    method.main(list(flags))
 
 
 def matrix_rate(device, dtype):
@@ -968,43 +1012,27 @@ def matrix_rate(device, dtype):
     return 2 * n ** 3 / min(seconds)
 
 
-def measure(script, flags, device, steps, folder):
-    """Speed of one method: from the log of a short run, and from children that count or predict."""
-    place = ["--device", device] if device else []
-    flags = [*flags, *FEW_STAGE.get(script.stem, ())]
-    run = folder / "run"
-    child(script, *flags, "--steps", steps, "--out", run)
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    log = [line for line in lines if "cells_per_s" in line and "stage" not in line][2:]     # after compilation
-    result = json.loads((run / "metrics.json").read_text())
-    seconds = np.median([(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log, log[1:])])
-
-    total = []
-    for n in (1, 3):                            # the difference is two steps, whatever comes before and after
-        _, text = child("-c", COUNT_FLOPS, script, *flags, "--no-compile", "--eval-cells", 2, "--steps", n,
-                        "--out", folder / f"flops{n}")
-        total.append(int(text.splitlines()[-1]))
-    flops = (total[1] - total[0]) / 2
-    where = data.pick_device(device)
-    bf16 = where.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    rate = matrix_rate(where, torch.bfloat16 if bf16 else torch.float32)
-
-    condition = next(iter(result["per_condition"]))
-    few, many = (25, 2_025) if where.type == "cpu" else (100, 10_100)
-    took = [child(script, "--ckpt", run / "ckpt.pt", "--predict", condition, "--cells", n, *place,
-                  "--out", folder / f"{n}.h5ad")[0] for n in (few, many)]
-    sampling = max(took[1] - took[0], 1e-9)     # both start python, load the data and compile
-    return {"ms/step": round(1e3 * float(seconds), 2),
-            "cells/s": round(float(np.median([line["cells_per_s"] for line in log])), 1),
-            "peak MB": result["peak_memory_mb"],
+def measure(script, flags, steps, rate, folder):
+    """Speed of one method: the clock of a short run, and the FLOPs of a step that is not compiled. rate: the device's
+    FLOP/s."""
+    code = "import sys, bench; bench.time_run(*sys.argv[1:])"
+    _, text = child("-c", code, 5, script, *flags, "--steps", steps, "--out", folder / "run")
+    found = json.loads(text.splitlines()[-1])
+    flops = counted(1, script, flags, folder)["flops"]
+    return {"ms/step": round(1e3 * found["seconds"], 2),
+            "cells/s": round(found["cells"], 1),
+            "peak MB": found["peak"],
             "GFLOP/step": round(flops / 1e9, 2),
-            "utilisation": round(flops / float(seconds) / rate, 3),
-            "sampled cells/s": round((many - few) / sampling, 1)}
+            "utilisation": round(flops / found["seconds"] / rate, 3),
+            "sampled cells/s": round(found["sampled"], 1)}
 
 
 def speed(config):
     """Print the table of --speed; the last line is one JSON object. Returns the exit code."""
-    cuda = data.pick_device(config.device).type == "cuda"
+    where = torch.device("cpu") if config.dry_run else data.pick_device(config.device)
+    cuda = where.type == "cuda"
+    bf16 = cuda and torch.cuda.is_bf16_supported(False)
+    rate = 0.0 if config.dry_run else matrix_rate(where, torch.bfloat16 if bf16 else torch.float32)
     rows = []
     for text, (script, flags) in asked_methods(config).items():
         with tempfile.TemporaryDirectory() as folder:
@@ -1012,7 +1040,7 @@ def speed(config):
             if config.dry_run:
                 row = memory(script, asked, SHARES.get(config.preset, SHARES["paper"]), Path(folder))
             else:
-                row = measure(script, asked, config.device, 400 if cuda else 40, Path(folder))
+                row = measure(script, asked, 200 if cuda else 40, rate, Path(folder))
         rows.append({"method": text, "preset": config.preset, **row})
         print(f"measured {text}", flush=True)
     if not rows:
@@ -1020,6 +1048,7 @@ def speed(config):
     shown = [[f"{v:.2f}" if name.endswith("GB") else str(v) for name, v in row.items()] for row in rows]
     print(render([list(rows[0]), *shown]))
     print(json.dumps({"methods": rows, "torch": torch.__version__, "threads": torch.get_num_threads(),
+                      "TFLOP/s": round(rate / 1e12, 2),
                       "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}))
     return 0
 

@@ -54,27 +54,49 @@ shutil.copytree(Path(__file__).parent / f"f{fold}-s{seed}", out, dirs_exist_ok=T
 """
 
 SPEED_STUB = """
-import json, sys, time
+import json, sys, time, types
 from pathlib import Path
+import torch
 
-def of(flag):
-    return sys.argv[sys.argv.index(flag) + 1]
+of = lambda flag: sys.argv[sys.argv.index(flag) + 1]
 
-if "--predict" in sys.argv:
-    time.sleep(int(of("--cells")) / 2000)
-    sys.exit()
-out = Path(of("--out"))
-out.mkdir()
-lines = [{"step": 5, "seconds": 9.0, "cells_per_s": 1.0, "stage": "pretraining"}, {"step": 5, "val": {"l2": 1.0}}]
-for step in range(1, int(of("--steps")) + 1):
-    lines.append({"step": step, "seconds": 3 + 0.02 * step, "cells_per_s": 100.0})
-    if "--no-compile" in sys.argv:
-        import torch
-        torch.ones(500, 500) @ torch.ones(500, 500)
-        q = torch.ones(1, 4, 512, 64)
-        torch.nn.functional.scaled_dot_product_attention(q, q, q)
-(out / "log.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
-(out / "metrics.json").write_text(json.dumps({"seconds": 9, "peak_memory_mb": 77, "per_condition": {"A": {}}}))
+class Run:
+    config = types.SimpleNamespace(batch_size=8, pretrain_steps=99)
+    stage, out, device = "training", Path("."), torch.device("cpu")
+    panel = types.SimpleNamespace(eval_genes=[0])
+    dataset = types.SimpleNamespace(X=torch.zeros(4, 5), sizes=lambda part, n: {"A": n}, control_cells=lambda part: {})
+
+    def start(self, step):
+        torch.ones(900, 900) @ torch.ones(900, 900)                  # outside the step
+
+    def finish(self, step, parts, loss):
+        pass
+
+def check(config):
+    pass
+
+def variants(config):
+    return {"": {"guidance": 2}}
+
+def predict(run, model, sizes, controls, columns, guidance):
+    assert model == "trained" and guidance == 2
+    time.sleep(sizes["A"] / 2000)
+
+def train(run, state):
+    assert run.config.pretrain_steps == 3
+    run.start(1)
+    weight = torch.nn.Parameter(torch.ones(500, 500))
+    q = torch.ones(1, 4, 512, 64, requires_grad=True)
+    loss = (torch.ones(500, 500) @ weight).sum() + torch.nn.functional.scaled_dot_product_attention(q, q, q).sum()
+    loss.backward()
+    run.finish(1, {"model": torch.nn.ParameterList([weight])}, loss=loss)
+    lines = [{"step": 5, "seconds": 9.0, "cells_per_s": 1.0, "stage": "pretraining"}, {"step": 5, "val": {"l2": 1.0}}]
+    lines += [{"step": step, "seconds": 3 + 0.02 * step, "cells_per_s": 100.0} for step in range(1, 41)]
+    Path("log.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+    return "trained"
+
+def main(argv):
+    train(Run(), None)
 """
 
 
@@ -508,15 +530,16 @@ def test_misuse(flags, words, demo, capsys, tmp_path):
 
 
 def test_speed_of_a_script_whose_speed_is_known(demo, capsys, monkeypatch, tmp_path):
-    """20 ms, a product of matrices and an attention per step, 2,000 sampled cells/s; the last line is JSON."""
+    """20 ms, two products of matrices and an attention forth and back per step, 2,000 sampled cells/s; JSON last."""
     (tmp_path / "stub.py").write_text(SPEED_STUB)
     monkeypatch.setattr(bench, "matrix_rate", lambda device, dtype: 50e9)
+    monkeypatch.chdir(tmp_path)
     out = ok(main(capsys, "--speed", "--data", demo, "--device", "cpu", "--methods", tmp_path / "stub.py"))
     (found,) = json.loads(out.strip().splitlines()[-1])["methods"]
-    assert (found["ms/step"], found["cells/s"], found["peak MB"]) == (20, 100, 77)
-    per_step = 2 * 500 ** 3 + 4 * 2 * 2 * 512 * 512 * 64                             # a product, and attention
+    assert (found["ms/step"], found["cells/s"]) == (20, 100) and found["peak MB"] > 50
+    per_step = 2 * 2 * 500 ** 3 + (4 + 10) * 4 * 512 * 512 * 64
     assert found["GFLOP/step"] == round(per_step / 1e9, 2) and found["utilisation"] == round(per_step / .02 / 50e9, 3)
-    assert 1200 < found["sampled cells/s"] < 2800
+    assert 1900 < found["sampled cells/s"] <= 2000
 
 
 def test_memory_of_a_whole_batch_follows_from_two_parts_of_it(demo, capsys, tmp_path):
@@ -524,10 +547,8 @@ def test_memory_of_a_whole_batch_follows_from_two_parts_of_it(demo, capsys, tmp_
     method = f"primeflow {' '.join(TINY['primeflow'])} --batch-size 254"
     out = ok(main(capsys, "--speed", "--dry-run", "--data", demo, "--preset", "demo", "--methods", method))
     (found,) = json.loads(out.strip().splitlines()[-1])["methods"]
-    flags = ["--data", demo, *TINY["primeflow"], "--batch-size", 254, "--steps", 1, "--dtype", "bf16"]
-    code = "import sys, bench; bench.count_memory(*sys.argv[1:])"
-    _, text = bench.child("-c", code, 1, ROOT / "primeflow.py", *flags, "--out", tmp_path / "whole")
-    whole = json.loads(text.splitlines()[-1])
+    flags = ["--data", demo, *TINY["primeflow"], "--batch-size", 254, "--dtype", "bf16"]
+    whole = bench.counted(1, ROOT / "primeflow.py", flags, tmp_path)
     assert found["activations GB"] == pytest.approx(max(whole["activations"]) / 1e9, rel=1e-6)
     assert whole["weights"] > 3.9 * whole["gradients"] > 0
     assert whole["data"] == 2 * 560 * 40 and found["sum GB"] >= found["activations GB"] + found["weights GB"]
