@@ -178,23 +178,31 @@ def zeroed(layer):
     return layer
 
 
+class Conv(nn.Conv1d):
+    """Convolution over the genes of (B, C, 1, L): GPUs are fast at 2-D ones in channels-last layout, and would copy a 1-D
+    one to that layout and back."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight[:, :, None], self.bias, (1, *self.stride), (0, *self.padding))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over positions, GroupNorm before it, the input added (GD's AttentionBlock)."""
 
     def __init__(self, channels, heads, groups):
         super().__init__()
         self.heads, self.norm = heads, nn.GroupNorm(groups, channels)
-        self.k = nn.Conv1d(channels, channels, 1, bias=False)            # a bias of K would cancel in the softmax
-        self.qv, self.out = nn.Conv1d(channels, 2 * channels, 1), zeroed(nn.Conv1d(channels, channels, 1))
+        self.k = Conv(channels, channels, 1, bias=False)                 # a bias of K would cancel in the softmax
+        self.qv, self.out = Conv(channels, 2 * channels, 1), zeroed(Conv(channels, channels, 1))
 
     def forward(self, x):
-        """(B, C, L) -> (B, C, L)."""
-        def split(y):                                                    # (B, C, L) -> (B, H, L, C/H)
-            return y.unflatten(1, (self.heads, -1)).transpose(2, 3).contiguous()         # fused kernels need it
+        """(B, C, 1, L) -> the same."""
+        def split(y):                                                    # (B, C, 1, L) -> (B, H, L, C/H)
+            return y.squeeze(2).unflatten(1, (self.heads, -1)).transpose(2, 3).contiguous()  # fused kernels need it
         y = self.norm(x)
         q, v = self.qv(y).chunk(2, dim=1)
         a = F.scaled_dot_product_attention(split(q), split(self.k(y)), split(v))
-        return x + self.out(a.transpose(2, 3).flatten(1, 2))
+        return x + self.out(a.transpose(2, 3).flatten(1, 2)[:, :, None])
 
 
 class ResBlock(nn.Module):
@@ -202,32 +210,32 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, config, attention=False):
         super().__init__()
-        self.norm_in, self.conv_in = nn.GroupNorm(config.groups, c_in), nn.Conv1d(c_in, c_out, 3, padding=1)
+        self.norm_in, self.conv_in = nn.GroupNorm(config.groups, c_in), Conv(c_in, c_out, 3, padding=1)
         self.norm_out = nn.GroupNorm(config.groups, c_out)
-        self.dropout, self.conv_out = nn.Dropout(config.dropout), zeroed(nn.Conv1d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Conv1d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.dropout, self.conv_out = nn.Dropout(config.dropout), zeroed(Conv(c_out, c_out, 3, padding=1))
+        self.skip = Conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, config.heads, config.groups) if attention else nn.Identity()
 
     def forward(self, x, film):
-        """x (B, C_in, L), film (B or 1, 2 C_out): scale, then shift -> (B, C_out, L)."""
-        scale, shift = film[..., None].chunk(2, dim=1)                   # each (B or 1, C_out, 1)
+        """x (B, C_in, 1, L), film (B or 1, 2 C_out): scale, then shift -> (B, C_out, 1, L)."""
+        scale, shift = film[..., None, None].chunk(2, dim=1)             # each (B or 1, C_out, 1, 1)
         h = self.conv_in(F.silu(self.norm_in(x)))
         norm = self.norm_out                                             # its affine part and FiLM in one pass over h
-        weight = norm.weight[:, None] * (1 + scale)                      # (B or 1, C_out, 1), as bias
-        bias = norm.bias[:, None] * (1 + scale) + shift
+        weight = norm.weight[:, None, None] * (1 + scale)                # (B or 1, C_out, 1, 1), as bias
+        bias = norm.bias[:, None, None] * (1 + scale) + shift
         h = F.silu(torch.addcmul(bias, F.group_norm(h, norm.num_groups, eps=norm.eps), weight))
         return self.attention(self.skip(x) + self.conv_out(self.dropout(h)))
 
 
 class UNet(nn.Module):
-    """GD's UNetModel with dims=1, scale-shift norm and learned resampling. (B, C, L) is the fastest layout on CPUs."""
+    """GD's UNetModel with dims=1, scale-shift norm and learned resampling."""
 
     def __init__(self, config):
         super().__init__()
         self.recompute = config.recompute
         D, channels = config.width, [m * config.width for m in config.multipliers]
         c, deepest = channels[0], len(channels) - 1
-        self.stem = nn.Conv1d(D, c, 3, padding=1)
+        self.stem = Conv(D, c, 3, padding=1)
         self.down, skips = nn.ModuleList(), [c]                          # channels of what the way up gets
         for level, wide in enumerate(channels):
             for _ in range(config.blocks):
@@ -235,7 +243,7 @@ class UNet(nn.Module):
                 c = wide
                 skips.append(c)
             if level < deepest:
-                self.down.append(nn.Conv1d(c, c, 3, stride=2, padding=1))
+                self.down.append(Conv(c, c, 3, stride=2, padding=1))
                 skips.append(c)
         self.middle = nn.ModuleList([ResBlock(c, c, config, True), ResBlock(c, c, config)])
         self.up = nn.ModuleList()
@@ -244,13 +252,13 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(c + skips.pop(), wide, config, level == deepest))
                 c = wide
             if level > 0:
-                self.up.append(nn.Conv1d(c, c, 3, padding=1))
-        self.norm, self.head = nn.GroupNorm(config.groups, c), zeroed(nn.Conv1d(c, 1, 3, padding=1))
+                self.up.append(Conv(c, c, 3, padding=1))
+        self.norm, self.head = nn.GroupNorm(config.groups, c), zeroed(Conv(c, 1, 3, padding=1))
         self.sizes = [2 * m.conv_out.out_channels for m in self.modules() if isinstance(m, ResBlock)]
         self.film = nn.Linear(4 * D, sum(self.sizes))                    # FiLM of all blocks in one product
 
     def forward(self, x, film):
-        """x (B, D, L), L a multiple of 2^(levels - 1); film (B or 1, sum of sizes) -> (B, L)."""
+        """x (B, D, 1, L), L a multiple of 2^(levels - 1); film (B or 1, sum of sizes) -> (B, L)."""
         films = iter(film.split(self.sizes, dim=-1))
 
         def block(m, x):                                                 # takes the next block's share of film
@@ -268,8 +276,8 @@ class UNet(nn.Module):
             if isinstance(m, ResBlock):
                 x = block(m, torch.cat([x, skips.pop()], dim=1))
             else:
-                x = m(F.interpolate(x, scale_factor=2.0))                # nearest
-        return self.head(F.silu(self.norm(x))).squeeze(1)
+                x = m(F.interpolate(x, scale_factor=(1.0, 2.0)))         # nearest
+        return self.head(F.silu(self.norm(x))).flatten(1)
 
 
 class UNetVelocity(nn.Module):
@@ -280,7 +288,7 @@ class UNetVelocity(nn.Module):
         D = config.width
         self.width, self.size, self.scale = D, size, config.value_scale
         self.pad = -size % 2 ** (len(config.multipliers) - 1)
-        self.value = nn.Sequential(nn.Conv1d(D, D, 1), nn.SiLU(), nn.Conv1d(D, D, 1))
+        self.value = nn.Sequential(Conv(D, D, 1), nn.SiLU(), Conv(D, D, 1))
         self.identity = nn.Parameter(0.02 * torch.randn(D, size + (self.pad > 0)))   # the last is the padding's
         self.unet = UNet(config)
 
@@ -289,9 +297,12 @@ class UNetVelocity(nn.Module):
         return self.unet.film(F.silu(time + condition))
 
     def embed(self, x):
-        """(B, S) -> (B, D, L): padded, to what the U-Net can halve, by zeros that share an identity."""
+        """(B, S) -> (B, D, 1, L): padded, to what the U-Net can halve, by zeros that share an identity."""
         identity = torch.cat([self.identity[:, :self.size], self.identity[:, self.size:].expand(-1, self.pad)], dim=1)
-        return self.value(sinusoid(self.scale * F.pad(x, (0, self.pad)), self.width)) + identity
+        features = sinusoid(self.scale * F.pad(x, (0, self.pad)), self.width)[:, :, None]
+        if x.is_cuda:
+            features = features.contiguous(memory_format=torch.channels_last)            # and so all that follows
+        return self.value(features) + identity[:, None]
 
     def forward(self, x, conditioning):
         """x (B, S), conditioning (B or 1, sum of sizes) -> velocity (B, S)."""

@@ -61,6 +61,7 @@ def test_unet_equals_guided_diffusion():
     unet = UNet(Config(width=4, multipliers=(1, 2, 4), blocks=1, heads=2, groups=2, dropout=0.0)).double().eval()
     unet.load_state_dict({name[2:]: torch.from_numpy(z[name]).double() for name in z.files if name.startswith("w/")})
     x, emb, out = (torch.from_numpy(z[name]).double() for name in ("x", "emb", "out"))
+    x = x[:, :, None]
     got = unet(x, unet.film(F.silu(emb)))
     torch.testing.assert_close(got, out)
     assert out.std() > 0.1
@@ -84,9 +85,9 @@ def test_padding_is_constant_and_gets_no_gradient(genes, padding):
     net, seen = model.net, []
     assert net.pad == padding
     x = randn(3, genes)
-    rest = net.embed(x)[:, :, genes:]                                    # (3, 16, padding), one shared identity
-    torch.testing.assert_close(rest, net.embed(x + 7)[:1, :, genes:].expand(3, -1, -1))
-    assert rest.shape[2] == padding and rest.diff(dim=2).abs().sum() < 1e-9
+    rest = net.embed(x)[..., genes:]                                     # (3, 16, 1, padding), one shared identity
+    torch.testing.assert_close(rest, net.embed(x + 7)[:1, ..., genes:].expand(3, -1, -1, -1))
+    assert rest.shape[3] == padding and rest.diff(dim=3).abs().sum() < 1e-9
 
     def keep(module, args, out):
         out.retain_grad()
