@@ -240,6 +240,13 @@ def cast_once(layers, dtype):
     return layers
 
 
+def rows(x, which):
+    """x (n, ...) -> (B, ...), row which[b] (B,) for each cell b: by a product with zeros and ones, since the backward
+    pass of an index adds row by row."""
+    pick = which[:, None] == torch.arange(len(x), device=x.device)
+    return (pick.to(x) @ x.flatten(1)).unflatten(1, x.shape[1:])
+
+
 class FlowBlock(nn.Module):
     """One invertible map v = (u - mu) exp(-a), u in the block's order. The input is shifted: slot t holds the values of
     patch t - 1 and the label of patch t, whose mu and a are read there."""
@@ -269,12 +276,11 @@ class FlowBlock(nn.Module):
     def genes(self, u):                                                  # (B, T, P) -> (B, T P)
         return u.flatten(-2).index_select(-1, self.back)
 
-    def context(self, H, which):
-        """From n contexts H (n, T + 2, d) and which of them each cell has (B,): labels (B, T, d), modulated by the
-        perturbation's token, and per layer the kv (B, T + 2, 2 d) of its cross-attention."""
+    def context(self, H):
+        """From n contexts H (n, T + 2, d): labels (n, T, d), modulated by the perturbation's token, and per layer the
+        kv (n, T + 2, 2 d) of its cross-attention."""
         shift, scale = self.modulate(H[:, -1])[:, None].chunk(2, dim=-1)  # (n, 1, d)
-        label = self.label * (1 + scale) + shift
-        return label.index_select(0, which), [layer.cross.kv(H).index_select(0, which) for layer in self.layers]
+        return self.label * (1 + scale) + shift, [layer.cross.kv(H) for layer in self.layers]
 
     def affine(self, h, scale):
         """Hidden states (B, S, d) -> mu and a (B, S, P), |a| < 3; in fp32 also where the layers run in bf16."""
@@ -292,8 +298,8 @@ class FlowBlock(nn.Module):
 
     def forward(self, x, H, which):
         """x (B, T P), H (n, T + 2, d), which (B,) -> the same cells one step closer to noise, log|det| (B,)."""
-        u = self.slots(x)
-        mu, a = self.parameters_of(u, self.context(H, which))
+        u, (label, cross) = self.slots(x), self.context(H)
+        mu, a = self.parameters_of(u, (rows(label, which), [rows(kv, which) for kv in cross]))
         return self.genes((u - mu) * torch.exp(-a)), -a.sum((-2, -1))
 
     def step(self, layers, cross, caches, before, v, label, mask, scale, t):
@@ -305,10 +311,11 @@ class FlowBlock(nn.Module):
         mu, a = self.affine(h, scale)
         return torch.addcmul(mu, v, torch.exp(a))
 
-    def inverse(self, x, H, which, step):
-        """Inverse of forward, slot by slot: x (B, T P) -> the same; step: the method above, compiled or not."""
+    def inverse(self, x, H, step):
+        """Inverse of forward, slot by slot: x (B, T P), H (B, T + 2, d) -> x before; step: the method above, compiled or
+        not."""
         v = self.slots(x)
-        label, cross = self.context(H, which)
+        label, cross = self.context(H)
         caches = [torch.zeros_like(kv[:, 2:]) for kv in cross]           # of self-attention: (B, T, 2 d)
         layers, mask = cast_once(self.layers, cross[0].dtype), self.mask.to(cross[0])
         numbers = torch.arange(v.shape[1], device=v.device)
@@ -392,12 +399,12 @@ class CellTARNet(nn.Module):
         z = z[..., :self.n_genes]
         return z, log_det - (z.square() + math.log(2 * math.pi)).sum(-1) / 2
 
-    def inverse(self, z, context, which, step):
-        """z (B, G) -> x (B, G) log1p CP10k with flow(x) = z."""
+    def inverse(self, z, context, step):
+        """z (B, G) and a context for each -> x (B, G) log1p CP10k with flow(x) = z."""
         u = F.pad(z, (0, self.padding))
         for block in reversed(self.blocks):
-            u = block.inverse(u, context.H, which, step)
-        return (u[:, :self.n_genes] + context.effect.index_select(0, which)) * self.std + self.mean
+            u = block.inverse(u, context.H, step)
+        return (u[:, :self.n_genes] + context.effect) * self.std + self.mean
 
     def forward(self, x, which, control, c, contrasted):
         """Cells x (B, G), which context each has (B,), and for the contexts control (n, G) and c (n, V) -> log p (B,),
@@ -473,7 +480,7 @@ def sample(model, z, control, c, config, step=FlowBlock.step):
     """Cells (B, G) from noise z (B, G), control cells (B, G) log1p CP10k and c (B, V). Values within two deviations of
     the dequantisation noise become zero."""
     context = model.encode(control, c)
-    x = model.inverse(z, context, torch.arange(len(z), device=z.device), step)
+    x = model.inverse(z, context, step)
     with torch.autocast(x.device.type, enabled=False):
         x = x + model.shift[0] + c[:, model.n_genes:] @ model.shift[1:]
     return torch.where(x.abs() < 2 * config.dequantise, 0, x)

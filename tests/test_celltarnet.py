@@ -73,7 +73,7 @@ def test_inverse_of_forward_is_the_cell(dataset, panel, options):
         model = build(dataset, panel, tiny(**options), dtype)
         context, x = model.encode(*contexts(dataset, panel, 3, dtype)), cells(dataset, 4, dtype)
         z, _ = model.flow(x, context, which)
-        back = model.inverse(z, context, which, FlowBlock.step)
+        back = model.inverse(z, ct.Context(*(of[which] for of in context)), FlowBlock.step)
         torch.testing.assert_close(back, x, rtol=tolerance, atol=tolerance)
         assert (z - model.standard(x)[..., :40]).abs().max() > 0.1       # it is not the identity
 
@@ -101,18 +101,17 @@ def test_jacobian_is_triangular_in_the_blocks_order_and_log_det_is_autograds(dat
 
 
 def test_the_first_slot_depends_on_the_context(dataset, panel):
-    model, which = build(dataset, panel, tiny()), torch.arange(2)
-    control, c = contexts(dataset, panel, 2)
+    model, (control, c) = build(dataset, panel, tiny()), contexts(dataset, panel, 2)
     block, u = model.blocks[0], torch.zeros(2, 40, 1, dtype=torch.float64)
     for told in ((control[:1].expand(2, -1), c), (control, c[:1].expand(2, -1))):
-        mu = block.parameters_of(u, block.context(model.encode(*told).H, which))[0]
+        mu = block.parameters_of(u, block.context(model.encode(*told).H))[0]
         assert (mu[0, 0] - mu[1, 0]).abs() > 1e-4
 
 
 def test_log_scale_is_bounded_and_the_flow_starts_as_the_standardised_cell(dataset, panel):
     model, which = build(dataset, panel, tiny(), scale=50.0), torch.arange(2)
     block = model.blocks[0]
-    told = block.context(model.encode(*contexts(dataset, panel, 2)).H, which)
+    told = block.context(model.encode(*contexts(dataset, panel, 2)).H)
     _, a = block.parameters_of(block.slots(model.standard(cells(dataset, 2))), told)
     assert 2.9 < a.abs().max() <= 3
     fresh = ct.CellTARNet(tiny(), panel, data.gene_statistics(dataset))
@@ -171,7 +170,7 @@ def test_prior_decides_who_is_attended_to(dataset, panel):
     graph = gene_prior(data.gene_statistics(dataset)[2], "sparse", 2, 4)
     H = model.encode(*contexts(dataset, panel, 1)).H
     for block in model.blocks:
-        told, u = block.context(H, torch.zeros(1, dtype=torch.long)), torch.randn(1, 40, 1, dtype=torch.float64)
+        told, u = block.context(H), torch.randn(1, 40, 1, dtype=torch.float64)
         J = jacobian(lambda v: block.parameters_of(v, told)[0], u)[0, :, 0, 0, :, 0] != 0            # (T, T)
         allowed = graph[block.order][:, block.order].tril(-1) | torch.eye(40).roll(1, dims=0).tril(-1).bool()
         assert torch.equal(J, allowed)
@@ -280,17 +279,17 @@ def test_every_parameter_takes_part_in_the_loss(dataset, panel):
 @pytest.mark.parametrize("options", [{}, {"patch": 3}, {"prior": "none"}])
 def test_cached_decoding_equals_the_whole_block_once_per_slot(dataset, panel, options):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
-        model, which = build(dataset, panel, tiny(**options), dtype), torch.arange(3)
+        model = build(dataset, panel, tiny(**options), dtype)
         H = model.encode(*contexts(dataset, panel, 3, dtype)).H
         for block in model.blocks:
             x = torch.randn(3, 40 + model.padding, dtype=dtype)
             x[:, 40:] = 0
-            v, told = block.slots(x), block.context(H, which)
+            v, told = block.slots(x), block.context(H)
             u = torch.zeros_like(v)
             for t in range(v.shape[1]):
                 mu, a = block.parameters_of(u, told)
                 u[:, t] = v[:, t] * torch.exp(a[:, t]) + mu[:, t]
-            cached = block.inverse(x, H, which, FlowBlock.step)
+            cached = block.inverse(x, H, FlowBlock.step)
             torch.testing.assert_close(cached, block.genes(u), rtol=tolerance, atol=tolerance)
             assert cached[:, 40:].abs().sum() == 0
 
@@ -363,7 +362,7 @@ def test_a_slot_takes_few_operations(dataset, panel, bf16, in_layer, around):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
             H = model.encode(*contexts(dataset, panel, 2, torch.float32)).H
             with Operations() as count:
-                model.blocks[0].inverse(torch.randn(2, 40), H, torch.arange(2), FlowBlock.step)
+                model.blocks[0].inverse(torch.randn(2, 40), H, FlowBlock.step)
         took.append(count.n / 40)
     per_layer = (took[1] - took[0]) / 2
     assert per_layer < in_layer and took[0] - per_layer < around, took
