@@ -198,11 +198,11 @@ class Attention(nn.Module):
     def forward(self, x):
         """(B, C, 1, L) -> the same."""
         def split(y):                                                    # (B, C, 1, L) -> (B, H, L, C/H)
-            return y.squeeze(2).unflatten(1, (self.heads, -1)).transpose(2, 3).contiguous()  # fused kernels need it
+            return y.squeeze(2).mT.contiguous().unflatten(2, (self.heads, -1)).transpose(1, 2)
         y = self.norm(x)
         q, v = self.qv(y).chunk(2, dim=1)
         a = F.scaled_dot_product_attention(split(q), split(self.k(y)), split(v))
-        return x + self.out(a.transpose(2, 3).flatten(1, 2)[:, :, None])
+        return x + self.out(a.transpose(1, 2).flatten(2).mT[:, :, None])
 
 
 class ResBlock(nn.Module):
