@@ -988,7 +988,7 @@ def time_run(seconds, script, *flags):
         lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
         log = [line for line in lines if "cells_per_s" in line and "stage" not in line][2:]     # after compilation
         steps = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log, log[1:])]
-        (_, options), *_ = method.variants(run.config).items()
+        options = next(iter(method.variants(run.config).values())) if method.variants else {}
         group, controls = min(run.dataset.sizes("test", 1)), run.dataset.control_cells("test")
 
         def rate(n):

@@ -40,7 +40,6 @@ import copy
 import datetime
 import math
 import os
-import signal
 import sys
 import time
 import typing
@@ -117,11 +116,8 @@ PRESETS = {"paper": {}, "demo": dict(
     patch=4, dropout=0.0, effect_readout=True, calibration=3.0, ema=0.99, neighbours=20, rank=10, zeros="detect",
     eval_cells=100)}
 SAMPLING = {"score", "score_under", "score_controls"}   # flags that --ckpt may change
-
-
-def variants(config):
-    """{suffix of the row in the table: options of generate()}; the first is the method itself."""
-    return {"": {}}
+UNSEEN = True                           # genes that were never perturbed can be predicted
+variants = None                         # further rows of the table
 
 
 # -------------------------------------------------------------------------------- gene network
@@ -312,7 +308,7 @@ class FlowBlock(nn.Module):
         return torch.addcmul(mu, v, torch.exp(a))
 
     def inverse(self, x, H, step):
-        """Inverse of forward, slot by slot: x (B, T P), H (B, T + 2, d) -> x before; step: the method above, compiled or
+        """Inverse of forward, slot by slot: x (B, T P), H (B, T + 2, d) -> (B, T P); step: the method above, compiled or
         not."""
         v = self.slots(x)
         label, cross = self.context(H)
@@ -486,11 +482,6 @@ def sample(model, z, control, c, config, step=FlowBlock.step):
     return torch.where(x.abs() < 2 * config.dequantise, 0, x)
 
 
-def known(panel):
-    """Names that can be predicted."""
-    return set(panel.perturbations) | set(panel.genes)
-
-
 def load_model(config, panel, saved):
     """The model that predicts, from what a checkpoint has saved."""
     model = CellTARNet(config, panel)
@@ -539,7 +530,7 @@ def score(run, state):
     --out as an AnnData file of cells x conditions. Ctrl-C ends it with the cells that were scored until then."""
     config, panel = run.config, data.Panel(**state["panel"])
     run.panel = panel
-    cells, columns, controls, asked = data.open_scoring(config, state, panel, known(panel), run.device)
+    cells, columns, controls, asked = data.open_scoring(config, state, panel, UNSEEN, run.device)
     model = load_model(config, panel, state["parts"]).to(run.device).eval()
     covariate = cells.covariate                                          # (cells,)
     groups = [np.flatnonzero(covariate == value) for value in sorted(set(covariate))]
@@ -683,7 +674,7 @@ class Run:
         self.config, self.out = config, Path(config.out)
         self.device = data.pick_device(config.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.signal, self.handlers = 0, {}      # a signal that came, and what was to happen on one before
+        self.signals = data.Signals(self.say)
         self.trained, self.capped = 0.0, 0      # seconds of training; generated values that were cut
         self.functions = {}                     # compiled ones
         cuda = self.device.type == "cuda"
@@ -723,14 +714,8 @@ class Run:
         self.trained = self.before = state["seconds"] if state else self.trained
         self.began = self.logged = self.saved = time.perf_counter()
         self.sums, self.counted, self.due, self.shown = 0.0, 0, self.began + data.FIRST_LINE, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers.setdefault(number, signal.signal(number, self.interrupt))
+        self.signals.hold()
         return state["step"] if state else 0
-
-    def interrupt(self, number, _):
-        self.signal = number
-        self.say("\nsaving after this step")
-        signal.signal(number, self.handlers[number])                     # a second one ends at once
 
     def start(self, step):
         """Before a step: its random numbers follow from (seed, stage, step, process); a checkpoint needs none."""
@@ -741,20 +726,12 @@ class Run:
         stage and on a signal. Until then the losses stay on the device."""
         self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
         self.counted += 1
-        agree = self.world == 1 or step % 10 == 0                        # all processes end at the same step
-        if self.world > 1 and agree:
-            flag = torch.tensor(self.signal, device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = flag.item()
-        stop, now = self.signal and agree, time.perf_counter()
+        stop, now = self.signals.agreed(step, self.world, self.device), time.perf_counter()
         last = stop or step == self.steps
         show, save = last or now > self.due, last or now > self.saved + data.CHECKPOINT_SECONDS
         if not show and not save and step % max(1, min(100, self.steps // 100)):
             return
         values = dict(zip(losses, (self.sums / self.counted).tolist()))  # the only wait for the device
-        if not all(map(math.isfinite, values.values())):
-            raise DataError(f"training diverged before step {step}: the loss is not finite. Start again with a lower "
-                            f"--lr and another --out; if there is a checkpoint in {self.out}, it is from before")
         seconds = (now - self.logged) / self.counted                     # per step
         values["cells_per_s"] = round(self.cells / seconds, 1)
         self.trained = self.before + now - self.began
@@ -764,14 +741,14 @@ class Run:
             self.shown, self.due = True, now + data.NEXT_LINE
         if save and self.rank == 0:
             data.save_checkpoint(self, METHOD, step, parts)
-            self.saved = time.perf_counter()
+            self.saved = now
         self.sums, self.counted, self.logged = 0.0, 0, time.perf_counter()
-        while last and self.handlers:
-            signal.signal(*self.handlers.popitem())
+        if last:
+            self.signals.release()
         if stop:
             self.say(f"stopped at step {step} of {self.steps} ({self.stage}); go on with: python {METHOD}.py --out "
                      f"{self.out} --resume")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + stop)
 
     def validate(self, step, model):
         """Scores of the validation conditions, for console and log; training's random numbers are not touched."""
@@ -780,9 +757,7 @@ class Run:
             cells = predict(self, model, self.dataset.sizes("val", min(self.config.eval_cells, 100)),
                             self.dataset.control_cells("val"), self.panel.eval_genes)
             model.train()
-            scores = metrics.quick_score(self.dataset, cells, "val", self.config.seed)
-            self.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            data.log(self, step, {"val": scores})
+            metrics.validation(self, step, cells)
 
 
 def predict(run, model, sizes, controls, columns, **options):
@@ -810,7 +785,7 @@ def main(argv=None):
             return other_use(run, state)
         if config.ckpt:
             run.panel = data.Panel(**state["panel"])
-            sizes, controls, columns = data.open_prediction(config, state, run.panel, known(run.panel), run.device)
+            sizes, controls, columns = data.open_prediction(config, state, run.panel, UNSEEN, run.device)
             model = load_model(config, run.panel, state["parts"]).to(run.device).eval()
             cells = predict(run, model, sizes, controls, columns)
             data.write_populations(run.out, cells, controls, run.panel, columns, config.covariates, METHOD)
@@ -825,7 +800,7 @@ def main(argv=None):
         if run.rank == 0:
             sizes, controls = run.dataset.sizes("test", config.eval_cells), run.dataset.control_cells("test")
             rows = {name: predict(run, model, sizes, controls, run.panel.eval_genes, **options)
-                    for name, options in variants(config).items()}
+                    for name, options in (variants(config) if variants else {"": {}}).items()}
             data.write_populations(run.out / "pred.h5ad", rows[""], controls, run.panel, run.panel.eval_genes,
                                    config.covariates, METHOD)
             metrics.report(run, METHOD, rows)

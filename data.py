@@ -26,9 +26,11 @@ import gzip
 import inspect
 import io
 import json
+import math
 import mmap
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -1589,6 +1591,10 @@ class Panel:
                                     f"{', '.join(self.covariates[column][:9])}")
         return out
 
+    def known(self, unseen):
+        """Names of perturbations that a model can predict; unseen: also genes that no training cell has perturbed."""
+        return {*self.perturbations, *(self.genes if unseen else ())}
+
     def outside(self):
         """Perturbations that are no gene of the panel."""
         return [p for p, g in zip(self.perturbations, self.pert_gene) if g < 0]
@@ -2101,7 +2107,7 @@ def gene_sets(path, genes, say):
 
 # ------------------------------------------------------------------------------------------------ runs of a method
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 CHECKPOINT_SECONDS = 300                                # between two checkpoints
 FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "compile", "resume", "cache_gb", "backed"}
@@ -2277,10 +2283,10 @@ def open_run(config, state, device, say, main=True):
     return dataset, panel
 
 
-def open_prediction(config, state, panel, names, device):
+def open_prediction(config, state, panel, unseen, device):
     """What --predict asks for: {group: cells}, the control cells {covariate: (n, G)}, and the columns to write (E,).
 
-    names: perturbations that the model knows. Raises DataError for conditions, covariates or genes that are not there.
+    unseen: as Panel.known. Raises DataError for conditions, covariates or genes that are not there.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("--predict runs in one process; start it with python")
@@ -2301,7 +2307,8 @@ def open_prediction(config, state, panel, names, device):
                             "with --data, or your own control cells with --controls")
         controls = dataset.control_cells("test")
     sizes = {}
-    for condition, covariate in asked_conditions(state["split"]["test"] if carried else config.predict, names):
+    asked = state["split"]["test"] if carried else config.predict
+    for condition, covariate in asked_conditions(asked, panel.known(unseen)):
         if carried and covariate not in controls:
             covariate = ""
         if covariate and covariate not in controls:
@@ -2315,15 +2322,15 @@ def open_prediction(config, state, panel, names, device):
     return sizes, controls, columns
 
 
-def open_scoring(config, state, panel, names, device):
+def open_scoring(config, state, panel, unseen, device):
     """What --score asks for: the Cells of the file, log1p CP10k; the columns (G,) of its X where the panel's genes are;
     control cells {covariate: (n, G)}; the conditions to score the cells under, sorted.
 
-    names: perturbations that the model knows. Raises DataError for conditions, covariates or genes that are not there.
+    unseen: as Panel.known. Raises DataError for conditions, covariates or genes that are not there.
     """
-    controls = open_prediction(config, state, panel, names, device)[1]
+    controls = open_prediction(config, state, panel, unseen, device)[1]
     texts = config.score_under or [group for part in state["split"].values() for group in part]
-    asked = sorted({condition for condition, _ in asked_conditions(texts, names, "--score-under")})
+    asked = sorted({condition for condition, _ in asked_conditions(texts, panel.known(unseen), "--score-under")})
     cells = read_cells(config.score, config, control_required=False, perturbed_required=False)
     lognormalise(cells)
     columns = match_genes(cells.genes, panel.genes)
@@ -2436,8 +2443,42 @@ def opening(run, method):
             f"folder {run.out}")
 
 
+class Signals:
+    """SIGINT and SIGTERM in training: kept until a step has ended. A second one acts at once."""
+
+    def __init__(self, say):
+        self.say, self.came, self.handlers = say, 0, {}
+
+    def hold(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers.setdefault(number, signal.signal(number, self.keep))
+
+    def keep(self, number, _):
+        self.came = number
+        self.say("\nsaving after this step")
+        signal.signal(number, self.handlers[number])
+
+    def agreed(self, step, world, device):
+        """The signal that came, or 0. Of several processes (world) all end at the same step, one of every ten."""
+        if world == 1:
+            return self.came
+        if step % 10:
+            return 0
+        flag = torch.tensor(self.came, device=device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return flag.item()
+
+    def release(self):
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
+
+
 def log(run, step, values):
-    """A line of log.jsonl, by the first process; a stage before the main one is named."""
+    """A line of log.jsonl, by the first process; a stage before the main one is named. DataError for a loss that is not
+    finite."""
+    if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
+        raise DataError(f"training diverged before step {step}: the loss is not finite. Start again with a lower --lr "
+                        f"and another --out; if there is a checkpoint in {run.out}, it is from before")
     if run.rank == 0:
         stage = {} if run.stage == "training" else {"stage": run.stage}
         with writing(run.out / "log.jsonl"), open(run.out / "log.jsonl", "a") as file:

@@ -1280,13 +1280,18 @@ def show(out):
         print(f"note: {note}")
 
 
-def quick_score(dataset, pred, part, seed):
-    """{key: value} of three metrics of predicted cells {group: (n, E)}, without floors: validation in training."""
-    columns = dataset.eval_genes
-    result = evaluate(pred, dataset.populations(part, columns), dataset.controls(part, columns),
-                      [dataset.genes[i] for i in columns], keys=["l2", "pearson_delta", "e_distance"], seed=seed,
-                      floors=False)
-    return {k: v for k, v in result["aggregate"].items() if v is not None}
+def validation(run, step, pred):
+    """Console line and log of three metrics of predicted cells {group: (n, E)} of the validation conditions: {key:
+    value}, without floors."""
+    import data
+    dataset, columns = run.dataset, run.dataset.eval_genes
+    result = evaluate(pred, dataset.populations("val", columns), dataset.controls("val", columns),
+                      [dataset.genes[i] for i in columns], keys=["l2", "pearson_delta", "e_distance"],
+                      seed=run.config.seed, floors=False)
+    scores = {k: v for k, v in result["aggregate"].items() if v is not None}
+    run.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    data.log(run, step, {"val": scores})
+    return scores
 
 
 class _Groups(Mapping):

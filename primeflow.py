@@ -52,7 +52,6 @@ import datetime
 import itertools
 import math
 import os
-import signal
 import sys
 import time
 import typing
@@ -145,6 +144,7 @@ PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4
     ode_steps=10, zeros="detect", eval_cells=100, width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1,
     ot_cells=16)}
 SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
+UNSEEN = False                          # genes that were never perturbed can be predicted
 other_use = None                        # what --ckpt is for besides --predict
 
 
@@ -179,8 +179,8 @@ def zeroed(layer):
 
 
 class Conv(nn.Conv1d):
-    """Convolution over the genes of (B, C, 1, L): GPUs are fast at 2-D ones in channels-last layout, and would copy a 1-D
-    one to that layout and back."""
+    """Convolution over the genes of (B, C, 1, L): GPUs are fast at 2-D ones in channels-last layout, and would copy a
+    1-D one to that layout and back."""
 
     def forward(self, x):
         return F.conv2d(x, self.weight[:, :, None], self.bias, (1, *self.stride), (0, *self.padding))
@@ -510,11 +510,6 @@ def condition_vector(group, model, panel, profile):
     return torch.cat([hot, panel.one_hot([group])[0].to(profile.device)])
 
 
-def known(panel):
-    """Names that can be predicted."""
-    return set(panel.perturbations)
-
-
 def load_model(config, panel, saved):
     """The model that predicts, from what a checkpoint has saved."""
     model = PRiMeFlow(config, panel)
@@ -631,7 +626,7 @@ class Run:
         self.config, self.out = config, Path(config.out)
         self.device = data.pick_device(config.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.signal, self.handlers = 0, {}      # a signal that came, and what was to happen on one before
+        self.signals = data.Signals(self.say)
         self.trained, self.capped = 0.0, 0      # seconds of training; generated values that were cut
         self.functions = {}                     # compiled ones
         cuda = self.device.type == "cuda"
@@ -671,14 +666,8 @@ class Run:
         self.trained = self.before = state["seconds"] if state else self.trained
         self.began = self.logged = self.saved = time.perf_counter()
         self.sums, self.counted, self.due, self.shown = 0.0, 0, self.began + data.FIRST_LINE, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers.setdefault(number, signal.signal(number, self.interrupt))
+        self.signals.hold()
         return state["step"] if state else 0
-
-    def interrupt(self, number, _):
-        self.signal = number
-        self.say("\nsaving after this step")
-        signal.signal(number, self.handlers[number])                     # a second one ends at once
 
     def start(self, step):
         """Before a step: its random numbers follow from (seed, stage, step, process); a checkpoint needs none."""
@@ -689,20 +678,12 @@ class Run:
         stage and on a signal. Until then the losses stay on the device."""
         self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
         self.counted += 1
-        agree = self.world == 1 or step % 10 == 0                        # all processes end at the same step
-        if self.world > 1 and agree:
-            flag = torch.tensor(self.signal, device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = flag.item()
-        stop, now = self.signal and agree, time.perf_counter()
+        stop, now = self.signals.agreed(step, self.world, self.device), time.perf_counter()
         last = stop or step == self.steps
         show, save = last or now > self.due, last or now > self.saved + data.CHECKPOINT_SECONDS
         if not show and not save and step % max(1, min(100, self.steps // 100)):
             return
         values = dict(zip(losses, (self.sums / self.counted).tolist()))  # the only wait for the device
-        if not all(map(math.isfinite, values.values())):
-            raise DataError(f"training diverged before step {step}: the loss is not finite. Start again with a lower "
-                            f"--lr and another --out; if there is a checkpoint in {self.out}, it is from before")
         seconds = (now - self.logged) / self.counted                     # per step
         values["cells_per_s"] = round(self.cells / seconds, 1)
         self.trained = self.before + now - self.began
@@ -712,14 +693,14 @@ class Run:
             self.shown, self.due = True, now + data.NEXT_LINE
         if save and self.rank == 0:
             data.save_checkpoint(self, METHOD, step, parts)
-            self.saved = time.perf_counter()
+            self.saved = now
         self.sums, self.counted, self.logged = 0.0, 0, time.perf_counter()
-        while last and self.handlers:
-            signal.signal(*self.handlers.popitem())
+        if last:
+            self.signals.release()
         if stop:
             self.say(f"stopped at step {step} of {self.steps} ({self.stage}); go on with: python {METHOD}.py --out "
                      f"{self.out} --resume")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + stop)
 
     def validate(self, step, model):
         """Scores of the validation conditions, for console and log; training's random numbers are not touched."""
@@ -728,9 +709,7 @@ class Run:
             cells = predict(self, model, self.dataset.sizes("val", min(self.config.eval_cells, 100)),
                             self.dataset.control_cells("val"), self.panel.eval_genes)
             model.train()
-            scores = metrics.quick_score(self.dataset, cells, "val", self.config.seed)
-            self.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            data.log(self, step, {"val": scores})
+            metrics.validation(self, step, cells)
 
 
 def predict(run, model, sizes, controls, columns, **options):
@@ -758,7 +737,7 @@ def main(argv=None):
             return other_use(run, state)
         if config.ckpt:
             run.panel = data.Panel(**state["panel"])
-            sizes, controls, columns = data.open_prediction(config, state, run.panel, known(run.panel), run.device)
+            sizes, controls, columns = data.open_prediction(config, state, run.panel, UNSEEN, run.device)
             model = load_model(config, run.panel, state["parts"]).to(run.device).eval()
             cells = predict(run, model, sizes, controls, columns)
             data.write_populations(run.out, cells, controls, run.panel, columns, config.covariates, METHOD)
@@ -773,7 +752,7 @@ def main(argv=None):
         if run.rank == 0:
             sizes, controls = run.dataset.sizes("test", config.eval_cells), run.dataset.control_cells("test")
             rows = {name: predict(run, model, sizes, controls, run.panel.eval_genes, **options)
-                    for name, options in variants(config).items()}
+                    for name, options in (variants(config) if variants else {"": {}}).items()}
             data.write_populations(run.out / "pred.h5ad", rows[""], controls, run.panel, run.panel.eval_genes,
                                    config.covariates, METHOD)
             metrics.report(run, METHOD, rows)

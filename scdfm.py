@@ -38,7 +38,6 @@ import copy
 import datetime
 import math
 import os
-import signal
 import sys
 import time
 import typing
@@ -78,7 +77,7 @@ class Config(data.RunConfig):
     conditions_per_batch: int = 1   # the MMD is taken within each; paper 1
     lr_min: float = 1e-6            # end of the cosine (paper)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none, as in the paper
-    ode: typing.Literal["euler", "heun", "rk4"] = "euler"       # paper; official rk4
+    ode: typing.Literal["euler", "heun"] = "euler"  # paper; official rk4
     ode_steps: int = 100            # K (paper); official 20 of rk4
 
 
@@ -99,12 +98,9 @@ PRESETS = {"paper": {}, "demo": dict(
     dropout=0.0, ema=0.99, gene_subset=60, effect_readout=True, precondition=True, ode="heun", ode_steps=6,
     zeros="detect", eval_cells=100)}
 SAMPLING = {"ode", "ode_steps"}         # flags that --ckpt may change
+UNSEEN = True                           # genes that were never perturbed can be predicted
+variants = None                         # further rows of the table
 other_use = None                        # what --ckpt is for besides --predict
-
-
-def variants(config):
-    """{suffix of the row in the table: options of generate()}; the first is the method itself."""
-    return {"": {}}
 
 
 # -------------------------------------------------------------------------------- model
@@ -216,30 +212,20 @@ class Block(nn.Module):
         return x + gate_m * self.mlp(F.layer_norm(x, width) * (1 + scale_m) + shift_m)
 
 
-class Injection(nn.Module):
-    """First layer of an MLP on [h ; e_p], its linear map split in two: the half of e_p is computed per condition."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.h, self.e = nn.Linear(width, width), nn.Linear(width, width, bias=False)
-
-    def forward(self, h, e):                                             # h (B, S, d), e = self.e(e_p) (B or 1, 1, d)
-        return F.leaky_relu(self.h(h) + e)
-
-
 class Layer(nn.Module):
     """PAD-Transformer layer: perturbation injection, self- and cross-differential attention (eq. 10-12)."""
 
     def __init__(self, config, number):
         super().__init__()
-        self.inject = Injection(config.width)                            # first layer of the adapter, then the rest
-        self.adapter = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(config.width, config.width), nn.LeakyReLU())
+        d = config.width
+        self.inject, self.inject_e = nn.Linear(d, d), nn.Linear(d, d, bias=False)    # one map of [h ; e_p], in halves
+        self.adapter = nn.Sequential(nn.LeakyReLU(), nn.Dropout(config.dropout), nn.Linear(d, d), nn.LeakyReLU())
         self.self_block = Block(config, number)
         self.cross_block = Block(config, number)
 
     def forward(self, h, modulation, e, cached):
         """h (B, S, d), modulation (B or 1, 12, d), e (B, 1, d), keys and values of the control cells -> (B, S, d)."""
-        h = h + self.adapter(self.inject(h, e))
+        h = h + self.adapter(self.inject(h) + e)
         h = self.self_block(h, modulation[:, :6])
         return self.cross_block(h, modulation[:, 6:], cached)
 
@@ -273,8 +259,8 @@ class ScDFM(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
         self.modulate = nn.Linear(d, config.layers * 12 * d)             # adaLN of all blocks in one product
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
-        self.inject = Injection(d)
-        self.decoder = nn.Sequential(nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, 1))
+        self.inject, self.inject_e = nn.Linear(d, d), nn.Linear(d, d, bias=False)
+        self.decoder = nn.Sequential(nn.LeakyReLU(), nn.Linear(d, d), nn.LeakyReLU(), nn.Linear(d, 1))
         self.precondition = config.precondition
         self.register_buffer("moments", torch.zeros(2, G) if moments is None else moments)
         self.readout = nn.Parameter(torch.zeros(G, d)) if config.effect_readout else None
@@ -301,16 +287,16 @@ class ScDFM(nn.Module):
             seen = (slot * (weight * self.trained[tokens])[..., None]).sum(1)
             effect = per_cell((seen @ self.readout[genes].T).float())
         h_c = self.value_control(control.clamp(max=512)[..., None]) + gene       # eq. 6: (B, S, d)
-        inject = [per_cell(layer.inject.e(e))[:, None] for layer in self.layers]
+        inject = [per_cell(layer.inject_e(e))[:, None] for layer in self.layers]
         cached = [layer.cross_block.attention.cache(h_c) for layer in self.layers]
-        return Context(gene, inject, cached, per_cell(self.inject.e(e))[:, None], effect, self.moments[:, genes])
+        return Context(gene, inject, cached, per_cell(self.inject_e(e))[:, None], effect, self.moments[:, genes])
 
     def velocity(self, x, t, modulation, context):
         """x (B, S), t (B or 1,), modulation (B or 1, L, 12, d) of these times -> velocity (B, S) float32."""
         h = self.value(x.clamp(max=512)[..., None]) + context.gene               # eq. 6
         for i, layer in enumerate(self.layers):
             h = layer(h, modulation[:, i], context.inject[i], context.control[i])
-        v = self.decoder(self.inject(h, context.decoder)).squeeze(-1).float()    # eq. 13
+        v = self.decoder(self.inject(h) + context.decoder).squeeze(-1).float()    # eq. 13
         if self.precondition:
             v = v + gaussian_velocity(x, t[:, None], context.moments[0], context.moments[1])
         return v + context.effect
@@ -374,21 +360,13 @@ def sample(velocity, model, x, control, genes, tokens, weight, config):
     CP10k, genes (S,) columns of the panel, tokens and weight (1, K); velocity: model.velocity, compiled or not."""
     K = config.ode_steps
     context = model.context(control, genes, tokens, weight)
-    t = torch.linspace(0, 1, 2 * K + 1, device=control.device)           # borders and middles of the steps
-    modulation = model.modulation(t)
-
-    def v(x, i):
-        return velocity(x, t[i:i + 1], modulation[i:i + 1], context)
-    for i in range(0, 2 * K, 2):
-        k1 = v(x, i)
-        if config.ode == "euler":
-            x = x + k1 / K
-        elif config.ode == "heun":
-            x = x + (k1 + v(x + k1 / K, i + 2)) / (2 * K)
-        else:
-            k2 = v(x + k1 / (2 * K), i + 1)
-            k3 = v(x + k2 / (2 * K), i + 1)
-            x = x + (k1 + 2 * k2 + 2 * k3 + v(x + k3 / K, i + 2)) / (6 * K)
+    t = torch.linspace(0, 1, K + 1, device=control.device)
+    times = list(zip(t.split(1), model.modulation(t).split(1)))
+    for now, later in zip(times, times[1:]):
+        slope = velocity(x, *now, context)
+        if config.ode == "heun":
+            slope = (slope + velocity(x + slope / K, *later, context)) / 2
+        x = x + slope / K
     return x
 
 
@@ -407,11 +385,6 @@ def slots(conditions, panel):
         used = max(2, len(names))
         weight[i, :used] = 1 / used
     return tokens, weight
-
-
-def known(panel):
-    """Names that can be predicted."""
-    return set(panel.perturbations) | set(panel.genes)
 
 
 def load_model(config, panel, saved):
@@ -508,7 +481,7 @@ class Run:
         self.config, self.out = config, Path(config.out)
         self.device = data.pick_device(config.device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.signal, self.handlers = 0, {}      # a signal that came, and what was to happen on one before
+        self.signals = data.Signals(self.say)
         self.trained, self.capped = 0.0, 0      # seconds of training; generated values that were cut
         self.functions = {}                     # compiled ones
         cuda = self.device.type == "cuda"
@@ -548,14 +521,8 @@ class Run:
         self.trained = self.before = state["seconds"] if state else self.trained
         self.began = self.logged = self.saved = time.perf_counter()
         self.sums, self.counted, self.due, self.shown = 0.0, 0, self.began + data.FIRST_LINE, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers.setdefault(number, signal.signal(number, self.interrupt))
+        self.signals.hold()
         return state["step"] if state else 0
-
-    def interrupt(self, number, _):
-        self.signal = number
-        self.say("\nsaving after this step")
-        signal.signal(number, self.handlers[number])                     # a second one ends at once
 
     def start(self, step):
         """Before a step: its random numbers follow from (seed, stage, step, process); a checkpoint needs none."""
@@ -566,20 +533,12 @@ class Run:
         stage and on a signal. Until then the losses stay on the device."""
         self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
         self.counted += 1
-        agree = self.world == 1 or step % 10 == 0                        # all processes end at the same step
-        if self.world > 1 and agree:
-            flag = torch.tensor(self.signal, device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.signal = flag.item()
-        stop, now = self.signal and agree, time.perf_counter()
+        stop, now = self.signals.agreed(step, self.world, self.device), time.perf_counter()
         last = stop or step == self.steps
         show, save = last or now > self.due, last or now > self.saved + data.CHECKPOINT_SECONDS
         if not show and not save and step % max(1, min(100, self.steps // 100)):
             return
         values = dict(zip(losses, (self.sums / self.counted).tolist()))  # the only wait for the device
-        if not all(map(math.isfinite, values.values())):
-            raise DataError(f"training diverged before step {step}: the loss is not finite. Start again with a lower "
-                            f"--lr and another --out; if there is a checkpoint in {self.out}, it is from before")
         seconds = (now - self.logged) / self.counted                     # per step
         values["cells_per_s"] = round(self.cells / seconds, 1)
         self.trained = self.before + now - self.began
@@ -589,14 +548,14 @@ class Run:
             self.shown, self.due = True, now + data.NEXT_LINE
         if save and self.rank == 0:
             data.save_checkpoint(self, METHOD, step, parts)
-            self.saved = time.perf_counter()
+            self.saved = now
         self.sums, self.counted, self.logged = 0.0, 0, time.perf_counter()
-        while last and self.handlers:
-            signal.signal(*self.handlers.popitem())
+        if last:
+            self.signals.release()
         if stop:
             self.say(f"stopped at step {step} of {self.steps} ({self.stage}); go on with: python {METHOD}.py --out "
                      f"{self.out} --resume")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + stop)
 
     def validate(self, step, model):
         """Scores of the validation conditions, for console and log; training's random numbers are not touched."""
@@ -605,9 +564,7 @@ class Run:
             cells = predict(self, model, self.dataset.sizes("val", min(self.config.eval_cells, 100)),
                             self.dataset.control_cells("val"), self.panel.eval_genes)
             model.train()
-            scores = metrics.quick_score(self.dataset, cells, "val", self.config.seed)
-            self.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            data.log(self, step, {"val": scores})
+            metrics.validation(self, step, cells)
 
 
 def predict(run, model, sizes, controls, columns, **options):
@@ -635,7 +592,7 @@ def main(argv=None):
             return other_use(run, state)
         if config.ckpt:
             run.panel = data.Panel(**state["panel"])
-            sizes, controls, columns = data.open_prediction(config, state, run.panel, known(run.panel), run.device)
+            sizes, controls, columns = data.open_prediction(config, state, run.panel, UNSEEN, run.device)
             model = load_model(config, run.panel, state["parts"]).to(run.device).eval()
             cells = predict(run, model, sizes, controls, columns)
             data.write_populations(run.out, cells, controls, run.panel, columns, config.covariates, METHOD)
@@ -650,7 +607,7 @@ def main(argv=None):
         if run.rank == 0:
             sizes, controls = run.dataset.sizes("test", config.eval_cells), run.dataset.control_cells("test")
             rows = {name: predict(run, model, sizes, controls, run.panel.eval_genes, **options)
-                    for name, options in variants(config).items()}
+                    for name, options in (variants(config) if variants else {"": {}}).items()}
             data.write_populations(run.out / "pred.h5ad", rows[""], controls, run.panel, run.panel.eval_genes,
                                    config.covariates, METHOD)
             metrics.report(run, METHOD, rows)

@@ -873,12 +873,12 @@ def test_inputs_that_do_not_fit(case, change, message):
 class Dataset:
     """What report() asks of a data.Dataset, on the small case with its genes from the last to the first."""
 
-    def __init__(self, case):
+    def __init__(self, case, part="test"):
         self.genes, self.eval_genes = case["genes"], np.arange(90)[::-1]
-        self.case = case
+        self.case, self.part = case, part
 
     def populations(self, part, genes):
-        return {c: x[:, genes] for c, x in self.case["real" if part == "test" else "train"].items()}
+        return {c: x[:, genes] for c, x in self.case["real" if part == self.part else "train"].items()}
 
     def controls(self, part, genes):
         return self.case["control"][:, genes]
@@ -909,8 +909,16 @@ def test_report_writes_scores_and_prints_the_table(case, result, reported, capsy
     assert rows[rows.index("additive"):][:5] == ["additive", "ours", "ours (raw)", "replicate", "vs floor"]
     metrics.show(folder)
     assert capsys.readouterr().out == text
-    score = metrics.quick_score(Dataset(case), {c: x[:, ::-1] for c, x in case["pred"].items()}, "test", 0)
-    assert score == {k: pytest.approx(result["aggregate"][k]) for k in ("l2", "pearson_delta", "e_distance")}
+
+
+def test_validation_scores_its_conditions_and_logs_them(case, tmp_path, capsys):
+    result = metrics.evaluate(case["pred"], case["real"], case["control"], case["genes"], floors=False)["aggregate"]
+    run = SimpleNamespace(config=data.RunConfig(), dataset=Dataset(case, "val"), out=tmp_path, rank=0, trained=2.0,
+                          stage="training", say=print)
+    score = metrics.validation(run, 30, {c: x[:, ::-1] for c, x in case["pred"].items()})
+    assert score == {k: pytest.approx(result[k]) for k in ("l2", "pearson_delta", "e_distance")}
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 30, "seconds": 2.0, "val": score}
+    assert f"validation  l2 {score['l2']:.4f}  pearson_delta" in capsys.readouterr().out
 
 
 def test_genes_tsv_holds_what_happens_to_every_gene(case, reported):

@@ -338,9 +338,9 @@ def test_loss_is_flow_matching_plus_mmd_per_condition():
 
 # ------------------------------------------------------------------------------------------------ sampling
 
-@pytest.mark.parametrize("ode", ["euler", "heun", "rk4"])
+@pytest.mark.parametrize("ode", ["euler", "heun"])
 def test_cached_sampling_equals_uncached(dataset, panel, ode):
-    """Against plain Euler, Heun and Runge-Kutta steps that call the whole network at every evaluation."""
+    """Against plain Euler and Heun steps that call the whole network at every evaluation."""
     config = tiny(ode=ode)
     model = build(dataset, panel, config)
     _, _, control, genes, tokens, weight = inputs(panel, ["TF1+TF2"])
@@ -356,21 +356,16 @@ def test_cached_sampling_equals_uncached(dataset, panel, ode):
             for t in np.arange(config.ode_steps) * h:
                 if ode == "euler":
                     x = x + h * v(x, t)
-                elif ode == "heun":
-                    a = v(x, t)
-                    x = x + h / 2 * (a + v(x + h * a, t + h))
                 else:
                     a = v(x, t)
-                    b = v(x + h / 2 * a, t + h / 2)
-                    c = v(x + h / 2 * b, t + h / 2)
-                    x = x + h / 6 * (a + 2 * b + 2 * c + v(x + h * c, t + h))
+                    x = x + h / 2 * (a + v(x + h * a, t + h))
         finally:
             torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-5)
     assert got.max() > 0.1
 
 
-@pytest.mark.parametrize("ode, order", [("euler", 1), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize("ode, order", [("euler", 1), ("heun", 2)])
 def test_order_of_the_integrators(ode, order):
     """dx/dt = x t from a known start: halving the step divides the error by 2^order."""
     class Model:
