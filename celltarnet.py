@@ -78,7 +78,7 @@ class Config(data.RunConfig):
     effect_readout: bool = False    # a linear effect per gene and perturbation beside the flow (ours; paper none)
     calibration: float = 0.0        # ridge penalty of shifts that match generated means to training's; 0: none (paper)
     dequantise: float = 0.1         # sigma_d, log1p CP10k: noise on the targets (ours; TarFlow 0.05 to 0.15)
-    denoise_weight: float = 0.5     # lambda_denoise; 0 removes the denoising task (ablation)
+    denoise_weight: float = 0.5     # lambda_denoise; 0: no denoising task (ablation)
     contrast_weight: float = 0.05   # lambda_cont after a ramp over a tenth of the steps; 0: no contrast (ablation)
     temperature: float = 0.1        # tau of InfoNCE (ours)
     cells_per_context: int = 2      # m: perturbed cells that share a control cell in a batch (ours)
@@ -100,15 +100,11 @@ def check(config):
                  "score_controls dequantise temperature", below_one="dropout ema")
     if config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
-    multiple = config.cells_per_context * (2 if config.contrast_weight else 1)
-    if config.batch_size % multiple:
-        raise DataError(f"--batch-size {config.batch_size}: must be a multiple of {multiple}: --cells-per-context "
-                        "cells of each context, and with the contrast an even number of contexts")
-    if config.contrast_weight and config.cells_per_context < 2:
-        raise DataError("--cells-per-context 1: the contrast needs a second cell of the same context; give 2, or "
-                        "--contrast-weight 0")
-    if config.score and config.predict:
-        raise DataError("--score and --predict are two uses of a checkpoint; conditions to score are --score-under")
+    if config.cells_per_context < 2:
+        raise DataError("--cells-per-context 1: the contrast needs a second cell of the same context; give 2 or more")
+    if config.batch_size % (2 * config.cells_per_context):
+        raise DataError(f"--batch-size {config.batch_size}: must be a multiple of {2 * config.cells_per_context}: "
+                        "--cells-per-context cells of each of an even number of contexts")
 
 
 PRESETS = {"paper": {}, "demo": dict(
@@ -125,10 +121,8 @@ variants = None                         # further rows of the table
 def gene_prior(corr, kind, k, rank):
     """Boolean (G, G) of section 3.2: S, per gene the k genes of highest |correlation|; L, the k highest of its best
     rank-r approximation; their union, made symmetric, with the diagonal."""
-    strengths = []
-    if kind in ("both", "sparse"):
-        strengths.append(corr.abs())
-    if kind in ("both", "low-rank"):
+    strengths = [] if kind == "low-rank" else [corr.abs()]
+    if kind != "sparse":
         value, vector = torch.linalg.eigh(corr.double())                 # ascending
         vector = vector[:, -rank:]
         strengths.append(((vector * value[-rank:]) @ vector.T).abs().float())
@@ -195,22 +189,18 @@ class Attention(nn.Module):
         return self.out(a.transpose(1, 2).flatten(2))
 
 
-def mlp(width, dropout):
-    """The two-layer MLP of a transformer block: (..., width) -> (..., width)."""
-    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
-
-
 class Layer(nn.Module):
     """Pre-norm transformer layer: cross-attention to the context in the flow (section 3.1, step 1) and none in the
     context encoder, self-attention, MLP."""
 
     def __init__(self, config, cross):
         super().__init__()
+        d = config.width
         if cross:
-            self.norm_cross, self.cross = nn.LayerNorm(config.width), Attention(config.width, config.heads)
-        self.norm_self, self.attention = nn.LayerNorm(config.width), Attention(config.width, config.heads)
-        self.norm_mlp, self.mlp = nn.LayerNorm(config.width), mlp(config.width, config.dropout)
+            self.norm_cross, self.cross = nn.LayerNorm(d), Attention(d, config.heads)
+        self.norm_self, self.attention = nn.LayerNorm(d), Attention(d, config.heads)
         self.drop = nn.Dropout(config.dropout)
+        self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d), self.drop)
 
     def forward(self, h, context=None, mask=None, cache=None, t=None):
         """h (B, S, d), context: kv of self.cross, (B, T + 2, 2 d), mask (S, T) -> (B, S, d). In sampling S = 1: cache
@@ -222,25 +212,7 @@ class Layer(nn.Module):
         if cache is not None:
             kv = cache.index_copy_(1, t, kv)
         h = h + self.drop(self.attention(x, kv, mask))
-        return h + self.mlp(self.norm_mlp(h))
-
-
-def cast_once(layers, dtype):
-    """Layers with their products' weights in dtype: under autocast a compiled step would cast them for every slot."""
-    if layers[0].cross.q.weight.dtype == dtype:
-        return layers
-    layers = copy.deepcopy(layers)
-    for module in layers.modules():
-        if isinstance(module, nn.Linear):
-            module.to(dtype)
-    return layers
-
-
-def rows(x, which):
-    """x (n, ...) -> (B, ...), row which[b] (B,) for each cell b: by a product with zeros and ones, since the backward
-    pass of an index adds row by row."""
-    pick = which[:, None] == torch.arange(len(x), device=x.device)
-    return (pick.to(x) @ x.flatten(1)).unflatten(1, x.shape[1:])
+        return h + self.mlp(h)
 
 
 class FlowBlock(nn.Module):
@@ -262,9 +234,8 @@ class FlowBlock(nn.Module):
         self.modulate = nn.Linear(d, 2 * d)
         self.layers = nn.ModuleList(Layer(config, cross=True) for _ in range(config.layers))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 2 * P)
-        for linear in (self.head, self.modulate):                        # the flow starts as the identity
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for p in (*self.head.parameters(), *self.modulate.parameters()):
+            nn.init.zeros_(p)                                            # the flow starts as the identity
 
     def slots(self, x):                                                  # (B, T P) -> (B, T, P)
         return x.index_select(-1, self.order).unflatten(-1, (-1, self.patch))
@@ -295,7 +266,9 @@ class FlowBlock(nn.Module):
     def forward(self, x, H, which):
         """x (B, T P), H (n, T + 2, d), which (B,) -> the same cells one step closer to noise, log|det| (B,)."""
         u, (label, cross) = self.slots(x), self.context(H)
-        mu, a = self.parameters_of(u, (rows(label, which), [rows(kv, which) for kv in cross]))
+        pick = F.one_hot(which, len(H))                                  # an index's backward pass adds row by row
+        label, *cross = [(pick.to(x) @ x.flatten(1)).unflatten(1, x.shape[1:]) for x in (label, *cross)]
+        mu, a = self.parameters_of(u, (label, cross))
         return self.genes((u - mu) * torch.exp(-a)), -a.sum((-2, -1))
 
     def step(self, layers, cross, caches, before, v, label, mask, scale, t):
@@ -308,25 +281,19 @@ class FlowBlock(nn.Module):
         return torch.addcmul(mu, v, torch.exp(a))
 
     def inverse(self, x, H, step):
-        """Inverse of forward, slot by slot: x (B, T P), H (B, T + 2, d) -> (B, T P); step: the method above, compiled or
-        not."""
-        v = self.slots(x)
-        label, cross = self.context(H)
+        """Inverse of forward, slot by slot: x (B, T P), H (B, T + 2, d) -> (B, T P); step: as above, or compiled."""
+        v, (label, cross) = self.slots(x), self.context(H)
         caches = [torch.zeros_like(kv[:, 2:]) for kv in cross]           # of self-attention: (B, T, 2 d)
-        layers, mask = cast_once(self.layers, cross[0].dtype), self.mask.to(cross[0])
+        layers, mask = copy.deepcopy(self.layers), self.mask.to(cross[0])
+        for module in layers.modules():
+            if isinstance(module, nn.Linear):
+                module.to(cross[0].dtype)                                # autocast would do it for every slot
         numbers = torch.arange(v.shape[1], device=v.device)
         slots = zip(v.split(1, 1), label.split(1, 1), mask.split(1), self.scale.split(1), numbers.split(1))
-        now, u = torch.zeros_like(v[:, :1]), []
+        u = [torch.zeros_like(v[:, :1])]                                 # what the start slot holds
         for slot in slots:
-            now = step(self, layers, cross, caches, now, *slot)
-            u.append(now)
-        return self.genes(torch.cat(u, dim=1))
-
-
-class Context(typing.NamedTuple):
-    """What the flow is told of n contexts."""
-    H: torch.Tensor         # (n, T + 2, d) tokens: CLS, patches of the control cell, perturbation
-    effect: torch.Tensor    # (n, G) linear effect of the perturbation, in standard deviations; zero without readout
+            u.append(step(self, layers, cross, caches, u[-1], *slot))
+        return self.genes(torch.cat(u[1:], dim=1))
 
 
 class CellTARNet(nn.Module):
@@ -362,16 +329,15 @@ class CellTARNet(nn.Module):
             first = gene_order(corr) if self.patch > 1 else first
         orders = [order.to(mean.device) for order in block_orders(config.blocks, first, self.padding, config.seed)]
         self.blocks = nn.ModuleList(FlowBlock(config, o, attention_mask(graph, o, self.patch), G) for o in orders)
-        self.projection = None
-        if config.contrast_weight:
-            self.projection = nn.Sequential(nn.LayerNorm(G), nn.Linear(G, 512), nn.GELU(), nn.Linear(512, 128))
+        self.projection = nn.Sequential(nn.LayerNorm(G), nn.Linear(G, 512), nn.GELU(), nn.Linear(512, 128))
 
     def standard(self, x, effect=0):
         """log1p CP10k (B, G) -> standardised, without its effect (B, G), and padded (B, T P)."""
         return F.pad((x - self.mean) / self.std - effect, (0, self.padding))
 
     def encode(self, control, c):
-        """control (n, G) log1p CP10k, c (n, V) of multi_hot() -> Context."""
+        """control (n, G) log1p CP10k, c (n, V) of multi_hot() -> contexts: tokens (n, T + 2, d), namely CLS, patches of
+        the control cell, perturbation; and the perturbation's linear effect (n, G), zero without the readout."""
         y = self.blocks[0].slots(self.standard(control))                 # (n, T, P): patches of the first block
         place = self.gene[self.blocks[0].order].unflatten(0, (-1, self.patch)).mean(1)    # (T, d)
         with torch.autocast(y.device.type, enabled=False):               # the effect is part of the values: fp32
@@ -382,47 +348,45 @@ class CellTARNet(nn.Module):
                        (pert + self.special[1])[:, None]], dim=1)
         for layer in self.context_layers:
             h = layer(h)
-        return Context(self.context_norm(h), effect)
+        return self.context_norm(h), effect
 
     def flow(self, x, context, which):
-        """Cells x (B, G) log1p CP10k and which of the n contexts each has (B,) -> z (B, G), log p(x | context) (B,),
-        fp32."""
-        z = self.standard(x, context.effect.index_select(0, which))
+        """Cells x (B, G) log1p CP10k, which context each has (B,) -> z (B, G), log p(x | context) (B,), fp32."""
+        H, effect = context
+        z = self.standard(x, effect.index_select(0, which))
         log_det = -self.std.log().sum()
         for block in self.blocks:
-            z, of_block = block(z, context.H, which)
+            z, of_block = block(z, H, which)
             log_det = log_det + of_block
         z = z[..., :self.n_genes]
         return z, log_det - (z.square() + math.log(2 * math.pi)).sum(-1) / 2
 
     def inverse(self, z, context, step):
         """z (B, G) and a context for each -> x (B, G) log1p CP10k with flow(x) = z."""
+        H, effect = context
         u = F.pad(z, (0, self.padding))
         for block in reversed(self.blocks):
-            u = block.inverse(u, context.H, step)
-        return (u[:, :self.n_genes] + context.effect) * self.std + self.mean
+            u = block.inverse(u, H, step)
+        return (u[:, :self.n_genes] + effect) * self.std + self.mean
 
     def forward(self, x, which, control, c, contrasted):
         """Cells x (B, G), which context each has (B,), and for the contexts control (n, G) and c (n, V) -> log p (B,),
-        embeddings of the first cells (contrasted, 128) or None."""
+        embeddings of the first cells (contrasted, 128)."""
         z, log_p = self.flow(x, self.encode(control, c), which)
-        e = F.normalize(self.projection(z[:contrasted]).float(), dim=-1) if contrasted else None
-        return log_p, e
+        return log_p, F.normalize(self.projection(z[:contrasted]).float(), dim=-1)
 
 
 def multi_hot(groups, panel):
     """c (n, V) of groups CONDITION or CONDITION@COVARIATE, float32: genes of the panel that are perturbed,
     perturbations of the training file, covariates one-hot."""
     G = len(panel.genes)
-    own = {p: G + i for i, p in enumerate(panel.perturbations)}          # column of c
-    gene = {g: i for i, g in enumerate(panel.genes)}
-    gene |= {p: g for p, g in zip(panel.perturbations, panel.pert_gene) if g >= 0}
-    c = torch.zeros(len(groups), G + len(own))
+    columns = {g: [i] for i, g in enumerate(panel.genes)}
+    for i, (p, g) in enumerate(zip(panel.perturbations, panel.pert_gene)):
+        columns[p] = [G + i, g] if g >= 0 else [G + i]
+    c = torch.zeros(len(groups), G + len(panel.perturbations))
     for i, group in enumerate(groups):
         for p in group.partition("@")[0].split("+"):
-            for column in (gene, own):
-                if p in column:
-                    c[i, column[p]] = 1
+            c[i, columns[p]] = 1
     return torch.cat([c, panel.one_hot(groups)], dim=1)
 
 
@@ -441,35 +405,22 @@ def info_nce(own, swapped, partner, condition, temperature):
     return F.cross_entropy(logits, torch.zeros_like(partner))
 
 
-def celltarnet_loss(net, x, control, noisy, c, null, condition, config):
+def celltarnet_loss(net, x, control, noisy, c, null, condition, temperature):
     """Negative log-likelihood per gene of perturbed cells and of control cells (denoising), InfoNCE. x (n, m, G) and
     control (n, G): targets, dequantised; noisy (n, G): what the contexts see; c and null (n, V): with and without the
     perturbation; condition (n,) numbers."""
     n, m, G = x.shape
     k = torch.arange(n, device=x.device)
     partner = k ^ 1                                                      # contexts 0 and 1, 2 and 3, ...
-    cells, which = [x.flatten(0, 1)], [k.repeat_interleave(m, output_size=n * m)]
-    contexts, codes = [noisy], [c]
-    contrasted = 0
-    if config.contrast_weight:
-        cells.append(x[partner, 0])
-        which.append(k)
-        contrasted = n * (m + 1)
-    if config.denoise_weight:
-        cells.append(control)
-        which.append(n + k)
-        contexts.append(noisy)
-        codes.append(null)
-    log_p, e = net(torch.cat(cells), torch.cat(which), torch.cat(contexts), torch.cat(codes), contrasted)
-    nll = -log_p[:n * m].mean() / G
-    denoise = -log_p[-n:].mean() / G if config.denoise_weight else torch.zeros_like(nll)
-    if not config.contrast_weight:
-        return nll, denoise, torch.zeros_like(nll)
+    cells = torch.cat([x.flatten(0, 1), x[partner, 0], control])
+    which = torch.cat([k.repeat_interleave(m, output_size=n * m), k, n + k])
+    log_p, e = net(cells, which, torch.cat([noisy, noisy]), torch.cat([c, null]), n * (m + 1))
     own, swapped = e[:n * m].unflatten(0, (n, m))[:, :2], e[n * m:]
-    return nll, denoise, info_nce(own, swapped, partner, condition, config.temperature)
+    contrast = info_nce(own, swapped, partner, condition, temperature)
+    return -log_p[:n * m].mean() / G, -log_p[-n:].mean() / G, contrast
 
 
-# -------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------- sampling and likelihood
 
 @torch.no_grad()
 def sample(model, z, control, c, config, step=FlowBlock.step):
@@ -513,8 +464,6 @@ def generate(model, run, group, control, columns, seed):
     return torch.cat(out).numpy()
 
 
-# -------------------------------------------------------------------------------- likelihood
-
 @torch.no_grad()
 def log_likelihood(model, x, control, c):
     """log p (B,) of cells x (B, G), dequantised, in nats and log1p CP10k, under c (1, V): p is the mean over control
@@ -526,57 +475,24 @@ def log_likelihood(model, x, control, c):
 
 
 def score(run, state):
-    """--score: log p of the cells of a file under every condition of the training file, or of --score-under, written to
-    --out as an AnnData file of cells x conditions. Ctrl-C ends it with the cells that were scored until then."""
-    config, panel = run.config, data.Panel(**state["panel"])
-    run.panel = panel
-    cells, columns, controls, asked = data.open_scoring(config, state, panel, UNSEEN, run.device)
-    model = load_model(config, panel, state["parts"]).to(run.device).eval()
-    covariate = cells.covariate                                          # (cells,)
-    groups = [np.flatnonzero(covariate == value) for value in sorted(set(covariate))]
-    chunks = [rows for g in groups for rows in np.array_split(g, math.ceil(len(g) / cells_at_once(run)))]
-    scored, began = [], time.perf_counter()
+    """--score: log p of the cells of a file under conditions, written to --out (data.score_file)."""
+    config, run.panel = run.config, data.Panel(**state["panel"])
+    model = load_model(config, run.panel, state["parts"]).to(run.device).eval()
     torch.manual_seed(config.seed)
-    try:
-        for rows in chunks:
-            value = covariate[rows[0]]
-            control = data.pick_rows(controls[value], config.score_controls, data.seed_of(value, config.seed))
-            control = torch.from_numpy(control).to(run.device)
-            x = torch.from_numpy(cells.X[rows][:, columns].toarray()).to(run.device)
-            x = x + config.dequantise * torch.randn_like(x)
-            c = multi_hot([data.group_name(condition, value) for condition in asked], panel).to(run.device)
-            with run.autocast():
-                log_p = [log_likelihood(model, x, control, one[None]) for one in c]
-            scored.append(torch.stack(log_p, dim=1).cpu().numpy())
-            left = (time.perf_counter() - began) * (len(chunks) / len(scored) - 1)
-            run.say(f"scored {len(scored)} of {len(chunks)} parts of the cells, {data.clock(left)} left")
-    except KeyboardInterrupt:
-        run.say("\ninterrupted: what was scored so far is written")
-    if not scored:
-        raise DataError("--score: interrupted before a cell was scored")
-    rows, log_p = np.concatenate(chunks[:len(scored)]), np.concatenate(scored)           # (cells,), (cells, conditions)
-    condition = cells.condition[rows]
-    best = np.array(asked, dtype=object)[log_p.argmax(axis=1)]
-    obs = {"condition": condition, "best": best} | {key: cells.obs(key)[rows] for key in config.covariate_keys}
-    uns = {"method": METHOD, "scale": "log p, nats, of log1p CP10k"}
-    data.write_h5ad(run.out, log_p, obs, asked, uns, cells.names[rows])
-    right = (best == condition)[np.isin(condition, asked)]
-    run.say(f"wrote {run.out}: log p of {len(rows):,} cells under {len(asked)} conditions; highest under their own for "
-            f"{right.sum():,} of the {len(right):,} whose condition is among these")
+
+    def log_p(x, control, groups):                                       # (B, G), (n, G), C names -> (B, C)
+        x, control = torch.from_numpy(x).to(run.device), torch.from_numpy(control).to(run.device)
+        x = x + config.dequantise * torch.randn_like(x)
+        c = multi_hot(groups, run.panel).to(run.device)
+        with run.autocast():
+            return torch.stack([log_likelihood(model, x, control, one[None]) for one in c], dim=1).cpu().numpy()
+    data.score_file(run, state, METHOD, UNSEEN, log_p, cells_at_once(run))
 
 
 other_use = score                       # what --ckpt is for besides --predict
 
 
 # -------------------------------------------------------------------------------- training
-
-def rate(step, config):
-    """Learning rate of a step: linear warm-up, then a cosine to --lr-min."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / (config.warmup + 1)
-    part = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr_min + (config.lr - config.lr_min) * (1 + math.cos(math.pi * min(1, part))) / 2
-
 
 def calibrate(run, model):
     """Set model.shift (1 + perturbations and covariates, G), log1p CP10k: a ridge regression, on an intercept and the
@@ -589,10 +505,8 @@ def calibrate(run, model):
     run.capped = 0                                                       # these cells are not the run's result
     real = [data.gene_moments(run.dataset.X, run.dataset.rows[g])[0] / len(run.dataset.rows[g]) for g in names]
     lacking = np.stack(real) - np.stack([cells[g].mean(axis=0) for g in names])
-    codes = multi_hot(names, run.panel)[:, model.n_genes:].double().numpy()
-    design = np.concatenate([np.ones((len(names), 1)), codes], axis=1)
-    penalty = run.config.calibration * np.eye(design.shape[1])
-    penalty[0, 0] = 0                                                    # the intercept is free
+    design = np.insert(multi_hot(names, run.panel)[:, model.n_genes:].double().numpy(), 0, 1, axis=1)
+    penalty = run.config.calibration * np.diag(np.arange(design.shape[1]) > 0)           # the intercept is free
     shift = np.linalg.solve(design.T @ design + penalty, design.T @ lacking)
     model.shift.copy_(torch.from_numpy(shift))
 
@@ -609,20 +523,17 @@ def train(run, state):
     ema = copy.deepcopy(model) if config.ema else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=True,
                                   weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config) / config.lr)
+    schedule = data.schedule(optimizer, config.steps, config.warmup, config.lr_min)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     begin, net = run.resume(state, parts), run.wrap(model)
 
     # training conditions: index of their group, what the model is told of them, once
     names = dataset.part("train")
     group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
-    conditions = sorted({g.partition("@")[0] for g in names})
-    condition = torch.tensor([conditions.index(g.partition("@")[0]) for g in names], device=device)
+    condition = torch.tensor(np.unique([g.partition("@")[0] for g in names], return_inverse=True)[1], device=device)
     c = multi_hot(names, panel).to(device)
     null = c.clone()
     null[:, :model.n_pert] = 0                                           # covariates stay
-    if config.contrast_weight and len(conditions) == 1:
-        run.say("note: there is one training condition; the contrast has no negatives")
     allowed = model.blocks[0].mask == 0                                  # (T, T)
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} training conditions, {G:,} genes "
             f"in {len(allowed):,} slots, {allowed.float().mean().item():.0%} of the slots' pairs attended to")
@@ -645,7 +556,7 @@ def train(run, state):
         # forward in bf16 where chosen; values, scales and likelihoods in fp32
         with run.autocast():
             nll, denoise, contrast = celltarnet_loss(net, x, control, noisy, c[pick], null[pick], condition[pick],
-                                                     config)
+                                                     config.temperature)
         ramp = min(1, 10 * step / config.steps)
         loss = nll + config.denoise_weight * denoise + ramp * config.contrast_weight * contrast
         optimizer.zero_grad(set_to_none=True)
@@ -653,9 +564,7 @@ def train(run, state):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)                # TarFlow
         optimizer.step()
         schedule.step()
-        if config.ema:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config.ema)
+        data.average(ema, model, config.ema)
 
         if config.calibration and step == config.steps:
             calibrate(run, ema)

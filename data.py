@@ -33,6 +33,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import typing
 import zipfile
@@ -128,7 +129,8 @@ def _open(path):
         with open(path, "rb") as handle:
             head = handle.read(512)
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise DataError(f"{path}: no such file; check the path (README, 'Data sets', says where to get data sets)") from None
+        raise DataError(f"{path}: no such file; check the path (README, 'Data sets', says where to get data "
+                        "sets)") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions and its folder's") from None
     for pattern, message in NOT_HDF5:
@@ -2171,9 +2173,9 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
                                 "the flag, or start another run with --out")
         config = cls(**state["config"] | kept)
     uses = [name for name in ("predict", "score", "analyse") if hasattr(config, name)]
-    if bool(config.ckpt) != any(getattr(config, name) for name in uses):
-        raise DataError(f"--ckpt FILE and {' or '.join(map(_flag, uses))} belong together; to go on with a run use "
-                        "--resume")
+    if bool(config.ckpt) != sum(bool(getattr(config, name)) for name in uses):
+        raise DataError(f"--ckpt FILE and {' or '.join(map(_flag, uses))} belong together, one use at a time; to go on "
+                        "with a run use --resume")
     least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2, "lr": 1e-20}
     for f in fields(cls):
         value = getattr(config, f.name)
@@ -2322,13 +2324,15 @@ def open_prediction(config, state, panel, unseen, device):
     return sizes, controls, columns
 
 
-def open_scoring(config, state, panel, unseen, device):
-    """What --score asks for: the Cells of the file, log1p CP10k; the columns (G,) of its X where the panel's genes are;
-    control cells {covariate: (n, G)}; the conditions to score the cells under, sorted.
+def score_file(run, state, method, unseen, log_p, at_once):
+    """--score: write log p of the cells of a file under conditions, as an AnnData file of cells x conditions. Ctrl-C
+    ends it with the cells that were scored until then.
 
-    unseen: as Panel.known. Raises DataError for conditions, covariates or genes that are not there.
+    log_p: cells (B, G) and control cells (n, G), log1p CP10k, and the names of C groups -> (B, C) nats; at_once: the
+    largest B. unseen: as Panel.known. Raises DataError for conditions, covariates or genes that are not there.
     """
-    controls = open_prediction(config, state, panel, unseen, device)[1]
+    config, panel = run.config, run.panel
+    controls = open_prediction(config, state, panel, unseen, run.device)[1]
     texts = config.score_under or [group for part in state["split"].values() for group in part]
     asked = sorted({condition for condition, _ in asked_conditions(texts, panel.known(unseen), "--score-under")})
     cells = read_cells(config.score, config, control_required=False, perturbed_required=False)
@@ -2338,11 +2342,36 @@ def open_scoring(config, state, panel, unseen, device):
     if missing:
         raise DataError(f"--score {config.score}: lacks {len(missing):,} of the model's {len(columns):,} genes "
                         f"({_listed(missing)}); add them (zero where not measured)")
-    lost = sorted(set(cells.covariate) - set(controls))
+    covariate = cells.covariate
+    lost = sorted(set(covariate) - set(controls))
     if lost:
         raise DataError(f"--score {config.score}: no control cells for {lost[0]}; there are "
                         f"{_listed(sorted(controls), 20)}")
-    return cells, columns, controls, asked
+
+    alike = [np.flatnonzero(covariate == value) for value in sorted(set(covariate))]
+    parts = [rows for of in alike for rows in np.array_split(of, math.ceil(len(of) / at_once))]
+    scored, began = [], time.perf_counter()
+    try:
+        for rows in parts:
+            value = covariate[rows[0]]
+            control = pick_rows(controls[value], config.score_controls, seed_of(value, config.seed))
+            groups = [group_name(condition, value) for condition in asked]
+            scored.append(log_p(cells.X[rows][:, columns].toarray(), control, groups))
+            left = (time.perf_counter() - began) * (len(parts) / len(scored) - 1)
+            run.say(f"scored {len(scored)} of {len(parts)} parts of the cells, {clock(left)} left")
+    except KeyboardInterrupt:
+        run.say("\ninterrupted: what was scored so far is written")
+    if not scored:
+        raise DataError("--score: interrupted before a cell was scored")
+    rows, values = np.concatenate(parts[:len(scored)]), np.concatenate(scored)           # (cells,), (cells, conditions)
+    condition = cells.condition[rows]
+    best = np.array(asked, dtype=object)[values.argmax(axis=1)]
+    obs = {"condition": condition, "best": best} | {key: cells.obs(key)[rows] for key in config.covariate_keys}
+    uns = {"method": method, "scale": "log p, nats, of log1p CP10k"}
+    write_h5ad(run.out, values, obs, asked, uns, cells.names[rows])
+    right = (best == condition)[np.isin(condition, asked)]
+    run.say(f"wrote {run.out}: log p of {len(rows):,} cells under {len(asked)} conditions; highest under their own for "
+            f"{right.sum():,} of the {len(right):,} whose condition is among these")
 
 
 def asked_conditions(texts, names, flag="--predict"):
@@ -2441,6 +2470,22 @@ def opening(run, method):
     return (f"{method} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
             f"{config.preset}, {config.steps:,} steps; {run.device}, {precision}{', compiled' if run.compile else ''}; "
             f"folder {run.out}")
+
+
+def schedule(optimizer, steps, warmup=0, least=0.0):
+    """Learning rate from step to step: linear warm-up, then a cosine from the optimiser's own to the least."""
+    def factor(step):
+        low = least / optimizer.defaults["lr"]
+        part = max(0, step - warmup) / max(1, steps - warmup)
+        return min((step + 1) / (warmup + 1), low + (1 - low) * (1 + math.cos(math.pi * min(1, part))) / 2)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def average(ema, model, decay):
+    """Averaged weights after a step: decay x the former + (1 - decay) x the model's. decay 0: none are kept."""
+    if decay:
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 class Signals:

@@ -462,9 +462,7 @@ def train(run, state):
         loss.backward()
         optimizer.step()
         schedule.step()
-        if config.ema:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config.ema)
+        data.average(ema, model, config.ema)
 
         if config.eval_every and step % config.eval_every == 0:
             run.validate(step, ema)

@@ -73,7 +73,7 @@ def test_inverse_of_forward_is_the_cell(dataset, panel, options):
         model = build(dataset, panel, tiny(**options), dtype)
         context, x = model.encode(*contexts(dataset, panel, 3, dtype)), cells(dataset, 4, dtype)
         z, _ = model.flow(x, context, which)
-        back = model.inverse(z, ct.Context(*(of[which] for of in context)), FlowBlock.step)
+        back = model.inverse(z, [of[which] for of in context], FlowBlock.step)
         torch.testing.assert_close(back, x, rtol=tolerance, atol=tolerance)
         assert (z - model.standard(x)[..., :40]).abs().max() > 0.1       # it is not the identity
 
@@ -86,14 +86,14 @@ def test_jacobian_is_triangular_in_the_blocks_order_and_log_det_is_autograds(dat
     x = model.standard(cell)
     T = x.shape[-1] // P
     for block in model.blocks:
-        J = jacobian(lambda v: block(v[None], context.H, one)[0][0], x[0])
+        J = jacobian(lambda v: block(v[None], context[0], one)[0][0], x[0])
         ordered = J[block.order][:, block.order].view(T, P, T, P)
         slots = ordered.abs().amax((1, 3))                               # (T, T)
         assert slots.triu(1).max() == 0                                  # a slot sees no later one ...
         assert slots.diagonal(-1).min() > 1e-9 and slots.tril(-1).max() > 1e-3   # ... and always the one before
         within = ordered[range(T), :, range(T)]                          # (T, P, P): genes of a patch are not coupled
         assert (within - torch.diag_embed(within.diagonal(dim1=1, dim2=2))).abs().max() == 0
-        torch.testing.assert_close(block(x, context.H, one)[1][0], torch.linalg.slogdet(J)[1])
+        torch.testing.assert_close(block(x, context[0], one)[1][0], torch.linalg.slogdet(J)[1])
     z, log_p = model.flow(cell, context, one)
     whole = jacobian(lambda v: model.flow(v[None], context, one)[0][0], cell[0])
     expected = Normal(0, 1).log_prob(z).sum() + torch.linalg.slogdet(whole)[1]
@@ -104,14 +104,14 @@ def test_the_first_slot_depends_on_the_context(dataset, panel):
     model, (control, c) = build(dataset, panel, tiny()), contexts(dataset, panel, 2)
     block, u = model.blocks[0], torch.zeros(2, 40, 1, dtype=torch.float64)
     for told in ((control[:1].expand(2, -1), c), (control, c[:1].expand(2, -1))):
-        mu = block.parameters_of(u, block.context(model.encode(*told).H))[0]
+        mu = block.parameters_of(u, block.context(model.encode(*told)[0]))[0]
         assert (mu[0, 0] - mu[1, 0]).abs() > 1e-4
 
 
 def test_log_scale_is_bounded_and_the_flow_starts_as_the_standardised_cell(dataset, panel):
     model, which = build(dataset, panel, tiny(), scale=50.0), torch.arange(2)
     block = model.blocks[0]
-    told = block.context(model.encode(*contexts(dataset, panel, 2)).H)
+    told = block.context(model.encode(*contexts(dataset, panel, 2))[0])
     _, a = block.parameters_of(block.slots(model.standard(cells(dataset, 2))), told)
     assert 2.9 < a.abs().max() <= 3
     fresh = ct.CellTARNet(tiny(), panel, data.gene_statistics(dataset))
@@ -168,7 +168,7 @@ def test_prior_decides_who_is_attended_to(dataset, panel):
     """With one layer, the value of gene g reaches gene h only through an edge of the graph, or as the slot before."""
     model = build(dataset, panel, tiny(layers=1, neighbours=2, prior="sparse"))
     graph = gene_prior(data.gene_statistics(dataset)[2], "sparse", 2, 4)
-    H = model.encode(*contexts(dataset, panel, 1)).H
+    H = model.encode(*contexts(dataset, panel, 1))[0]
     for block in model.blocks:
         told, u = block.context(H), torch.randn(1, 40, 1, dtype=torch.float64)
         J = jacobian(lambda v: block.parameters_of(v, told)[0], u)[0, :, 0, 0, :, 0] != 0            # (T, T)
@@ -240,7 +240,7 @@ def test_contrasted_are_the_cells_and_contexts_that_the_definition_asks_for(data
         seen.update(own=own, swapped=swapped)
         return own.sum()
     monkeypatch.setattr(ct, "info_nce", spy)
-    ct.celltarnet_loss(model, x, control, control, c, torch.zeros_like(c), torch.arange(6), tiny())
+    ct.celltarnet_loss(model, x, control, control, c, torch.zeros_like(c), torch.arange(6), 0.1)
     norm, first, gelu, last = model.projection
     assert last.weight.shape == (128, 512) and seen["own"].shape == (6, 2, 128)
     for k in range(6):
@@ -254,15 +254,11 @@ def test_contrasted_are_the_cells_and_contexts_that_the_definition_asks_for(data
 def test_loss_is_the_likelihood_of_both_tasks(dataset, panel):
     control, c = contexts(dataset, panel, 4)
     x, noisy, null = cells(dataset, 16).view(4, 4, -1), control + torch.randn_like(control), torch.zeros_like(c)
-    for weight in (0.5, 0.0):
-        config = tiny(contrast_weight=0.0, denoise_weight=weight, cells_per_context=4)
-        model = build(dataset, panel, config)
-        post, pre, contrast = ct.celltarnet_loss(model, x, control, noisy, c, null, torch.arange(4), config)
-        own = torch.arange(4).repeat_interleave(4)
-        torch.testing.assert_close(post, -model.flow(x.flatten(0, 1), model.encode(noisy, c), own)[1].mean() / 40)
-        expected = -model.flow(control, model.encode(noisy, null), torch.arange(4))[1].mean() / 40
-        torch.testing.assert_close(pre, expected * (weight > 0))
-        assert contrast == 0 and model.projection is None
+    model = build(dataset, panel, tiny(cells_per_context=4))
+    post, pre, _ = ct.celltarnet_loss(model, x, control, noisy, c, null, torch.arange(4), 0.1)
+    own = torch.arange(4).repeat_interleave(4)
+    torch.testing.assert_close(post, -model.flow(x.flatten(0, 1), model.encode(noisy, c), own)[1].mean() / 40)
+    torch.testing.assert_close(pre, -model.flow(control, model.encode(noisy, null), torch.arange(4))[1].mean() / 40)
 
 
 def test_every_parameter_takes_part_in_the_loss(dataset, panel):
@@ -270,7 +266,7 @@ def test_every_parameter_takes_part_in_the_loss(dataset, panel):
     model = build(dataset, panel, tiny(layers=2, context_layers=2)).requires_grad_(True)
     control, c = contexts(dataset, panel, 4)
     x = cells(dataset, 8).view(4, 2, -1)
-    sum(ct.celltarnet_loss(model, x, control, control, c, torch.zeros_like(c), torch.arange(4), tiny())).backward()
+    sum(ct.celltarnet_loss(model, x, control, control, c, torch.zeros_like(c), torch.arange(4), 0.1)).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9]
 
 
@@ -280,7 +276,7 @@ def test_every_parameter_takes_part_in_the_loss(dataset, panel):
 def test_cached_decoding_equals_the_whole_block_once_per_slot(dataset, panel, options):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         model = build(dataset, panel, tiny(**options), dtype)
-        H = model.encode(*contexts(dataset, panel, 3, dtype)).H
+        H = model.encode(*contexts(dataset, panel, 3, dtype))[0]
         for block in model.blocks:
             x = torch.randn(3, 40 + model.padding, dtype=dtype)
             x[:, 40:] = 0
@@ -353,14 +349,14 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("bf16, in_layer, around", [(False, 17.2, 10), (True, 22.2, 12)])
+@pytest.mark.parametrize("bf16, in_layer, around", [(False, 17.6, 10), (True, 22.2, 12)])
 def test_a_slot_takes_few_operations(dataset, panel, bf16, in_layer, around):
-    """On a GPU each costs microseconds, for every layer and slot. A compiled step has no cache of cast weights."""
+    """On a GPU each costs microseconds, for every layer and slot: 17, and 0.4 for the copy of its weights per block."""
     took = []
     for layers in (1, 3):
         model = build(dataset, panel, tiny(layers=layers), torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
-            H = model.encode(*contexts(dataset, panel, 2, torch.float32)).H
+            H = model.encode(*contexts(dataset, panel, 2, torch.float32))[0]
             with Operations() as count:
                 model.blocks[0].inverse(torch.randn(2, 40), H, FlowBlock.step)
         took.append(count.n / 40)
@@ -394,7 +390,7 @@ def test_multi_hot_is_additive_and_knows_genes_doses_and_covariates():
 def test_a_gene_never_perturbed_is_embedded_by_its_own_vector(dataset, panel):
     model = ct.CellTARNet(tiny(), panel, data.gene_statistics(dataset))
     control, _ = contexts(dataset, panel, 1, torch.float32)
-    H = [model.encode(control, multi_hot([g], panel)).H for g in ("GENE3", "GENE4", "TF1")]
+    H = [model.encode(control, multi_hot([g], panel))[0] for g in ("GENE3", "GENE4", "TF1")]
     assert min((a - b).abs().max() for a, b in ((H[0], H[1]), (H[1], H[2]))) > 1e-3
 
 
@@ -471,7 +467,7 @@ def test_score_is_the_likelihood_of_every_cell_under_every_condition(demo, call,
     assert len(kept.genes) == 40 and list(kept.names) == list(data.read_cells(demo).names[:kept.X.shape[0]])
 
     data.write_h5ad(tmp_path / "thin.h5ad", np.ones((5, 3), np.float32), {}, ["TF1", "TF2", "TF3"])
-    for flags, words in ((["--score-under", "NOGENE"], "--score-under NOGENE"), (["--predict", "TF1"], "two uses"),
+    for flags, words in ((["--score-under", "NOGENE"], "--score-under NOGENE"), (["--predict", "TF1"], "one use at"),
                          (["--score", tmp_path / "thin.h5ad"], "lacks 37 of the model's 40 genes")):
         done = call("celltarnet.py", *ckpt, *flags, "--out", tmp_path / "no.h5ad")
         assert done.returncode == 2 and words in done.stderr and not (tmp_path / "no.h5ad").exists()
@@ -537,14 +533,7 @@ def test_loss_weighs_its_terms_as_asked(demo, call, tmp_path, monkeypatch):
         assert line["loss"] == pytest.approx(expected, rel=1e-4) and line["contrast"] > 0.01
 
 
-def test_learning_rate_warms_up_and_ends_low():
-    config = tiny(steps=100, warmup=10, lr=1.0, lr_min=0.01)
-    rates = [ct.rate(step, config) for step in range(101)]
-    assert rates[0] == pytest.approx(1 / 11) and rates[10] == pytest.approx(1.0) and rates[100] == pytest.approx(0.01)
-    assert np.all(np.diff(rates[:11]) > 0) and np.all(np.diff(rates[10:]) < 0)
-
-
-@pytest.mark.parametrize("flags", [["--contrast-weight", 0, "--denoise-weight", 0, "--cells-per-context", 1],
+@pytest.mark.parametrize("flags", [["--contrast-weight", 0, "--denoise-weight", 0],
                                    ["--prior", "none", "--no-effect-readout", "--ema", 0]])
 def test_variants_run(flags, demo, call, tmp_path):
     done = call("celltarnet.py", "--data", demo, *TINY["celltarnet"], "--steps", 4, *flags, "--out", tmp_path / "run")

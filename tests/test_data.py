@@ -1130,3 +1130,28 @@ def test_flags_come_from_the_fields():
     for field in data.fields(data.DataConfig):
         assert "--" + field.name.replace("_", "-") in text_
     assert "highly variable genes to keep" in text_                         # help is the comment beside the field
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+def test_learning_rate_warms_up_and_ends_low():
+    weight = torch.zeros(1, requires_grad=True)
+    for warmup, least in ((10, 0.02), (0, 0.0)):
+        schedule = data.schedule(torch.optim.SGD([weight], 2.0), 100, warmup, least)
+        rates = []
+        for _ in range(101):
+            rates.append(schedule.get_last_lr()[0])
+            schedule.optimizer.step()
+            schedule.step()
+        assert rates[0] == pytest.approx(2 / (warmup + 1)) and rates[warmup] == pytest.approx(2)
+        assert rates[100] == pytest.approx(least) and rates[(100 + warmup) // 2] == pytest.approx((2 + least) / 2)
+        assert np.all(np.diff(rates[:warmup + 1]) > 0) and np.all(np.diff(rates[warmup:]) < 0)
+
+
+def test_averaged_weights():
+    model, ema = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    before = ema.weight.detach().clone()
+    data.average(ema, model, 0.0)
+    assert torch.equal(ema.weight, before)
+    data.average(ema, model, 0.75)
+    torch.testing.assert_close(ema.weight, 0.75 * before + 0.25 * model.weight)
