@@ -80,19 +80,20 @@ def test_launches_of_a_step_do_not_grow(measured, method, most):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_graphs_of_a_compiled_run(method, demo, call, monkeypatch, tmp_path):
-    """No graph break; one graph for the step of each stage and one for sampling any number of cells, validation, test
-    and --predict together (but for a single cell, a shape of its own). The counting backend stands for inductor."""
+    """In bf16, as on a GPU: no graph break; one graph for the step of each stage and one for sampling any number of
+    cells, validation, test and --predict together (but for a single cell, a shape of its own). The counting backend
+    stands for inductor."""
     torch._dynamo.reset()
     counter, compiled = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiled(function, backend=counter, fullgraph=True))
-    folder = tmp_path / "run"
-    done = call(f"{method}.py", "--data", demo, *TINY[method], "--steps", "4", "--eval-every", "2", "--compile",
+    folder, as_on_a_gpu = tmp_path / "run", ["--compile", "--dtype", "bf16"]
+    done = call(f"{method}.py", "--data", demo, *TINY[method], "--steps", "4", "--eval-every", "2", *as_on_a_gpu,
                 "--out", folder)
     assert done.returncode == 0, done.stderr
     stages = 2 if method == "scbig" else 1
     assert counter.frame_count == stages + 1
     for cells in (5, 7):
-        done = call(f"{method}.py", "--ckpt", folder / "ckpt.pt", "--predict", "TF1+TF2", "--compile",
+        done = call(f"{method}.py", "--ckpt", folder / "ckpt.pt", "--predict", "TF1+TF2", *as_on_a_gpu,
                     "--cells", cells, "--out", tmp_path / f"{cells}.h5ad")
         assert done.returncode == 0, done.stderr
     assert counter.frame_count == stages + 1
