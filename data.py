@@ -2172,7 +2172,7 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
                 raise DataError(f"{_flag(name)} {typed[name]}: this run was started with {state['config'][name]}; drop "
                                 "the flag, or start another run with --out")
         config = cls(**state["config"] | kept)
-    uses = [name for name in ("predict", "score", "analyse") if hasattr(config, name)]
+    uses = [name for name in ("predict", "score") if hasattr(config, name)]
     if bool(config.ckpt) != sum(bool(getattr(config, name)) for name in uses):
         raise DataError(f"--ckpt FILE and {' or '.join(map(_flag, uses))} belong together, one use at a time; to go on "
                         "with a run use --resume")

@@ -15,7 +15,6 @@ prediction" (P). Official code: github.com/ttruan2426-dot/scBIG @5659ce9 (MIT) (
         --ppi 9606.protein.links.v12.0.txt.gz --ppi-info 9606.protein.info.v12.0.txt.gz --pert-embeddings esm2.pt
     python scbig.py --data norman.h5 --split holdout --resume     go on after Ctrl-C or a crash
     python scbig.py --ckpt runs/X/ckpt.pt --predict CEBPA KLF1+MAP2K6 --cells 500 --out pred.h5ad
-    python scbig.py --ckpt runs/X/ckpt.pt --analyse             attention_shift.tsv: which modules the encoder reads
     torchrun --nproc-per-node 4 scbig.py --data norman.h5 --split additive
 Ablations of table 6: --clustering kmeans or unordered, --encoder transformer, --corr-weight 0, --path-weight 0,
 --ppi-weight 0, --condition-embedding learned.
@@ -48,9 +47,11 @@ import copy
 import datetime
 import math
 import os
+import re
 import sys
 import time
 import typing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.cluster import vq
 
 import data
 import metrics
@@ -112,21 +114,19 @@ class Config(data.RunConfig):
     residual: bool = False          # what the autoencoder loses of a control cell is given to the generated one (ours)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none (official)
     ode_steps: int = 10             # midpoint steps, in the structure losses and in sampling
-    analyse: bool = False           # with --ckpt: write the attention that each module receives, per test condition
 
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
     data.require(config, "modules width layers heads inducing latent hidden pretrain_steps pretrain_batch_size "
-                 "pretrain_lr conditions_per_batch structure_conditions path_iterations ode_steps ot_epsilon",
-                 below_one="dropout condition_dropout ema")
-    cells, conditions = config.batch_size, config.conditions_per_batch
-    if cells % conditions:
-        raise DataError(f"--batch-size {cells} --conditions-per-batch {conditions}: the batch must hold as many cells "
-                        "of one condition as of another")
-    if config.structure_conditions > conditions or config.structure_cells < 2:
-        raise DataError(f"--structure-conditions {config.structure_conditions}: at most --conditions-per-batch "
-                        f"({conditions}), --structure-cells at least 2")
+                 "pretrain_lr conditions_per_batch structure_conditions structure_cells path_iterations ode_steps "
+                 "ot_epsilon", below_one="dropout condition_dropout ema")
+    conditions = config.conditions_per_batch
+    if config.batch_size % conditions:
+        raise DataError(f"--batch-size {config.batch_size}: must be a multiple of --conditions-per-batch {conditions}")
+    if config.structure_conditions > conditions:
+        raise DataError(f"--structure-conditions {config.structure_conditions}: at most --conditions-per-batch, "
+                        f"{conditions}")
     if config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
     if config.ppi_info and not config.ppi:
@@ -138,9 +138,10 @@ PRESETS = {"paper": {}, "demo": dict(
     layers=2, heads=4, inducing=4, latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128,
     pretrain_lr=2e-3, hidden=256, condition_dropout=0.8, effect_readout=True, residual=True,
     structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, zeros="detect", eval_cells=100)}
-SAMPLING = {"ode_steps", "analyse"}     # flags that --ckpt may change
+SAMPLING = {"ode_steps"}                # flags that --ckpt may change
 UNSEEN = True                           # genes that were never perturbed can be predicted
 variants = None                         # further rows of the table
+other_use = None                        # what --ckpt is for besides --predict
 
 
 # -------------------------------------------------------------------------------- priors
@@ -150,13 +151,20 @@ FIXED, UNKNOWN = -1, -2                 # in pert_learned: no row of the learned
 
 def load_priors(run):
     """What the model takes over from files or training cells, by the names of its buffers: module_of (G,),
-    module_vectors (K, p), mean (G,), pathways (Q, G), and the three of perturbation_vectors."""
+    module_vectors (K, p), mean (G,), pathways (Q, G), and the three of perturbation_vectors. Writes modules.tsv, the
+    module of every gene, and with --pathways modules_enrichment.tsv, the pathways of every module."""
     corr = data.gene_statistics(run.dataset)[2].cpu()
     vectors = gene_vectors(run, corr)
     module_of, changed = gene_modules(vectors, interaction_graph(run, corr), run.config)
     if changed:
         run.say(f"clustering: {run.config.modules} modules, genes that changed module in each step: "
                 + ", ".join(map(str, changed)))
+    if run.rank == 0:
+        genes, modules = run.panel.genes, module_of.numpy()
+        data.write_table(run.out / "modules.tsv", ("gene", "module"), zip(genes, modules))
+        if run.config.pathways:
+            found = metrics.enrichment(modules, genes, data.read_gmt(run.config.pathways))
+            data.write_table(run.out / "modules_enrichment.tsv", metrics.ENRICHMENT, found)
     member = F.one_hot(module_of).float()                                # (G, K)
     return {"module_of": module_of, "module_vectors": member.T @ vectors / member.sum(0)[:, None],
             "mean": torch.tensor(run.panel.mean), "pathways": pathway_sets(run, vectors),
@@ -190,8 +198,7 @@ def interaction_graph(run, corr, neighbours=20):
     if config.ppi:
         return data.gene_graph(config.ppi, config.ppi_info, run.panel.genes, run.say)
     if not config.gene_embeddings and config.clustering == "grc":
-        run.say("note: without --gene-embeddings and --ppi both terms of the clustering cost come from the same "
-                "expression and tell it much the same")
+        run.say("note: without --gene-embeddings and --ppi both terms of the clustering cost come from expression")
     with_total = corr.sum(1) / corr.sum().clamp(min=1e-12).sqrt()        # (G,) correlation of a gene with the total
     rest = (1 - with_total ** 2).clamp(min=1e-3).sqrt()                  # (G,) deviation that the total leaves
     partial = (corr - torch.outer(with_total, with_total)).abs() / torch.outer(rest, rest)
@@ -208,29 +215,28 @@ def pathway_sets(run, vectors):
         member = data.gene_sets(config.pathways, run.panel.genes, run.say)
     else:
         unit = F.normalize(vectors, dim=1)
-        labels = [kmeans(unit, min(len(unit), n * config.modules)) for n in (1, 2, 4)]
-        member = torch.cat([F.one_hot(label).T.float() for label in labels])
+        sizes = [min(len(unit), n * config.modules) for n in (1, 2, 4)]
+        member = torch.cat([F.one_hot(kmeans(unit, K)).T.float() for K in sizes])
     member = member[member.sum(1) >= 3]
     if config.path_weight and not len(member):
         raise DataError("no pathway has three genes of the panel; give another --pathways, or --path-weight 0")
-    return member / member.sum(1, keepdim=True)
+    return F.normalize(member, p=1, dim=1)
 
 
 def perturbation_vectors(run, vectors):
-    """What the flow knows of every token (see token_numbers): pert_vectors (N, p) of root mean square 1, from
+    """What the flow knows of every token (see token_table): pert_vectors (N, p) of root mean square 1, from
     --pert-embeddings or the gene's own; pert_learned (N,), the row of a learned table where there is no vector, else
     FIXED, or UNKNOWN for what was not trained either; pert_trained, the tokens of training conditions."""
     config, panel = run.config, run.panel
-    tokens = token_numbers(panel, config)
-    asked = {p: perturbation_token(p, config, tokens)[0] for p in panel.perturbations}
+    names, tokens, _ = token_table(panel, config)
+    N, asked = len(names), {p: tokens[p] for p in panel.perturbations}
     if config.pert_embeddings:
-        out, fixed = data.aligned_vectors(config.pert_embeddings, "--pert-embeddings", tokens)
+        out, fixed = data.aligned_vectors(config.pert_embeddings, "--pert-embeddings", names)
         data.coverage(run.say, "--pert-embeddings", fixed[sorted(set(asked.values()))], "perturbations")
     elif config.condition_embedding == "learned":
-        out, fixed = torch.zeros(len(tokens), 128), torch.zeros(len(tokens), dtype=torch.bool)
+        out, fixed = torch.zeros(N, 128), torch.zeros(N, dtype=torch.bool)
     else:
-        others = len(tokens) - len(vectors)                              # tokens that are no genes are the last ones
-        out, fixed = F.pad(vectors, (0, 0, 0, others)), torch.arange(len(tokens)) < len(vectors)
+        out, fixed = F.pad(vectors, (0, 0, 0, N - len(vectors))), torch.arange(N) < len(vectors)
     trained = torch.tensor(sorted({asked[p] for p in panel.trained}))
     learned = torch.where(fixed, FIXED, UNKNOWN)
     own = trained[~fixed[trained]]                                       # have a row of the learned table
@@ -245,52 +251,26 @@ def perturbation_vectors(run, vectors):
 
 # -------------------------------------------------------------------------------- gene modules
 
-def sinkhorn(cost, epsilon, iterations, columns=None, tolerance=0.0):
-    """Entropic transport plans, in the log domain, fp32 or better: cost (..., n, m) -> plan (..., n, m).
-
-    Rows are uniform and met exactly, columns uniform or as given (m,). epsilon: number or (..., 1, 1). tolerance: stop
-    when the columns are met this well; 0 never waits for the device."""
+def sinkhorn(cost, epsilon, iterations, columns=None):
+    """Entropic transport plans, in the log domain, fp32 or better: cost (..., n, m) -> plan (..., n, m). Rows are
+    uniform and met exactly, columns uniform or as given (m,). epsilon: number or (..., 1, 1)."""
     with torch.autocast(cost.device.type, enabled=False):
         log_plan = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon            # of n times the plan
-        n, m = log_plan.shape[-2:]
-        target = 1 / m if columns is None else columns.to(log_plan)
-        for i in range(iterations):
+        for _ in range(iterations):
             log_plan = log_plan.log_softmax(-2)                          # the columns are met
             if columns is not None:                                      # uniform ones cancel in the next line
-                log_plan = log_plan + target.log()
+                log_plan = log_plan + columns.log()
             log_plan = log_plan.log_softmax(-1)                          # the rows are met
-            if tolerance and i % 10 == 0 and (log_plan.exp().mean(-2) - target).abs().sum(-1).max() < tolerance:
-                break
-        return log_plan.exp() / n
+        return log_plan.exp() / log_plan.shape[-2]
 
 
-def kmeans(x, K, seed=42, restarts=10, iterations=300):
-    """Labels (n,) of the best of several Lloyd runs from k-means++ starts (scikit-learn's defaults): x (n, p)."""
-    generator = torch.Generator().manual_seed(seed)
-    norm = x.square().sum(1, keepdim=True)                               # (n, 1)
-    best = math.inf
-
-    def distance(centre):                                                # squared: (K, p) -> (n, K)
-        return (norm - 2 * x @ centre.T + centre.square().sum(1)).clamp(min=0)
-    for _ in range(restarts):
-        centre = x[torch.randint(len(x), (1,), generator=generator)]
-        nearest = distance(centre)[:, 0]
-        for _ in range(K - 1):
-            centre = torch.cat([centre, x[torch.multinomial(nearest + 1e-12, 1, generator=generator)]])
-            nearest = torch.minimum(nearest, distance(centre[-1:])[:, 0])
-        label = torch.full((len(x),), -1)
-        for _ in range(iterations):
-            last = label
-            cost, label = distance(centre).min(1)
-            if torch.equal(last, label):
-                break
-            member = F.one_hot(label, K).to(x)
-            count = member.sum(0)[:, None]
-            centre = torch.where(count > 0, member.T @ x / count.clamp(min=1), centre)
-        inertia = cost.sum().item()
-        if inertia < best:
-            best, labels = inertia, label
-    return labels
+def kmeans(x, K, seed=42, restarts=10):
+    """Labels (n,) of the best of several k-means runs from k-means++ starts: x (n, p). Some of the K may be empty."""
+    x, generator = x.numpy(), np.random.default_rng(seed)
+    with warnings.catch_warnings(action="ignore"):                       # of empty clusters
+        runs = [vq.kmeans2(x, K, iter=30, minit="++", seed=generator) for _ in range(restarts)]
+    inertia = [np.square(x - centres[labels]).sum() for centres, labels in runs]
+    return torch.from_numpy(runs[np.argmin(inertia)][1]).long()
 
 
 def gene_modules(vectors, graph, config):
@@ -308,17 +288,13 @@ def gene_modules(vectors, graph, config):
     biggest = torch.argsort(torch.bincount(label, minlength=K), descending=True, stable=True)[:G % K]
     capacity = torch.full((K,), G // K)
     capacity[biggest] += 1
-    graph, centre = graph.to_sparse(), torch.zeros(K, e.shape[1])
     for _ in range(3):
         member = F.one_hot(label, K).float()                             # (G, K)
-        size = member.sum(0)
-        centre = torch.where(size[:, None] > 0, F.normalize(member.T @ e, dim=1), centre)
-        semantic = 1 - e @ centre.T
-        interacting = torch.sparse.mm(graph, member) / size.clamp(min=1)
-        cost = (semantic / semantic.max() + config.ppi_weight * (1 - interacting).clamp(0, 1)).double()
-        plan = sinkhorn(cost, 0.1, 1000, capacity.double() / G, tolerance=1e-9)
-        last = label
-        label = round_plan(plan, cost, capacity)
+        semantic = 1 - e @ F.normalize(member.T @ e, dim=1).T
+        interacting = graph @ member / member.sum(0).clamp(min=1)
+        cost = (semantic / semantic.max() + config.ppi_weight * (1 - interacting)).double()
+        plan = sinkhorn(cost, 0.1, 1000, capacity.double() / G)
+        last, label = label, round_plan(plan, cost, capacity)
         changed.append(int((label != last).sum()))
     return label, changed
 
@@ -326,11 +302,10 @@ def gene_modules(vectors, graph, config):
 def round_plan(plan, cost, capacity):
     """Labels (G,) of a plan (G, K): the largest entries first, ties by lower cost (G, K), no module over its capacity
     (K,). The capacities sum to G, so every gene is placed."""
-    G, K = plan.shape
-    i, k = np.divmod(np.arange(G * K), K)
-    order = np.lexsort((k, i, cost.flatten().numpy(), -plan.flatten().numpy()))
-    room, label = capacity.tolist(), [-1] * G
-    for gene, module in zip(i[order].tolist(), k[order].tolist()):
+    order = np.lexsort((cost.flatten().numpy(), -plan.flatten().numpy()))
+    room, label = capacity.tolist(), [-1] * len(plan)
+    for place in order.tolist():
+        gene, module = divmod(place, len(room))
         if label[gene] < 0 and room[module]:
             label[gene] = module
             room[module] -= 1
@@ -358,11 +333,6 @@ class Attention(nn.Module):
         a = F.scaled_dot_product_attention(q, self.split(k), self.split(v))
         return self.out(a.transpose(1, 2).flatten(2))
 
-    def weights(self, x, source):
-        """How much of the attention goes to each token of source, over heads and queries: (B, N), rows sum to 1."""
-        q, k = self.split(self.q(x)), self.split(self.kv(source).chunk(2, dim=-1)[0])
-        return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1).mean((1, 2))
-
 
 class Block(nn.Module):
     """One layer on module tokens (eq. 3), post-norm: inducing points attend to the modules (compress) and to each other
@@ -389,34 +359,30 @@ class Block(nn.Module):
         h = self.norm_broadcast(h + self.broadcast(h, u))
         return self.norm_mlp(h + self.mlp(h))
 
-    def attention(self, h):
-        """Share of the attention that each module receives: (B, K, d) -> (B, K)."""
-        return self.broadcast.weights(h, h) if self.points is None else self.compress.weights(self.points, h)
-
 
 class Autoencoder(nn.Module):
     """Gene-Cluster-Aware autoencoder: token k is module k (eq. 2-5). Expression (B, G) <-> latent (B, D)."""
 
-    def __init__(self, config, module_of, module_vectors, mean):
-        """See load_priors."""
+    def __init__(self, config, priors):
+        """priors: see load_priors."""
         super().__init__()
+        for name in ("module_of", "module_vectors", "mean"):
+            self.register_buffer(name, priors[name])
         d = config.width
-        K, G = len(module_vectors), len(module_of)
-        self.register_buffer("module_of", module_of)
-        self.register_buffer("module_vectors", module_vectors)
-        self.register_buffer("mean", mean)
-        member = F.one_hot(module_of, K)                                 # (G, K)
+        K, p = self.module_vectors.shape
+        G = len(self.module_of)
+        member = F.one_hot(self.module_of, K)                            # (G, K)
         rank = (member.cumsum(0) * member).sum(1) - 1                    # (G,) of a gene within its module
         L = int(rank.max()) + 1                                          # slots of a module
-        place = module_of * L + rank                                     # (G,) slot of a gene
+        place = self.module_of * L + rank                                # (G,) slot of a gene
         gather = torch.full((K * L,), G)                                 # gene of a slot; G is an empty one, holding 0
         gather[place] = torch.arange(G)
         self.register_buffer("gather", gather, persistent=False)
         self.register_buffer("place", place, persistent=False)
         self.embed, self.head = nn.Linear(L, d), nn.Linear(d, L)         # shared by all modules (official)
         # who a module is, for the encoder and for the decoder
-        self.identity = nn.ModuleList(nn.Sequential(nn.Linear(module_vectors.shape[1], d, bias=False),
-                                                    nn.LayerNorm(d, eps=1e-6)) for _ in range(2))
+        self.identity = nn.ModuleList(nn.Sequential(nn.Linear(p, d, bias=False), nn.LayerNorm(d, eps=1e-6))
+                                      for _ in range(2))
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.to_latent, self.from_latent = nn.Linear(d, config.latent), nn.Linear(config.latent, d)
@@ -445,14 +411,6 @@ class Autoencoder(nn.Module):
     def forward(self, x):
         return self.decode(self.encode(x))
 
-    def attention(self, x):
-        """Share of the encoder's attention that each module receives, over layers: (B, G) -> (B, K)."""
-        h, share = self.tokens(x), []
-        for block in self.encoder:
-            share.append(block.attention(h))
-            h = block(h)
-        return torch.stack(share).mean(0)
-
 
 class Flow(nn.Module):
     """Velocity v(z_t | t, condition) in latent space: CellFlow's network. Its first joint layer is split by input: the
@@ -467,9 +425,12 @@ class Flow(nn.Module):
         p = self.pert_vectors.shape[1]
         self.dropout, self.steps = config.dropout, config.ode_steps
         self.learned = nn.Parameter(torch.randn(max(1, int(self.pert_learned.max()) + 1), p))
-        self.dose = Dose(p) if config.dose_key else None
+        self.dosed = bool(config.dose_key)
+        if self.dosed:
+            self.dose = nn.Sequential(nn.Linear(1, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 512))
+            self.embed, self.norm = nn.Linear(p, 256), nn.LayerNorm(256)
         self.query = nn.Parameter(torch.randn(d))
-        self.kv = nn.Linear(256 if config.dose_key else p, 2 * d, bias=False)
+        self.kv = nn.Linear(256 if self.dosed else p, 2 * d, bias=False)
         self.pooled = nn.Linear(d + covariates, 256)
         self.effect = nn.Parameter(torch.zeros(self.kv.in_features, config.latent)) if config.effect_readout else None
         self.register_buffer("frequency", 10 ** (1 - torch.arange(512) / 512), persistent=False)
@@ -493,8 +454,9 @@ class Flow(nn.Module):
         if not self.training:
             unknown = self.pert_learned[tokens] == UNKNOWN
             a = torch.where(unknown[..., None], self.vectors(self.pert_trained).mean(0), a)
-        if self.dose is not None:
-            a = self.dose(a, dose)
+        if self.dosed:                                                   # its dose modulates a vector (official)
+            scale, shift = self.dose(dose[..., None]).chunk(2, dim=-1)   # each (C, slots, 256)
+            a = self.norm(self.embed(a) * (1 + 0.5 * scale.tanh()) + dose[..., None] * shift)
         k, v = self.kv(a).chunk(2, dim=-1)
         q = self.query.to(k).view(1, 8, 1, -1).expand(len(k), -1, -1, -1)
         pooled = F.scaled_dot_product_attention(q, split(k), split(v), attn_mask=mask[:, None, None],
@@ -518,15 +480,15 @@ class Flow(nn.Module):
         return (F.linear(act(self.joint(x)), self.out.weight) + effect).float()
 
     def grid(self):
-        """Times (2 K + 1,): borders and middles of the steps."""
-        return torch.linspace(0, 1, 2 * self.steps + 1, device=self.frequency.device)
+        """Times (2 K,): beginning and middle of each step."""
+        return torch.linspace(0, 1, 2 * self.steps + 1, device=self.frequency.device)[:-1]
 
     def integrate(self, z, condition, effect, time=None):
         """Midpoint rule from t=0 to 1: control latents z (C, b, D) -> perturbed latents. condition, effect: of
         condition(); time: time(grid()), where it is known."""
         K = self.steps
         if time is None:
-            time = self.time(self.grid())                                                   # (2 K + 1, h)
+            time = self.time(self.grid())                                                   # (2 K, h)
         joined = (time[:, None, None] + self.join_condition(condition)[:, None]).unbind()   # each (C, 1, h)
         for i in range(0, 2 * K, 2):
             middle = torch.add(z, self.velocity(z, joined[i], effect), alpha=0.5 / K)
@@ -543,29 +505,14 @@ class Flow(nn.Module):
         return v, self.integrate(start, c[chosen], effect[chosen], steps)
 
 
-class Dose(nn.Module):
-    """A perturbation's vector, modulated by its dose (official; doses here between 0 and 1, see slots)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.embed, self.norm = nn.Linear(width, 256), nn.LayerNorm(256)
-        self.hidden = nn.Sequential(nn.Linear(1, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
-        self.scale, self.shift = nn.Linear(128, 256), nn.Linear(128, 256)
-
-    def forward(self, a, dose):
-        """a (C, slots, p), dose (C, slots) -> (C, slots, 256)."""
-        d = dose[..., None]
-        h = self.hidden(d)
-        return self.norm(self.embed(a) * (1 + 0.5 * self.scale(h).tanh()) + d * self.shift(h))
-
-
 class ScBIG(nn.Module):
     """Autoencoder and flow, with all that they know of the data and the priors as buffers."""
 
     def __init__(self, config, panel, priors):
-        """priors: see load_priors."""
+        """priors: see load_priors, or a checkpoint's weights, which hold them: autoencoder.module_of, ..."""
         super().__init__()
-        self.autoencoder = Autoencoder(config, priors["module_of"], priors["module_vectors"], priors["mean"])
+        priors = {name.rpartition(".")[2]: value for name, value in priors.items()}
+        self.autoencoder = Autoencoder(config, priors)
         self.flow = Flow(config, priors, sum(map(len, panel.covariates.values())))
         self.register_buffer("pathways", priors["pathways"])             # (Q, G), rows sum to 1
         for layer in self.modules():
@@ -580,18 +527,16 @@ class ScBIG(nn.Module):
 OT_ITERATIONS = 10      # enough at epsilon 1, where official runs end after one check
 
 
-def correlation(x, member):
-    """Correlation between modules over the cells: x (S, n, G), member (G, K) averaging -> (S, K, K). C also clips the
-    standardised values at 10, which no value reaches among 101 cells or fewer."""
-    with torch.autocast(x.device.type, enabled=False):
+def correlation_loss(pred, real, member):
+    """L_corr (eq. 7): distance of the modules' correlation over predicted and over real cells, mean over conditions.
+
+    pred (S, n, G), real (S, m, G), member (G, K) averaging; Frobenius norm over K. C also clips the standardised values
+    at 10, which no value reaches among 101 cells or fewer."""
+    def correlation(x):                                                  # (S, n, G) -> (S, K, K)
         y = F.layer_norm((x @ member).mT, x.shape[1:2], eps=1e-12)       # (S, K, n), standardised over the cells
         return y @ y.mT / x.shape[1]
-
-
-def correlation_loss(pred, real, member):
-    """L_corr (eq. 7): Frobenius distance of the two correlation matrices over K, mean over conditions (S, n, G)."""
-    difference = correlation(pred, member) - correlation(real, member)
-    return torch.linalg.vector_norm(difference, dim=(1, 2)).mean() / member.shape[1]
+    with torch.autocast(pred.device.type, enabled=False):
+        return torch.linalg.vector_norm(correlation(pred) - correlation(real), dim=(1, 2)).mean() / member.shape[1]
 
 
 def pathway_loss(pred, real, pathways, epsilon=0.1, iterations=100):
@@ -646,60 +591,44 @@ def sample(integrate, model, control, condition, residual):
     return decode(model.autoencoder, start, end, control if residual else None)
 
 
-def token_numbers(panel, config):
-    """{name: token} of what can have an embedding: the genes of the panel, then perturbations that are none, without
-    their dose."""
-    others = sorted({base_and_dose(p, config)[0] for p in panel.outside()})
-    return {name: i for i, name in enumerate([*panel.genes, *others])}
-
-
-def base_and_dose(name, config):
-    """'drug:10' -> ('drug', 10.0) with --dose-key; other names have no dose."""
-    base, _, dose = name.rpartition(":")
-    if not base or not config.dose_key:
-        return name, None
-    try:
-        return base, float(dose)
-    except ValueError:
-        return name, None
-
-
-def perturbation_token(name, config, tokens):
-    """Token of a perturbation or gene, and its dose; tokens: {name: number}."""
-    base, dose = base_and_dose(name, config)
-    return tokens[name if name in tokens else base], dose
+def token_table(panel, config):
+    """Names [N] of what can have an embedding, genes first, then the other perturbations without their dose; and of all
+    that can be predicted {name: token}, and {name: dose}, log(1 + dose) over the highest, where there is one."""
+    names, doses = list(panel.genes), {}
+    tokens = {name: i for i, name in enumerate(names)}
+    for p, gene in zip(panel.perturbations, panel.pert_gene):
+        found = config.dose_key and re.fullmatch(r"(.+):(\d*\.?\d+([eE]-?\d+)?)", p)
+        if found:
+            doses[p] = math.log1p(float(found[2]))
+        base = found[1] if found else p
+        if gene < 0 and base not in tokens:
+            tokens[base] = len(names)
+            names.append(base)
+        tokens[p] = tokens[base] if gene < 0 else gene
+    highest = max(doses.values(), default=1.0) or 1.0
+    return names, tokens, {p: dose / highest for p, dose in doses.items()}
 
 
 def slots(groups, panel, config):
-    """What the flow is told of groups (CONDITION or CONDITION@COVARIATE): tokens, mask, dose (C, slots) and covariates
-    (C, V) one-hot. Doses are log(1 + dose) over the file's highest, 1 where there is none. A covariate value that the
-    training file did not have is all zeros."""
-    tokens = token_numbers(panel, config)
-    doses = [base_and_dose(p, config)[1] for p in panel.perturbations]
-    highest = max((d for d in doses if d is not None), default=1.0)
+    """What the flow is told of groups (CONDITION or CONDITION@COVARIATE): tokens, mask, dose (C, slots), 1 where there
+    is none, and covariates (C, V) one-hot. A covariate value that the training file did not have is all zeros."""
+    _, tokens, doses = token_table(panel, config)
     parts = [group.partition("@")[0].split("+") for group in groups]
     shape = len(parts), max(2, max(map(len, parts)))
     token, dose = torch.zeros(shape, dtype=torch.long), torch.ones(shape)
     mask = torch.zeros(shape, dtype=torch.bool)
     for i, names in enumerate(parts):
         for j, name in enumerate(names):
-            token[i, j], raw = perturbation_token(name, config, tokens)
-            mask[i, j] = True
-            if raw is not None:
-                dose[i, j] = math.log1p(raw) / math.log1p(highest)
+            mask[i, j], token[i, j] = True, tokens[name]
+            dose[i, j] = doses.get(name, 1.0)
     return token, mask, dose, panel.one_hot(groups, strict=False)
-
-
-def build(config, panel, weights):
-    """An untrained model with the priors that a checkpoint's weights hold: module_of as autoencoder.module_of, ..."""
-    return ScBIG(config, panel, {name.rpartition(".")[2]: value for name, value in weights.items()})
 
 
 def load_model(config, panel, saved):
     """The model that predicts, from what a checkpoint has saved."""
     if "ema" not in saved:
         raise DataError("the run of this checkpoint is still in stage 1, its flow untrained; go on with --resume")
-    model = build(config, panel, saved["ema"])
+    model = ScBIG(config, panel, saved["ema"])
     model.load_state_dict(saved["ema"])
     return model
 
@@ -724,11 +653,9 @@ def generate(model, run, group, control, columns, seed):
 
 def learning_rates(optimizer, config, steps):
     """Schedule of a stage: constant, or 5% of linear warm-up and a cosine to 0."""
-    def factor(step):
-        if config.schedule == "constant":
-            return 1.0
+    def cosine(step):
         return min((step + 1) / (0.05 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, cosine if config.schedule == "cosine" else lambda step: 1.0)
 
 
 def pretrain(run, state, model):
@@ -763,10 +690,8 @@ def train(run, state):
 
     # model and stage 1; a resumed run takes the priors over
     torch.manual_seed(config.seed)
-    if state:
-        model = build(config, panel, state["parts"]["model"]).to(device)
-    else:
-        model = ScBIG(config, panel, load_priors(run)).to(device)
+    priors = state["parts"]["model"] if state else load_priors(run)
+    model = ScBIG(config, panel, priors).to(device)
     second = state if state and state["stage"] == "training" else None
     if not second:
         pretrain(run, state, model)
@@ -779,8 +704,6 @@ def train(run, state):
     begin = run.resume(second, parts)
     net = run.wrap(model.flow)
     autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
-    if begin == 0:
-        write_modules(run, model)
 
     # latents of all training and control cells, once; training conditions: number of their group, and slots() of it
     latents = torch.zeros(dataset.X.shape[0], config.latent, device=device)
@@ -790,8 +713,7 @@ def train(run, state):
     names = dataset.part("train")
     group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
     conditions = [a.to(device) for a in slots(names, panel, config)]
-    member = F.one_hot(autoencoder.module_of).float()
-    member = member / member.sum(0)                                      # (G, K): mean over a module's genes
+    member = F.normalize(F.one_hot(autoencoder.module_of).float(), p=1, dim=0)     # (G, K): mean of a module's genes
     spread = torch.arange(S, device=dataset.where) * C // S              # of the C, those for the structure losses
     zero = torch.zeros((), device=device)
     run.say(f"{sum(p.numel() for p in model.autoencoder.parameters()):,} parameters in the autoencoder, "
@@ -817,69 +739,27 @@ def train(run, state):
         t, u = torch.rand(2, C, b, device=device)
         z1 = ot_partners(z0, z1, u, config.ot_epsilon)
         z_t = torch.lerp(z0, z1, t[..., None]).add(torch.randn_like(z0), alpha=config.sigma)
-        told = [a[pick.to(device)] for a in conditions]
+        which = pick.to(device)
+        told = [a[which] for a in conditions]
         with run.autocast():
             v, end = net(z_t, t, told, keep, start.unflatten(0, (S, n)), spread.to(device))
             control = dataset.gather(rows) if config.residual else None
             pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
         flow = F.mse_loss(v, z1 - z0)
-        corr = path = zero
-        if config.corr_weight:
-            corr = correlation_loss(pred, real, member)
-        if config.path_weight:
-            path = pathway_loss(pred, real, model.pathways, iterations=config.path_iterations)
+        corr = correlation_loss(pred, real, member) if config.corr_weight else zero
+        path = pathway_loss(pred, real, model.pathways, 0.1, config.path_iterations) if config.path_weight else zero
         loss = flow + config.corr_weight * corr + config.path_weight * path                  # eq. 9
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if config.ema:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.flow.parameters()), list(model.flow.parameters()), 1 - config.ema)
+        data.average(ema.flow, model.flow, config.ema)
 
         if config.eval_every and step % config.eval_every == 0:
             run.validate(step, ema)
         run.finish(step, parts, loss=loss, flow=flow, corr=corr, path=path)      # log line, checkpoint, Ctrl-C
     return ema.eval()
-
-
-# -------------------------------------------------------------------------------- what the modules mean
-
-def write_modules(run, model):
-    """modules.tsv, the module of every gene; with --pathways modules_enrichment.tsv, the pathways of every module."""
-    if run.rank == 0:
-        genes, modules = run.panel.genes, model.autoencoder.module_of.cpu().numpy()
-        data.write_table(run.out / "modules.tsv", ("gene", "module"), zip(genes, modules))
-        if run.config.pathways:
-            found = metrics.enrichment(modules, genes, data.read_gmt(run.config.pathways))
-            data.write_table(run.out / "modules_enrichment.tsv", metrics.ENRICHMENT, found)
-
-
-@torch.no_grad()
-def analyse(run, state):
-    """--analyse: attention_shift.tsv, the share of the encoder's attention that each module receives in the cells
-    predicted for a test condition and in the controls they came from (figure 4)."""
-    config = run.config
-    run.panel = data.Panel(**state["panel"])
-    dataset = data.load_run(config, run.device)
-    if list(dataset.genes) != run.panel.genes:
-        raise DataError(f"{config.data}: gives other genes than the model was trained on; name its training file with "
-                        "--data")
-    model = load_model(config, run.panel, state["parts"]).to(run.device).eval()
-    sizes, controls = dataset.sizes("test", config.eval_cells), dataset.control_cells("test")
-    rows = []
-    for group, cells in predict(run, model, sizes, controls, np.arange(len(run.panel.genes))).items():
-        start = data.pick_rows(controls[group.partition("@")[2]], len(cells), data.seed_of(group, config.seed))
-        before, after = (model.autoencoder.attention(torch.from_numpy(x).to(run.device)).mean(0).tolist()
-                         for x in (start, cells))                        # each [K]
-        rows += [(group, k, a, b, b / a - 1) for k, (a, b) in enumerate(zip(before, after))]
-    path = Path(config.ckpt).with_name("attention_shift.tsv") if config.out == "pred.h5ad" else run.out
-    data.write_table(path, ("condition", "module", "in_controls", "attention", "relative_shift"), rows)
-    run.say(f"wrote {path}")
-
-
-other_use = analyse                     # what --ckpt is for besides --predict
 
 # ---------------------------------------------------------------- run section, the same text in all four methods
 

@@ -23,7 +23,7 @@ ABLATIONS = {
     "scbig": [["--clustering", "kmeans"], ["--encoder", "transformer"], ["--corr-weight", "0"]],
     "celltarnet": [["--prior", "none", "--contrast-weight", "0"], ["--prior", "sparse"], ["--denoise-weight", "0"]],
 }
-OTHER = {"celltarnet": ["--score", "DEMO"], "scbig": ["--analyse"]}
+OTHER = {"celltarnet": ["--score", "DEMO"]}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""scbig.py: the mathematics of its parts against slow plain formulas, the prior files, both stages, the analyses."""
+"""scbig.py: the mathematics of its parts against slow plain formulas, the prior files, both stages."""
 import gzip
 import json
 import math
@@ -30,7 +30,7 @@ class FakeRun:
 
     def __init__(self, config, dataset, panel):
         self.config, self.dataset, self.panel = config, dataset, panel
-        self.device, self.said = torch.device("cpu"), []
+        self.device, self.said, self.rank = torch.device("cpu"), [], 1       # rank: only the first process writes
 
     def say(self, text):
         self.said.append(text)
@@ -77,7 +77,7 @@ def checkpoint(folder):
 # ------------------------------------------------------------------------------------------------ transport
 
 @pytest.mark.parametrize("far", [1, 30, 1000])
-def test_sinkhorn_equals_the_log_domain(far):
+def test_sinkhorn_equals_updates_of_the_two_potentials(far):
     """In fp32, with given columns, and with a cell on either side that is far from all others, where the kernel form
     underflows."""
     cost = torch.rand(2, 8, 6, generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def test_sinkhorn_equals_the_log_domain(far):
     for _ in range(37):
         g = column.log() - (kernel + f).logsumexp(-2, keepdim=True)
         f = -math.log(8) - (kernel + g).logsumexp(-1, keepdim=True)
-    got = scbig.sinkhorn(cost, 0.05, 37, column)
+    got = scbig.sinkhorn(cost, 0.05, 37, column.float())
     torch.testing.assert_close(got.double(), (kernel + f + g).exp(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(got.sum(-1), torch.full((2, 8), 1 / 8))
 
@@ -98,8 +98,6 @@ def test_sinkhorn_marginals_hold_however_small_epsilon():
     plan = scbig.sinkhorn(cost, torch.tensor([[[500.0]], [[50.0]]]), 1000)
     torch.testing.assert_close(plan.sum(-1), torch.full((2, 30), 1 / 30, dtype=torch.float64))
     torch.testing.assert_close(plan.sum(-2), torch.full((2, 20), 1 / 20, dtype=torch.float64), rtol=2e-2, atol=0)
-    early = scbig.sinkhorn(cost[:1], 500.0, 1000, tolerance=1e-9)
-    torch.testing.assert_close(early, plan[:1], rtol=1e-5, atol=1e-12)
 
 
 def test_partners_become_the_optimal_assignment_as_epsilon_falls(monkeypatch):
@@ -240,7 +238,8 @@ def test_token_k_is_module_k(dataset, panel, clustering):
 def test_numbering_of_modules_does_not_matter(dataset, panel):
     model, run = make(dataset, panel)
     ae, order = model.autoencoder, torch.tensor([2, 0, 3, 1])            # new number k was old number order[k]
-    other = scbig.Autoencoder(run.config, order.argsort()[ae.module_of], ae.module_vectors[order], ae.mean).eval()
+    priors = {"module_of": order.argsort()[ae.module_of], "module_vectors": ae.module_vectors[order], "mean": ae.mean}
+    other = scbig.Autoencoder(run.config, priors).eval()
     state = {k: v for k, v in ae.state_dict().items() if k not in ("module_of", "module_vectors")}
     other.load_state_dict(state, strict=False)
     x, z = torch.rand(3, len(panel.genes)), torch.randn(3, 8)
@@ -248,20 +247,16 @@ def test_numbering_of_modules_does_not_matter(dataset, panel):
     torch.testing.assert_close(other.decode(z), ae.decode(z), rtol=1e-4, atol=1e-5)
 
 
-def test_attention_is_its_formula_and_its_weights(dataset, panel):
+def test_attention_is_its_formula():
     torch.manual_seed(0)
     a, x, y = scbig.Attention(12, 3), torch.randn(1, 4, 12), torch.randn(2, 5, 12)
-    expected, share = torch.zeros(2, 4, 12), torch.zeros(2, 5)
+    expected = torch.zeros(2, 4, 12)
     k, v = a.kv(y).chunk(2, -1)
     for h in range(3):
         s = slice(4 * h, 4 * h + 4)
         w = torch.softmax(a.q(x)[..., s] @ k[..., s].transpose(1, 2) / 2, -1)
         expected[..., s] = w @ v[..., s]
-        share += w.mean(1) / 3
     torch.testing.assert_close(a(x, y), a.out(expected))
-    torch.testing.assert_close(a.weights(x, y), share)
-    shares = make(dataset, panel)[0].autoencoder.attention(torch.rand(3, len(panel.genes)))
-    torch.testing.assert_close(shares.sum(1), torch.ones(3))
 
 
 def test_modules_speak_only_through_the_inducing_points(dataset, panel):
@@ -419,9 +414,6 @@ def test_correlation_is_that_of_module_means():
     rng = np.random.default_rng(0)
     x, label = rng.normal(size=(2, 50, 12)), np.arange(12) % 4
     member = np.eye(4)[label] / 3
-    got = scbig.correlation(torch.from_numpy(x), torch.from_numpy(member)).numpy()
-    for cells, r in zip(x, got):
-        np.testing.assert_allclose(r, np.corrcoef((cells @ member).T), atol=1e-9)
     other = rng.normal(size=(2, 40, 12))
     both = [[np.corrcoef((cells @ member).T) for cells in part] for part in (x, other)]
     expected = np.mean([np.linalg.norm(a - b) / 4 for a, b in zip(*both)])
@@ -617,10 +609,23 @@ def test_doses_share_the_embedding_of_their_drug(call, tmp_path):
     state = checkpoint(tmp_path / "run")
     config, panel = Config(**state["config"]), data.Panel(**state["panel"])
     token, mask, amount, _ = scbig.slots(["X-1:10", "X-1:1000", "Y:10"], panel, config)
-    assert token[0, 0] == token[1, 0] != token[2, 0] and list(scbig.token_numbers(panel, config))[30:] == drugs
+    assert token[0, 0] == token[1, 0] != token[2, 0] and scbig.token_table(panel, config)[0][30:] == drugs
     assert amount[:, 0].tolist() == pytest.approx([math.log(11) / math.log(1001), 1, math.log(11) / math.log(1001)])
     c, _ = scbig.load_model(config, panel, state["parts"]).flow.condition(token, mask, amount, torch.zeros(3, 0))
     assert (c[0] - c[1]).abs().max() > 1e-3 and (c[0] - c[2]).abs().max() > 1e-3
+
+
+def test_only_a_number_with_dose_key_is_a_dose(panel):
+    """Whatever follows the colon, a gene's perturbation has the gene's token and another name a token of its own."""
+    from dataclasses import replace
+    names = ["D:1e-05", "D:9", "D:high", "TF1:9", "TF1:x"]
+    panel = replace(panel, perturbations=names, pert_gene=[-1, -1, -1, 0, 0], trained=names)
+    for key, tokens, known_doses in (("dose", [40, 40, 41, 0, 0], {"D:1e-05", "D:9", "TF1:9"}),
+                                     ("", [40, 41, 42, 0, 0], set())):
+        named, table, doses = scbig.token_table(panel, tiny(dose_key=key))
+        assert [table[name] for name in names] == tokens and set(doses) == known_doses
+        assert len(named) == max(tokens) + 1 and named[:40] == panel.genes
+        assert all(0 < dose <= 1 for dose in doses.values())
 
 
 # ------------------------------------------------------------------------------------------------ generated cells
@@ -810,16 +815,3 @@ def test_prediction_needs_no_prior_file(demo, call, dataset, tmp_path):
     for name in ("v.npz", "p.gmt", "p.txt"):
         (tmp_path / name).unlink()
     ok(call("scbig.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--predict", "TF1+TF9", "--out", tmp_path / "p.h5ad"))
-
-
-# ------------------------------------------------------------------------------------------------ what modules mean
-
-def test_attention_shift_of_the_test_conditions(whole, call):
-    ok(call("scbig.py", "--ckpt", whole / "ckpt.pt", "--analyse"))
-    rows = [line.split("\t") for line in (whole / "attention_shift.tsv").read_text().splitlines()[1:]]
-    tests = json.loads((whole / "split.json").read_text())["test"]
-    assert {r[0] for r in rows} == set(tests) and len(rows) == 7 * len(tests)
-    for column in (2, 3):
-        assert sum(float(r[column]) for r in rows) == pytest.approx(len(tests), abs=0.02)           # shares of one
-    for row in rows:
-        assert float(row[4]) == pytest.approx(float(row[3]) / float(row[2]) - 1, abs=2e-3)
