@@ -2648,7 +2648,7 @@ def clean_errors():
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory ({str(error).split('. ')[0]}); lower --batch-size, --hvg, or what the method "
-              "has for this (--gene-subset, --recompute)", file=sys.stderr)
+              "has for this (--gene-subset)", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:               # gloo and NCCL, where another process of a run has died
         partner = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

@@ -1,23 +1,19 @@
 """PRiMeFlow: flow matching in expression space with a 1-D U-Net over the genes and classifier-free guidance.
 
 A network predicts the velocity that turns Gaussian noise into a cell, all genes at once, given the perturbations
-(multi-hot) and the covariates (one-hot). Control cells are training targets too, with an empty perturbation; they are
-never the source. Each gene is a position of a U-Net: its encoded value plus a learned identity. In a fifth of the
-training cells the condition is replaced by a learned null vector, so that sampling can exaggerate the condition:
-v = v_null + w (v_condition - v_null). --preset demo departs from this, for small data: an MLP, its flow started at
-control cells. On the demo's transfer split it reaches l2 3.3 in half a minute; the U-Net of the former preset, 4.9 in
-two minutes.
+(multi-hot) and the covariates (one-hot). Control cells are targets too, with an empty perturbation, and never the
+source. Each gene is a position of a U-Net: its encoded value plus a learned identity. In a fifth of the training cells
+a learned null vector replaces the condition, so that sampling can exaggerate it: v = v_null + w (v_condition - v_null).
+--preset demo is for small data: an MLP, its flow started at control cells.
 
-Paper: "PRiMeFlow: capturing complex expression heterogeneity in perturbation response modelling" (P; the numbers of
-its tables count those of its appendix E). An official repository exists under a licence that asks for rights in
-return: nobody who wrote this file has looked at it. The U-Net follows the paper's description of OpenAI's
-guided-diffusion (MIT), called GD; protocol and optimiser where the paper is silent are PerturBench's.
+Paper: "PRiMeFlow: capturing complex expression heterogeneity in perturbation response modelling" (P; its tables: of
+appendix E). The official repository's licence asks for rights in return: nobody who wrote this file has looked at it.
+The U-Net follows P's description of OpenAI's guided-diffusion (MIT), called GD; where P is silent, PerturBench.
 
     python primeflow.py                                         demo data, laptop size, half a minute
     torchrun --nproc-per-node 4 primeflow.py --data sciplex.h5 --covariates cell_type      the paper: table 1
     torchrun --nproc-per-node 4 primeflow.py --data norman.h5 --preset norman              the paper: table 2
     python primeflow.py --data sciplex.h5 --covariates cell_type --accumulate 16           one GPU, the same batch
-    python primeflow.py --data sciplex.h5 --covariates cell_type --accumulate 16 --resume  go on after Ctrl-C or a crash
     python primeflow.py --ckpt runs/X/ckpt.pt --predict TF1@type2 TF1+TF2 --cells 500 --out pred.h5ad
 Ablations: --velocity mlp (PRiMeFlow-MLP), with --space pca (FM-PCA), and --coupling ot (FM-PCA-OT, close to CellFlow;
 --ot-cells 128, Norman 256). The paper's values (tables 3 to 6), with --accumulate 1:
@@ -27,7 +23,7 @@ Ablations: --velocity mlp (PRiMeFlow-MLP), with --space pca (FM-PCA), and --coup
     FM-PCA     3072      2 3 4 4         1024        .2        .4       trigonometric   .1      8.18e-5    1.28e-10
       Norman   1792      4 2 2 4         2048        .2        .4       trigonometric   .01     1.73e-4    6.75e-6
 
-Deviations from paper (P) or guided-diffusion (GD), and what P leaves open (numbers: README, experiments):
+Deviations from P or GD, and what P leaves open (numbers: README, experiments):
  1. Value and identity of a gene are added. P's equation 3, which says how, is lost in the text at hand.
  2. The identity starts at N(0, 0.02): at N(0, 1) it drowns the value.
  3. The sinusoid encodes 10 x expression (--value-scale) and 1000 t; P gives no frequencies.
@@ -35,16 +31,16 @@ Deviations from paper (P) or guided-diffusion (GD), and what P leaves open (numb
     softmax cancels: ours has none. Attention stands at P's downsample factor 16, the deepest of five levels.
  5. The null is one learned vector for the whole condition, covariates included. Zeroing the multi-hot would be control.
  6. P gives no schedule: constant rate (--warmup, --cosine), the last model predicts (--ema), 100,000 steps.
- 7. Highly variable genes come from training and control cells, scanpy's 'seurat', all covariates together; P takes
-    4,000 by 'seurat_v3' per covariate and adds DE genes that were chosen on the test pairs too.
+ 7. Highly variable genes: of training and control cells, scanpy's 'seurat', all covariates together. P: 4,000 by
+    'seurat_v3' per covariate, and DE genes, which were chosen on the test pairs too.
  8. MLP: --mlp-layers counts linear layers, of the decoder the hidden ones: were table 4's one layer all of it, nothing
     would mix cell, condition and time. PCA: 50 components over one scale, so that their mean variance is the noise's.
  9. OT: targets are perturbed cells, conditions drawn by their cells; P's "unbalanced" with tau 1 is ordinary Sinkhorn.
 10. A perturbation that no training condition holds has an untrained input; a gene that the file never perturbs has
-    none, and is refused. The order of the genes matters to a convolution: all genes are generated, in training's order.
-11. Ours, off in the paper's presets, for small data: --coupling control (P starts at control cells for OT alone) with
-    --sigma 1, which smooths the velocity over cells; --standardise, so that baselines need not be learned;
-    --effect-readout, an additive effect; --control-profile, as similar covariates respond alike; --balanced.
+    none, and is refused. A convolution needs the order of the genes: all are generated, in training's order.
+11. Ours, for small data, not in the paper's presets: --coupling control (P: for OT alone) with --sigma 1, which smooths
+    the velocity over cells; --standardise, so that baselines need not be learned; --effect-readout, an additive effect;
+    --control-profile, as similar covariates respond alike; --balanced.
 """
 import contextlib
 import copy
@@ -63,7 +59,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import data
 import metrics
@@ -99,7 +94,6 @@ class Config(data.RunConfig):
     path: typing.Literal["linear", "trigonometric"] = "linear"  # paper
     sigma: float = 0.0              # noise added on the path (paper)
     ot_cells: int = 128             # cells per condition in a coupling; --batch-size is a multiple (paper, table 7)
-    ot_epsilon: float = 1.0         # entropy, in units of the mean cost (CellFlow)
     effect_readout: bool = False    # a linear map from the condition to the genes is added to the velocity (ours)
     standardise: bool = False       # centre covariates on their controls, divide by the gene's deviation (ours)
     control_profile: bool = False   # a covariate is known by the similarity of its controls, not by its name (ours)
@@ -110,7 +104,6 @@ class Config(data.RunConfig):
     warmup: int = 0                 # steps of linear warm-up (paper: none given)
     cosine: bool = False            # let the learning rate fall to 0 over --steps (paper: none given)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none, as in the paper
-    recompute: bool = False         # recompute activations in the backward pass: slower, far less memory
     guidance: tuple[float, ...] = (1.0, 3.0, 5.0)  # w; the first is the method, the others are further rows (paper)
     ode_steps: int = 100            # K, Euler (paper)
 
@@ -118,14 +111,9 @@ class Config(data.RunConfig):
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
     data.require(config, "width multipliers blocks heads groups hidden mlp_layers pcs accumulate ode_steps value_scale "
-                 "ot_cells ot_epsilon", below_one="dropout ema p_null")
-    if config.width % 2:
-        raise DataError(f"--width {config.width}: must be even")
-    deepest = config.width * config.multipliers[-1]
-    if config.velocity == "unet" and deepest % config.heads:
-        raise DataError(f"--heads {config.heads}: must divide the {deepest} channels of the deepest level")
-    if config.velocity == "unet" and config.width % config.groups:
-        raise DataError(f"--groups {config.groups}: must divide --width {config.width}")
+                 "ot_cells", below_one="dropout ema p_null")
+    if config.width % math.lcm(2, config.groups, config.heads):
+        raise DataError(f"--width {config.width}: no multiple of 2, --groups {config.groups}, --heads {config.heads}")
     if config.standardise and config.space == "pca":
         raise DataError("--space pca: components are of expression as it is; add --no-standardise")
     if len(config.mlp_layers) != 4:
@@ -133,8 +121,7 @@ def check(config):
     if config.coupling == "ot" and config.batch_size % config.ot_cells:
         raise DataError(f"--batch-size {config.batch_size}: must be a multiple of --ot-cells {config.ot_cells}")
     if any(w != 1 for w in config.guidance) and config.p_null == 0:
-        raise DataError(f"--guidance {' '.join(map(str, config.guidance))}: without --p-null the null condition is not "
-                        "trained; use --guidance 1")
+        raise DataError(f"--guidance {' '.join(map(str, config.guidance))}: needs --p-null; or use --guidance 1")
 
 
 PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4), batch_size=100), "demo": dict(
@@ -150,8 +137,7 @@ other_use = None                        # what --ckpt is for besides --predict
 
 def variants(config):
     """{suffix of the row in the table: options of generate()}; the first is the method itself."""
-    first, *others = dict.fromkeys(config.guidance)
-    return {"": {"guidance": first}} | {f" w={w:g}": {"guidance": w} for w in others}
+    return {"": {}} | {f" w={w:g}": {"guidance": w} for w in config.guidance[1:]}
 
 
 # -------------------------------------------------------------------------------- model
@@ -178,12 +164,9 @@ def zeroed(layer):
     return layer
 
 
-class Conv(nn.Conv1d):
-    """Convolution over the genes of (B, C, 1, L): GPUs are fast at 2-D ones in channels-last layout, and would copy a
-    1-D one to that layout and back."""
-
-    def forward(self, x):
-        return F.conv2d(x, self.weight[:, :, None], self.bias, (1, *self.stride), (0, *self.padding))
+def conv(c_in, c_out, kernel, stride=1, bias=True):
+    """Convolution over the genes of (B, C, 1, L), in 2-D: GPUs copy a 1-D one to channels-last layout and back."""
+    return nn.Conv2d(c_in, c_out, (1, kernel), (1, stride), (0, kernel // 2), bias=bias)
 
 
 class Attention(nn.Module):
@@ -192,8 +175,8 @@ class Attention(nn.Module):
     def __init__(self, channels, heads, groups):
         super().__init__()
         self.heads, self.norm = heads, nn.GroupNorm(groups, channels)
-        self.k = Conv(channels, channels, 1, bias=False)                 # a bias of K would cancel in the softmax
-        self.qv, self.out = Conv(channels, 2 * channels, 1), zeroed(Conv(channels, channels, 1))
+        self.k = conv(channels, channels, 1, bias=False)                 # a bias of K would cancel in the softmax
+        self.qv, self.out = conv(channels, 2 * channels, 1), zeroed(conv(channels, channels, 1))
 
     def forward(self, x):
         """(B, C, 1, L) -> the same."""
@@ -210,10 +193,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, config, attention=False):
         super().__init__()
-        self.norm_in, self.conv_in = nn.GroupNorm(config.groups, c_in), Conv(c_in, c_out, 3, padding=1)
+        self.norm_in, self.conv_in = nn.GroupNorm(config.groups, c_in), conv(c_in, c_out, 3)
         self.norm_out = nn.GroupNorm(config.groups, c_out)
-        self.dropout, self.conv_out = nn.Dropout(config.dropout), zeroed(Conv(c_out, c_out, 3, padding=1))
-        self.skip = Conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.dropout, self.conv_out = nn.Dropout(config.dropout), zeroed(conv(c_out, c_out, 3))
+        self.skip = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, config.heads, config.groups) if attention else nn.Identity()
 
     def forward(self, x, film):
@@ -232,19 +215,17 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.recompute = config.recompute
         D, channels = config.width, [m * config.width for m in config.multipliers]
-        c, deepest = channels[0], len(channels) - 1
-        self.stem = Conv(D, c, 3, padding=1)
-        self.down, skips = nn.ModuleList(), [c]                          # channels of what the way up gets
+        c, deepest = channels[-1], len(channels) - 1
+        self.stem = conv(D, channels[0], 3)
+        self.down, skips = nn.ModuleList(), channels[:1]                 # channels of what the way up gets
         for level, wide in enumerate(channels):
             for _ in range(config.blocks):
-                self.down.append(ResBlock(c, wide, config, level == deepest))
-                c = wide
-                skips.append(c)
+                self.down.append(ResBlock(skips[-1], wide, config, level == deepest))
+                skips.append(wide)
             if level < deepest:
-                self.down.append(Conv(c, c, 3, stride=2, padding=1))
-                skips.append(c)
+                self.down.append(conv(wide, wide, 3, stride=2))
+                skips.append(wide)
         self.middle = nn.ModuleList([ResBlock(c, c, config, True), ResBlock(c, c, config)])
         self.up = nn.ModuleList()
         for level, wide in reversed(list(enumerate(channels))):
@@ -252,29 +233,24 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(c + skips.pop(), wide, config, level == deepest))
                 c = wide
             if level > 0:
-                self.up.append(Conv(c, c, 3, padding=1))
-        self.norm, self.head = nn.GroupNorm(config.groups, c), zeroed(Conv(c, 1, 3, padding=1))
+                self.up.append(conv(c, c, 3))
+        self.norm, self.head = nn.GroupNorm(config.groups, c), zeroed(conv(c, 1, 3))
         self.sizes = [2 * m.conv_out.out_channels for m in self.modules() if isinstance(m, ResBlock)]
         self.film = nn.Linear(4 * D, sum(self.sizes))                    # FiLM of all blocks in one product
 
     def forward(self, x, film):
         """x (B, D, 1, L), L a multiple of 2^(levels - 1); film (B or 1, sum of sizes) -> (B, L)."""
-        films = iter(film.split(self.sizes, dim=-1))
-
-        def block(m, x):                                                 # takes the next block's share of film
-            if self.recompute and self.training:
-                return checkpoint(m, x, next(films), use_reentrant=False)
-            return m(x, next(films))
+        films = iter(film.split(self.sizes, dim=-1))                     # each block takes the next
         x = self.stem(x)
         skips = [x]
         for m in self.down:
-            x = block(m, x) if isinstance(m, ResBlock) else m(x)
+            x = m(x, next(films)) if isinstance(m, ResBlock) else m(x)
             skips.append(x)
         for m in self.middle:
-            x = block(m, x)
+            x = m(x, next(films))
         for m in self.up:
             if isinstance(m, ResBlock):
-                x = block(m, torch.cat([x, skips.pop()], dim=1))
+                x = m(torch.cat([x, skips.pop()], dim=1), next(films))
             else:
                 x = m(F.interpolate(x, scale_factor=(1.0, 2.0)))         # nearest
         return self.head(F.silu(self.norm(x))).flatten(1)
@@ -283,42 +259,41 @@ class UNet(nn.Module):
 class UNetVelocity(nn.Module):
     """A coordinate (gene) is a position: encoded value + identity, then the U-Net, conditioned by FiLM."""
 
-    def __init__(self, size, config):
+    def __init__(self, size, columns, config):
         super().__init__()
-        D = config.width
-        self.width, self.size, self.scale = D, size, config.value_scale
-        self.pad = -size % 2 ** (len(config.multipliers) - 1)
-        self.value = nn.Sequential(Conv(D, D, 1), nn.SiLU(), Conv(D, D, 1))
+        D, E = config.width, 4 * config.width
+        self.scale, self.pad = config.value_scale, -size % 2 ** (len(config.multipliers) - 1)
+        self.value = nn.Sequential(conv(D, D, 1), nn.SiLU(), conv(D, D, 1))
         self.identity = nn.Parameter(0.02 * torch.randn(D, size + (self.pad > 0)))   # the last is the padding's
         self.unet = UNet(config)
+        self.time, self.condition = mlp([D, E, E]), mlp([columns, E, E])             # GD
 
     def conditioning(self, time, condition):
         """(n, 4D) and (n or 1, 4D) -> film of all blocks (n, sum of sizes)."""
         return self.unet.film(F.silu(time + condition))
 
-    def embed(self, x):
-        """(B, S) -> (B, D, 1, L): padded, to what the U-Net can halve, by zeros that share an identity."""
-        identity = torch.cat([self.identity[:, :self.size], self.identity[:, self.size:].expand(-1, self.pad)], dim=1)
-        features = sinusoid(self.scale * F.pad(x, (0, self.pad)), self.width)[:, :, None]
-        if x.is_cuda:
-            features = features.contiguous(memory_format=torch.channels_last)            # and so all that follows
-        return self.value(features) + identity[:, None]
-
     def forward(self, x, conditioning):
         """x (B, S), conditioning (B or 1, sum of sizes) -> velocity (B, S)."""
-        return self.unet(self.embed(x), conditioning)[:, :self.size].float()
+        S = x.shape[1]                                                   # padded to what the U-Net can halve, L
+        identity = torch.cat([self.identity[:, :S], self.identity[:, S:].expand(-1, self.pad)], dim=1)
+        features = sinusoid(self.scale * F.pad(x, (0, self.pad)), len(identity))[:, :, None]          # (B, D, 1, L)
+        if x.is_cuda:
+            features = features.contiguous(memory_format=torch.channels_last)            # and so all that follows
+        return self.unet(self.value(features) + identity[:, None], conditioning)[:, :S].float()
 
 
 class MLPVelocity(nn.Module):
     """The ablation without U-Net: MLPs of cell, condition and time, concatenated, and a decoder."""
 
-    def __init__(self, size, config):
+    def __init__(self, size, columns, config):
         super().__init__()
         H, drop = config.hidden, config.dropout
         self.value = mlp([size] + [H] * config.mlp_layers[0], drop)
         # the decoder's first layer in two parts: that of condition and time is the same for all cells when sampling
         self.join, self.join_conditioning = nn.Linear(H, H), nn.Linear(2 * H, H, bias=False)
         self.decoder = nn.Sequential(nn.SiLU(), nn.Dropout(drop), mlp([H] * config.mlp_layers[3] + [size], drop))
+        self.time = mlp([config.width] + [H] * config.mlp_layers[2], drop)
+        self.condition = mlp([columns] + [H] * config.mlp_layers[1], drop)
 
     def conditioning(self, time, condition):
         """(n, H) and (n or 1, H) -> (n, H)."""
@@ -339,15 +314,12 @@ class Space(nn.Module):
         self.pca, self.standardise = config.space == "pca", config.standardise
         self.size = min(config.pcs, G) if self.pca else G
         self.covariates = [data.covariate_name(values) for values in itertools.product(*panel.covariates.values())]
-        V = len(self.covariates)
-        self.register_buffer("profiles", torch.zeros(V, G))
-        self.register_buffer("trained", torch.zeros(V, dtype=torch.bool))                # has perturbed cells
+        self.register_buffer("profiles", torch.zeros(len(self.covariates), G))
+        self.register_buffer("trained", torch.zeros(len(self.covariates), dtype=torch.bool))     # has perturbed cells
         self.register_buffer("unit", torch.ones(()))                     # median distance of the trained profiles
-        self.register_buffer("deviation", torch.ones(G))
-        if self.pca:
-            self.register_buffer("mean", torch.zeros(G))
-            self.register_buffer("loadings", torch.zeros(G, self.size))
-            self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean", torch.zeros(G))
+        self.register_buffer("scale", torch.ones(self.size))
+        self.register_buffer("loadings", torch.zeros(G, self.size) if self.pca else None)
 
     def fit(self, dataset):
         """From training cells and training controls."""
@@ -355,38 +327,27 @@ class Space(nn.Module):
         for covariate, controls in dataset.control_rows["train"].items():
             mean = data.gene_moments(X, controls)[0] / len(controls)
             self.profiles[self.covariates.index(covariate)] = torch.from_numpy(mean)
-        for group in dataset.part("train"):
-            self.trained[self.covariates.index(group.partition("@")[2])] = True
-        if self.trained.sum() > 1:
-            self.unit.copy_(torch.pdist(self.profiles[self.trained]).median())
+        self.trained[[self.covariates.index(g.partition("@")[2]) for g in dataset.part("train")]] = True
+        self.unit.copy_(torch.pdist(self.profiles[self.trained]).median().nan_to_num(1))         # 1 if one is trained
         total, square = data.gene_moments(X, rows)
         variance = np.maximum(square / len(rows) - (total / len(rows)) ** 2, 0)
-        self.deviation.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=0.01))        # a silent gene stays silent
+        if self.standardise:
+            self.scale.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=0.01))        # a silent gene stays silent
         if self.pca:
-            if len(rows) <= self.size:
-                raise DataError(f"--pcs {self.size}: there are {len(rows)} training cells; use fewer components")
             basis = metrics.fit_pca(lambda: (X[block].toarray() for block in data.row_blocks(X, rows)), self.size)
             self.mean.copy_(torch.from_numpy(basis.mean))
-            self.loadings.copy_(torch.from_numpy(basis.loadings.copy()))
+            self.loadings[:, :len(rows) - 1] = torch.from_numpy(basis.loadings.copy())   # few cells span fewer
             self.scale.fill_(math.sqrt(variance.sum() * basis.explained.mean()))         # root mean eigenvalue
 
     def encode(self, x, profile):
         """x (n, G) log1p CP10k, profile (n or 1, G) the mean control cells of their covariates -> (n, S)."""
-        if self.pca:
-            return (x - self.mean) @ self.loadings / self.scale
-        return (x - profile) / self.deviation if self.standardise else x
+        x = x - (profile if self.standardise else self.mean)
+        return (x @ self.loadings if self.pca else x) / self.scale
 
     def decode(self, z, profile):
         """z (n, S), profile (n or 1, G) -> (n, G) log1p CP10k."""
-        if self.pca:
-            return z * self.scale @ self.loadings.T + self.mean
-        return z * self.deviation + profile if self.standardise else z
-
-    def profile(self, covariate, control):
-        """Mean control cell (1, G): of training, or, where training lacks the covariate, of the given cells (n, G)."""
-        if covariate in self.covariates:
-            return self.profiles[self.covariates.index(covariate)][None]
-        return control.mean(dim=0, keepdim=True)
+        x = z * self.scale
+        return (x @ self.loadings.T if self.pca else x) + (profile if self.standardise else self.mean)
 
     def similarity(self, profile):
         """profile (1, G) -> (V,): a one-hot for a covariate that has perturbed training cells; another one is a mixture
@@ -405,30 +366,20 @@ class PRiMeFlow(nn.Module):
         super().__init__()
         self.width, self.control_profile = config.width, config.control_profile
         self.space = Space(config, panel)
-        covariates = sum(map(len, panel.covariates.values()))
-        if self.control_profile:
-            covariates = len(self.space.covariates)
+        covariates = len(self.space.covariates) if self.control_profile else sum(map(len, panel.covariates.values()))
         columns = len(panel.perturbations) + covariates                  # of condition_vector
-        if config.velocity == "unet":
-            self.net = UNetVelocity(self.space.size, config)
-            E = 4 * config.width                                         # GD: two layers, no dropout
-            self.time = mlp([config.width, E, E])
-            self.condition = mlp([columns, E, E])
-        else:
-            self.net = MLPVelocity(self.space.size, config)
-            E = config.hidden
-            self.time = mlp([config.width] + [E] * config.mlp_layers[2], config.dropout)
-            self.condition = mlp([columns] + [E] * config.mlp_layers[1], config.dropout)
-        self.null = nn.Parameter(torch.zeros(E))
+        velocity = UNetVelocity if config.velocity == "unet" else MLPVelocity
+        self.net = velocity(self.space.size, columns, config)
+        self.null = nn.Parameter(torch.zeros(self.net.condition[-1].out_features))
         self.effect = zeroed(nn.Linear(columns, self.space.size, bias=False)) if config.effect_readout else None
 
     def conditioning(self, t, condition):
         """t (n,) in [0, 1], condition (n or 1, E), embedded or the null -> what the net takes, a row for each t."""
-        return self.net.conditioning(self.time(sinusoid(1000 * t[:, None], self.width).squeeze(-1)), condition)
+        return self.net.conditioning(self.net.time(sinusoid(1000 * t[:, None], self.width)[..., 0]), condition)
 
     def forward(self, x, t, c, drop):
         """x (B, S), t (B,), c (B, columns) condition, drop (B,) bool: where the null replaces it -> (B, S)."""
-        condition = torch.where(drop[:, None], self.null, self.condition(c).float())     # (B, E)
+        condition = torch.where(drop[:, None], self.null, self.net.condition(c).float())         # (B, E)
         v = self.net(x, self.conditioning(t, condition))
         return v if self.effect is None else v + self.effect(c * ~drop[:, None]).float()
 
@@ -438,7 +389,7 @@ class PRiMeFlow(nn.Module):
 def path(t, kind):
     """Weights of source and cell at time t, and their derivatives: x_t = a x0 + b x1, velocity = da x0 + db x1."""
     if kind == "linear":
-        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
+        return 1 - t, t, -1, 1
     a, b = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
     return a, b, -math.pi / 2 * b, math.pi / 2 * a
 
@@ -455,26 +406,18 @@ def flow_loss(net, x0, x1, t, c, drop, config):
 def sinkhorn_plan(cost, epsilon, iterations=100):
     """Entropic optimal transport plans between uniform marginals, in the log domain: (C, n, m) -> (C, n, m). epsilon is
     in units of the mean cost; at 1 both marginals hold to 1e-6 after 100 iterations."""
-    n, m = cost.shape[1:]
-    cost = cost / (epsilon * cost.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))
-    g = cost.new_zeros(len(cost), m)
+    log_plan = -cost / (epsilon * cost.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12))
     for _ in range(iterations):
-        f = math.log(m) - torch.logsumexp(g[:, None] - cost, dim=2)                     # (C, n)
-        g = math.log(n) - torch.logsumexp(f[:, :, None] - cost, dim=1)                  # (C, m)
-    return torch.exp(f[:, :, None] + g[:, None] - cost) / (n * m)
+        log_plan = log_plan.log_softmax(dim=1).log_softmax(dim=2)        # the columns are met, then the rows
+    return log_plan.exp() / cost.shape[1]
 
 
 @torch.no_grad()
-def couple(x0, x1, epsilon):
-    """Pairs drawn from each condition's transport plan, as many as cells: x0, x1 (C, n, S) -> both (C n, S). Squared
-    Euclidean cost; float32 under autocast too."""
-    with torch.autocast(x0.device.type, enabled=False):
-        cost = torch.cdist(x0.float(), x1.float()).square()
-        plan = sinkhorn_plan(cost, epsilon)
-    C, n = x1.shape[:2]
-    mass = plan.flatten(1).double().cumsum(1)                            # (C, n n)
-    u = torch.rand(C, n, dtype=mass.dtype, device=mass.device)
-    pair = torch.searchsorted(mass, u * mass[:, -1:]).clamp(max=n * n - 1)
+def couple(x0, x1, epsilon=1.0):                                         # CellFlow's
+    """Pairs drawn from the plans of C conditions, squared Euclidean cost: x0, x1 (C, n, S) -> both (C n, S)."""
+    n = x1.shape[1]
+    plan = sinkhorn_plan(torch.cdist(x0, x1).square(), epsilon)
+    pair = torch.multinomial(plan.flatten(1), n, replacement=True)       # (C, n)
     source = torch.take_along_dim(x0, (pair // n)[..., None], dim=1)     # (C, n, S)
     target = torch.take_along_dim(x1, (pair % n)[..., None], dim=1)
     return source.flatten(0, 1), target.flatten(0, 1)
@@ -488,7 +431,7 @@ def sample(velocity, model, x, c, guidance, config):
     condition. velocity: model.net.forward, compiled or not. Returns (B, S) float32."""
     K = config.ode_steps
     t = torch.arange(K, dtype=x.dtype, device=x.device) / K
-    conditioned = model.conditioning(t, model.condition(c[None]).float())        # a row for each step
+    conditioned = model.conditioning(t, model.net.condition(c[None]).float())    # a row for each step
     null = model.conditioning(t, model.null[None])
     effect = 0.0 if model.effect is None else model.effect(c[None]).float()      # (1, S)
     for i in range(K):
@@ -503,11 +446,9 @@ def sample(velocity, model, x, c, guidance, config):
 def condition_vector(group, model, panel, profile):
     """(columns,) of a group: multi-hot of its perturbations, then a one-hot per covariate column or, with
     --control-profile, the similarity of profile (1, G), its mean control cell, to those of training."""
-    names = group.partition("@")[0].split("+")
-    hot = torch.from_numpy(np.isin(panel.perturbations, names).astype(np.float32)).to(profile.device)
-    if model.control_profile:
-        return torch.cat([hot, model.space.similarity(profile)])
-    return torch.cat([hot, panel.one_hot([group])[0].to(profile.device)])
+    hot = torch.from_numpy(np.isin(panel.perturbations, group.partition("@")[0].split("+")))
+    covariates = model.space.similarity(profile) if model.control_profile else panel.one_hot([group])[0]
+    return torch.cat([hot.to(profile), covariates.to(profile)])
 
 
 def load_model(config, panel, saved):
@@ -520,25 +461,24 @@ def load_model(config, panel, saved):
 @torch.no_grad()
 def generate(model, run, group, control, columns, seed, guidance=None):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), as many as control cells (n, G) log1p CP10k, for
-    columns (E,) of the panel, ascending: (n, E) float32. The values of the control cells matter where they are the
-    source, or their covariate is new."""
-    config, S = run.config, model.space.size
+    columns (E,) of the panel, ascending: (n, E) float32. Controls matter as the source, or if the covariate is new."""
+    config, space = run.config, model.space
     w = config.guidance[0] if guidance is None else guidance
     control = torch.from_numpy(control).to(run.device)
-    profile = model.space.profile(group.partition("@")[2], control)
+    covariate, profile = group.partition("@")[2], control.mean(dim=0, keepdim=True)
+    if covariate in space.covariates:                                    # else it is new
+        profile = space.profiles[[space.covariates.index(covariate)]]
     c = condition_vector(group, model, run.panel, profile)
-    if config.coupling == "independent":
-        generator = torch.Generator(run.device).manual_seed(seed)
-        x = torch.randn(len(control), S, generator=generator, device=run.device)         # the same for any chunks
-    else:
-        x = model.space.encode(control, profile)
-    floats = 24 * S * config.width if config.velocity == "unet" else 8 * (S + config.hidden)                # of a cell
-    most = min(1000, max(1, data.room(run.device) // (4 * floats)))      # cells at once
+    x = space.encode(control, profile)
+    if config.coupling == "independent":                                 # the same noise for any chunks
+        x = torch.randn(x.shape, generator=torch.Generator(run.device).manual_seed(seed), device=run.device)
+    floats = 24 * space.size * config.width if config.velocity == "unet" else 8 * (space.size + config.hidden)
+    most = min(1000, max(1, data.room(run.device) // (4 * floats)))      # cells at once, floats of one
     columns, out = torch.as_tensor(columns, device=run.device), []
     for part in x.tensor_split(math.ceil(len(x) / most)):
         with run.autocast():
             z = sample(run.compiled(model.net.forward), model, part, c, w, config)
-        out.append(model.space.decode(z, profile).index_select(1, columns).cpu())
+        out.append(space.decode(z, profile).index_select(1, columns).cpu())
     return torch.cat(out).numpy()
 
 
@@ -594,7 +534,7 @@ def train(run, state):
             else:
                 x0 = space.encode(dataset.gather(dataset.draw(dataset.controls_for(group), n)), profile)
             if config.coupling == "ot":
-                x0, x1 = couple(x0.unflatten(0, (-1, n)), x1.unflatten(0, (-1, n)), config.ot_epsilon)
+                x0, x1 = couple(x0.unflatten(0, (-1, n)), x1.unflatten(0, (-1, n)))
             t, drop = torch.rand(B, device=device), torch.rand(B, device=device) < config.p_null
 
             # forward in bf16 where chosen, loss in fp32; processes exchange gradients in the last pass only
@@ -603,13 +543,10 @@ def train(run, state):
                     loss = flow_loss(net, x0, x1, t, c, drop, config)
                 (loss / A).backward()
             total = total + loss.detach() / A
-        if config.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip, foreach=True)
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf, foreach=True)
         optimizer.step()
         schedule.step()
-        if config.ema:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - config.ema)
+        data.average(ema, model, config.ema)
 
         if config.eval_every and step % config.eval_every == 0:
             run.validate(step, ema)
