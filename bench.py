@@ -84,7 +84,7 @@ METHODS = {
     "celltarnet:low-rank": "celltarnet.py --prior low-rank",
     # the demo preset with the paper's choices (each script's Deviations)
     "scdfm:paper": "scdfm.py --no-effect-readout --no-precondition --zeros clamp",
-    "primeflow:paper": "primeflow.py --velocity unet --coupling independent --sigma 0 --no-standardise --no-balanced "
+    "primeflow:paper": "primeflow.py --velocity unet --coupling independent --sigma 0 --no-standardise "
                        "--no-effect-readout --no-control-profile --p-null 0.2 --zeros clamp",
     "scbig:paper": "scbig.py --no-effect-readout --no-residual --condition-dropout 0.9 --schedule constant --ema 0 "
                    "--path-iterations 100 --ode-steps 10 --zeros clamp",

@@ -40,7 +40,7 @@ Deviations from P or GD, and what P leaves open (numbers: README, experiments):
     none, and is refused. A convolution needs the order of the genes: all are generated, in training's order.
 11. Ours, for small data, not in the paper's presets: --coupling control (P: for OT alone) with --sigma 1, which smooths
     the velocity over cells; --standardise, so that baselines need not be learned; --effect-readout, an additive effect;
-    --control-profile, as similar covariates respond alike; --balanced.
+    --control-profile, as similar covariates respond alike.
 """
 import contextlib
 import copy
@@ -97,7 +97,6 @@ class Config(data.RunConfig):
     effect_readout: bool = False    # a linear map from the condition to the genes is added to the velocity (ours)
     standardise: bool = False       # centre covariates on their controls, divide by the gene's deviation (ours)
     control_profile: bool = False   # a covariate is known by the similarity of its controls, not by its name (ours)
-    balanced: bool = False          # draw conditions alike, not by their cells (ours)
     accumulate: int = 4             # forward passes per step (paper)
     clip: float = 5.0               # largest norm of the gradient; 0 does not clip (paper)
     weight_decay: float = 0.0       # of Adam, as L2 (paper)
@@ -127,7 +126,7 @@ def check(config):
 PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4), batch_size=100), "demo": dict(
     steps=1500, batch_size=64, accumulate=1, lr=2e-3, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
     control_split="", velocity="mlp", hidden=256, mlp_layers=(2, 2, 2, 2), dropout=0.2, coupling="control", sigma=1.0,
-    standardise=True, effect_readout=True, control_profile=True, balanced=True, p_null=0.0, guidance=(1.0,),
+    standardise=True, effect_readout=True, control_profile=True, p_null=0.0, guidance=(1.0,),
     ode_steps=10, zeros="detect", eval_cells=100, width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1,
     ot_cells=16)}
 SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
@@ -514,8 +513,6 @@ def train(run, state):
     if config.coupling == "independent":
         cells |= {data.group_name(data.CONTROL, v): len(rows) for v, rows in dataset.control_rows["train"].items()}
     share = torch.tensor([float(cells.get(g, 0)) for g in dataset.groups], device=dataset.where)
-    if config.balanced:
-        share = share.sign()
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(cells.values()):,} training cells, "
             f"{len(panel.genes):,} genes")
 
