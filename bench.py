@@ -908,9 +908,11 @@ def count(share, script, *flags):
     of the step, and the bytes of the weights (the optimiser's and the averaged ones too), of their gradients, of the
     data set in fp16, and of the activations that each forward pass keeps for its backward pass."""
     method = load(script)
-    train, start, finish = method.train, method.Run.start, method.Run.finish
+    train = method.train
+    start, finish = method.Run.start, method.Run.finish
     counter = flop_counter.FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-    saved, passes, total, whole = {}, [], [], 0
+    saved, passes = {}, []
+    total = whole = 0
 
     def pack(x):
         if not isinstance(x._base if x._is_view() else x, torch.nn.Parameter):
@@ -924,8 +926,9 @@ def count(share, script, *flags):
         return x
 
     def before(run, step):
+        nonlocal total
         start(run, step)
-        total[:] = [counter.get_total_flops()]
+        total = counter.get_total_flops()
 
     def after(run, step, parts, **losses):
         finish(run, step, parts, **losses)
@@ -936,7 +939,7 @@ def count(share, script, *flags):
         gradients = sum(p.grad.nbytes for p in parts["model"].parameters() if p.grad is not None)
         print(json.dumps({"weights": sum(tensors.values()), "gradients": gradients, "activations": passes,
                           "data": 2 * math.prod(run.dataset.X.shape), "share": run.config.batch_size / whole,
-                          "flops": counter.get_total_flops() - total[0]}))
+                          "flops": counter.get_total_flops() - total}))
         sys.exit()
 
     def measured(run, state):
@@ -949,7 +952,8 @@ def count(share, script, *flags):
         shorten(run.config)
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack), counter:
             train(run, state)
-    method.train, method.Run.start, method.Run.finish = measured, before, after
+    method.train = measured
+    method.Run.start, method.Run.finish = before, after
     method.main([*flags, "--steps", "2", "--no-compile"])                # the last step may do more
 
 
@@ -1031,8 +1035,8 @@ def speed(config):
     """Print the table of --speed; the last line is one JSON object. Returns the exit code."""
     where = torch.device("cpu") if config.dry_run else data.pick_device(config.device)
     cuda = where.type == "cuda"
-    bf16 = cuda and torch.cuda.is_bf16_supported(False)
-    rate = 0.0 if config.dry_run else matrix_rate(where, torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(False) else torch.float32
+    rate = 0.0 if config.dry_run else matrix_rate(where, dtype)
     rows = []
     for text, (script, flags) in asked_methods(config).items():
         with tempfile.TemporaryDirectory() as folder:

@@ -78,8 +78,8 @@ class Config(data.RunConfig):
     effect_readout: bool = False    # a linear effect per gene and perturbation beside the flow (ours; paper none)
     calibration: float = 0.0        # ridge penalty of shifts that match generated means to training's; 0: none (paper)
     dequantise: float = 0.1         # sigma_d, log1p CP10k: noise on the targets (ours; TarFlow 0.05 to 0.15)
-    denoise_weight: float = 0.5     # lambda_denoise; 0: no denoising task (ablation)
-    contrast_weight: float = 0.05   # lambda_cont after a ramp over a tenth of the steps; 0: no contrast (ablation)
+    denoise_weight: float = 0.5     # lambda_denoise; 0 (ablation): the task is computed, but teaches nothing
+    contrast_weight: float = 0.05   # lambda_cont after a ramp over a tenth of the steps; 0 (ablation): likewise
     temperature: float = 0.1        # tau of InfoNCE (ours)
     cells_per_context: int = 2      # m: perturbed cells that share a control cell in a batch (ours)
     prior: typing.Literal["both", "sparse", "low-rank", "none"] = "both"  # L+S, S, L or no gene network (ablation)
@@ -101,7 +101,7 @@ def check(config):
     if config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
     if config.cells_per_context < 2:
-        raise DataError("--cells-per-context 1: the contrast needs a second cell of the same context; give 2 or more")
+        raise DataError("--cells-per-context 1: the contrast takes a second cell of the same context; give 2 or more")
     if config.batch_size % (2 * config.cells_per_context):
         raise DataError(f"--batch-size {config.batch_size}: must be a multiple of {2 * config.cells_per_context}: "
                         "--cells-per-context cells of each of an even number of contexts")
@@ -267,8 +267,8 @@ class FlowBlock(nn.Module):
         """x (B, T P), H (n, T + 2, d), which (B,) -> the same cells one step closer to noise, log|det| (B,)."""
         u, (label, cross) = self.slots(x), self.context(H)
         pick = F.one_hot(which, len(H))                                  # an index's backward pass adds row by row
-        label, *cross = [(pick.to(x) @ x.flatten(1)).unflatten(1, x.shape[1:]) for x in (label, *cross)]
-        mu, a = self.parameters_of(u, (label, cross))
+        cross = [(pick.to(kv) @ kv.flatten(1)).unflatten(1, kv.shape[1:]) for kv in cross]
+        mu, a = self.parameters_of(u, (label.index_select(0, which), cross))         # under autocast labels stay fp32
         return self.genes((u - mu) * torch.exp(-a)), -a.sum((-2, -1))
 
     def step(self, layers, cross, caches, before, v, label, mask, scale, t):

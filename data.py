@@ -2174,8 +2174,9 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
         config = cls(**state["config"] | kept)
     uses = [name for name in ("predict", "score") if hasattr(config, name)]
     if bool(config.ckpt) != sum(bool(getattr(config, name)) for name in uses):
-        raise DataError(f"--ckpt FILE and {' or '.join(map(_flag, uses))} belong together, one use at a time; to go on "
-                        "with a run use --resume")
+        either = "either " if len(uses) > 1 else ""
+        raise DataError(f"--ckpt FILE and {either}{' or '.join(map(_flag, uses))} belong together; to go on with a run "
+                        "use --resume")
     least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2, "lr": 1e-20}
     for f in fields(cls):
         value = getattr(config, f.name)
@@ -2257,7 +2258,8 @@ def open_run(config, state, device, say, main=True):
     the main process of several); a resumed run must find the genes, conditions and parts that it had."""
     out = Path(config.out)
     if main:
-        unfinished = ("config.json", "split.json", "log.jsonl", ".lock")  # of a run that ended before its checkpoint
+        unfinished = ("config.json", "split.json", "log.jsonl", ".lock",  # of a run that ended before its checkpoint
+                      "modules.tsv", "modules_enrichment.tsv")
         if out.is_file():
             raise DataError(f"{out}: is a file; choose another --out")
         others = sorted(p.name for p in out.iterdir() if p.name not in unfinished) if out.is_dir() else []
@@ -2492,7 +2494,8 @@ class Signals:
     """SIGINT and SIGTERM in training: kept until a step has ended. A second one acts at once."""
 
     def __init__(self, say):
-        self.say, self.came, self.handlers = say, 0, {}
+        self.say = say
+        self.came, self.handlers = 0, {}
 
     def hold(self):
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -111,8 +111,12 @@ def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
     data.require(config, "width multipliers blocks heads groups hidden mlp_layers pcs accumulate ode_steps value_scale "
                  "ot_cells", below_one="dropout ema p_null")
-    if config.width % math.lcm(2, config.groups, config.heads):
-        raise DataError(f"--width {config.width}: no multiple of 2, --groups {config.groups}, --heads {config.heads}")
+    if config.width % 2:
+        raise DataError(f"--width {config.width}: must be even")
+    deepest = config.width * config.multipliers[-1]
+    if config.velocity == "unet" and (config.width % config.groups or deepest % config.heads):
+        raise DataError(f"--width {config.width}: --groups {config.groups} must divide it, --heads {config.heads} the "
+                        f"{deepest} channels of the deepest level")
     if config.standardise and config.space == "pca":
         raise DataError("--space pca: components are of expression as it is; add --no-standardise")
     if len(config.mlp_layers) != 4:
@@ -136,7 +140,7 @@ other_use = None                        # what --ckpt is for besides --predict
 
 def variants(config):
     """{suffix of the row in the table: options of generate()}; the first is the method itself."""
-    return {"": {}} | {f" w={w:g}": {"guidance": w} for w in config.guidance[1:]}
+    return {"": {}} | {f" w={w:g}": {"guidance": w} for w in dict.fromkeys(config.guidance) if w != config.guidance[0]}
 
 
 # -------------------------------------------------------------------------------- model
@@ -353,8 +357,7 @@ class Space(nn.Module):
         of those, weighted by exp(-4 (d / median d)^2), d the distance of the mean control cells."""
         distance = (profile - self.profiles).norm(dim=1)
         same = (distance == 0) & self.trained
-        near = -4 * (distance / self.unit).square()
-        mixture = torch.softmax(near.masked_fill(~self.trained, -torch.inf), dim=0)
+        mixture = torch.softmax((-4 * (distance / self.unit) ** 2).masked_fill(~self.trained, -torch.inf), dim=0)
         return torch.where(same.any(), same.float(), mixture)
 
 

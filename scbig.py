@@ -119,14 +119,14 @@ class Config(data.RunConfig):
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
     data.require(config, "modules width layers heads inducing latent hidden pretrain_steps pretrain_batch_size "
-                 "pretrain_lr conditions_per_batch structure_conditions structure_cells path_iterations ode_steps "
-                 "ot_epsilon", below_one="dropout condition_dropout ema")
+                 "pretrain_lr conditions_per_batch structure_conditions path_iterations ode_steps ot_epsilon",
+                 below_one="dropout condition_dropout ema")
     conditions = config.conditions_per_batch
     if config.batch_size % conditions:
         raise DataError(f"--batch-size {config.batch_size}: must be a multiple of --conditions-per-batch {conditions}")
-    if config.structure_conditions > conditions:
-        raise DataError(f"--structure-conditions {config.structure_conditions}: at most --conditions-per-batch, "
-                        f"{conditions}")
+    if config.structure_conditions > conditions or config.structure_cells < 2:
+        raise DataError(f"--structure-conditions {config.structure_conditions}: at most --conditions-per-batch "
+                        f"({conditions}), --structure-cells at least 2")
     if config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
     if config.ppi_info and not config.ppi:
@@ -597,7 +597,7 @@ def token_table(panel, config):
     names, doses = list(panel.genes), {}
     tokens = {name: i for i, name in enumerate(names)}
     for p, gene in zip(panel.perturbations, panel.pert_gene):
-        found = config.dose_key and re.fullmatch(r"(.+):(\d*\.?\d+([eE]-?\d+)?)", p)
+        found = config.dose_key and re.fullmatch(r"(.+):((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", p)
         if found:
             doses[p] = math.log1p(float(found[2]))
         base = found[1] if found else p

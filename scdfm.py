@@ -433,7 +433,7 @@ def train(run, state):
     model = ScDFM(config, panel, graph, moments).to(device)
     ema = copy.deepcopy(model) if config.ema else model
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps, config.lr_min)
+    schedule = data.schedule(optimizer, config.steps, least=config.lr_min)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     begin, net = run.resume(state, parts), run.wrap(model)
 

@@ -428,9 +428,9 @@ def test_cells_of_a_batch_and_their_sources(demo, call, tmp_path, spy):
     [*AS_PAPER, "--velocity", "unet", "--dtype", "bf16", "--coupling", "ot", "--ot-cells", "8"],
     [*AS_PAPER, "--space", "pca", "--pcs", "8", "--path", "trigonometric", "--coupling", "independent"]])
 def test_ablations_run_and_report_both_guidance_weights(flags, demo, call, tmp_path):
-    out = ok(call("primeflow.py", "--data", demo, *TINY["primeflow"], "--steps", "3", "--guidance", "1", "3",
+    out = ok(call("primeflow.py", "--data", demo, *TINY["primeflow"], "--steps", "3", "--guidance", "1", "3", "1",
                   *flags, "--out", tmp_path / "run"))
-    assert "primeflow w=3" in out
+    assert "primeflow w=3" in out and "primeflow w=1" not in out
 
 
 @pytest.mark.parametrize("flags, words", [

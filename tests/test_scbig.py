@@ -710,12 +710,19 @@ def test_variants_run(flags, demo, call, tmp_path):
     assert "replicate" in ok(done) and not done.stderr
 
 
+def test_a_run_that_ended_before_its_checkpoint_starts_anew(demo, call, tmp_path):
+    flags = ["--data", demo, *TINY["scbig"], "--steps", 2, "--out", tmp_path / "run"]
+    done = call("scbig.py", *flags, "--pretrain-lr", "1e30")
+    assert done.returncode == 2 and "diverged" in done.stderr and (tmp_path / "run" / "modules.tsv").exists()
+    assert "replicate" in ok(call("scbig.py", *flags))
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--conditions-per-batch", "3"], ["--batch-size 16"]),
     (["--structure-conditions", "9"], ["--structure-conditions 9"]), (["--heads", "3"], ["--width 16"]),
     (["--modules", "0"], ["--modules 0"]), (["--modules", "41"], ["--modules 41", "40 genes"]),
     (["--condition-dropout", "1"], ["--condition-dropout"]), (["--ppi-info", "x"], ["--ppi"]),
-    (["--pretrain-steps", "0"], ["--pretrain-steps"])])
+    (["--pretrain-steps", "0"], ["--pretrain-steps"]), (["--structure-cells", "1"], ["--structure-cells at least 2"])])
 def test_misuse(flags, words, demo, call, tmp_path):
     error(call("scbig.py", "--data", demo, *TINY["scbig"], "--out", tmp_path / "run", *flags), *words)
 
