@@ -2292,7 +2292,7 @@ def open_prediction(config, state, panel, unseen, device):
 
     unseen: as Panel.known. Raises DataError for conditions, covariates or genes that are not there.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if process()[1] > 1:
         raise DataError("--predict runs in one process; start it with python")
     if Path(config.out).exists():
         raise DataError(f"--out {config.out}: exists; choose another name, or remove it")
@@ -2444,7 +2444,7 @@ def pick_device(name):
     GPU, matrix products of float32 may then use TF32."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK'] if process()[1] > 1 else 0}" if name == "cuda" else name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
@@ -2641,6 +2641,43 @@ def clock(seconds):
     return str(datetime.timedelta(seconds=int(seconds)))
 
 
+def process():
+    """(rank, world) of this process, as torchrun says; a RANK that is left over in an environment says nothing."""
+    try:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        needed = ("RANK", "LOCAL_RANK", "MASTER_PORT") if world > 1 else ()
+        numbers = [int(os.environ[name]) for name in needed]
+        if world < 1 or needed and (not os.environ["MASTER_ADDR"] or numbers[0] not in range(world)):
+            raise ValueError
+    except (KeyError, ValueError):
+        raise DataError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment: several processes are started with "
+                        "torchrun, which sets RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT too; unset it for one "
+                        "process") from None
+    return (numbers[0] if needed else 0), world
+
+
+def status_line(text, last=False):
+    """A line on how far something is; on a terminal the next one is written over it, and the last one stays."""
+    if process()[0] == 0:
+        terminal = sys.stdout.isatty()
+        print(f"\r{text}\033[K" if terminal else text, end="" if terminal and not last else "\n", flush=True)
+
+
+def progress(items, what, total=None):
+    """The items one by one, as in `for block in progress(blocks, "reading")`; total: how many, where they have no len().
+    Where they take more than ten seconds a status line says what is done, how far it is and how long it will take."""
+    total = len(items) if total is None else total
+    began, shown = time.perf_counter(), False
+    due = began + FIRST_LINE
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now > due or shown and done == total:
+            left = clock((now - began) / done * (total - done))
+            status_line(f"{what}: {done:,} of {total:,}, {left} left", last=done == total)
+            shown, due = True, now + NEXT_LINE
+
+
 @contextlib.contextmanager
 def clean_errors():
     """Around a main(): a DataError ends the program with 'error: ...' on stderr, exit code 2 and no traceback."""
@@ -2655,7 +2692,7 @@ def clean_errors():
         sys.exit(2)
     except RuntimeError as error:               # gloo and NCCL, where another process of a run has died
         partner = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if not partner or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if not partner or process()[1] == 1:
             raise
         print("error: another process of this run has ended; go on from the last checkpoint with --resume",
               file=sys.stderr)
@@ -2726,7 +2763,8 @@ def main(argv=None):
             raise DataError(f"--{name.replace('_', '-')}: belongs to 'python data.py demo'; remove it")
         if config.out and Path(config.out).resolve() == Path(file).resolve():
             raise DataError(f"--out {file}: is the input itself and would be lost; choose another name")
-        data = load(file, config, config.split, config.fold, config.folds)
+        with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):     # how far it is, is no JSON
+            data = load(file, config, config.split, config.fold, config.folds)
         facts = describe(data, config.split)
         if config.json:
             print(json.dumps(facts))

@@ -37,7 +37,6 @@ Deviations (numbers that back them: README, experiments):
 import copy
 import datetime
 import math
-import os
 import sys
 import time
 import typing
@@ -478,7 +477,7 @@ class Run:
     def __init__(self, config):
         self.config, self.out = config, Path(config.out)
         self.device = data.pick_device(config.device)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = data.process()
         self.signals = data.Signals(self.say)
         self.trained, self.capped = 0.0, 0      # seconds of training; generated values that were cut
         self.functions = {}                     # compiled ones

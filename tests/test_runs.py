@@ -386,6 +386,38 @@ def test_a_process_that_dies_ends_the_run_in_one_clear_line(demo, tmp_path):
         assert "another process of this run has ended" in errors[0] and "--resume" in errors[0]
 
 
+@pytest.mark.parametrize("environment, words", [({"WORLD_SIZE": "2"}, "torchrun"), ({"WORLD_SIZE": "x"}, "unset it"),
+                                                ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1",
+                                                  "MASTER_ADDR": "localhost"}, "WORLD_SIZE=2")])
+def test_an_environment_of_half_a_cluster_is_one_clear_line(environment, words, call, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    error(call(f"{CHEAP}.py", "--data", "none.h5ad"), words)
+
+
+def test_a_rank_left_over_in_the_environment_is_no_other_process(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert data.process() == (0, 1)
+
+
+# ------------------------------------------------------------------------------------------------ the console
+
+@pytest.mark.parametrize("terminal, wanted", [
+    (False, "reading: 1 of 3, 0:00:00 left\nreading: 3 of 3, 0:00:00 left\n"),
+    (True, "\rreading: 1 of 3, 0:00:00 left\033[K\rreading: 3 of 3, 0:00:00 left\033[K\n")])
+def test_what_takes_long_says_how_far_it_is(terminal, wanted, monkeypatch, capsys):
+    """On a terminal the line is written over; in a file there is one a minute, and one at the end."""
+    for name, value in (("FIRST_LINE", 0), ("NEXT_LINE", 60)):
+        monkeypatch.setattr(data, name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert list(data.progress(iter("abc"), "reading", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().out == wanted
+
+
+def test_what_is_quick_says_nothing(capsys):
+    assert list(data.progress(range(3), "reading")) == [0, 1, 2] and capsys.readouterr().out == ""
+
+
 # ------------------------------------------------------------------------------------------------ prediction
 
 def test_predict_singles_doubles_and_triples_never_seen(trained, call, tmp_path):
