@@ -370,7 +370,7 @@ def common_flags(config):
     for f in fields(data.DataConfig):
         value = getattr(config, f.name)
         # always those of which the methods have defaults of their own: all must see the same genes and controls
-        if value != f.default or f.name in ("hvg", "eval_genes", "control_split"):
+        if value != f.default or f.name in ("hvg", "eval_genes", "control_split", "min_genes", "min_cells"):
             flag = "--" + f.name.replace("_", "-")
             flags += [flag] if value is True else [flag, str(value)]
     flags += ["--eval-cells", str(config.eval_cells)]

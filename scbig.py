@@ -16,8 +16,8 @@ prediction" (P). Official code: github.com/ttruan2426-dot/scBIG @5659ce9 (MIT) (
     python scbig.py --data norman.h5 --split holdout --resume     go on after Ctrl-C or a crash
     python scbig.py --ckpt runs/X/ckpt.pt --predict CEBPA KLF1+MAP2K6 --cells 500 --out pred.h5ad
     torchrun --nproc-per-node 4 scbig.py --data norman.h5 --split additive
-Ablations of table 6: --clustering kmeans or unordered, --encoder transformer, --corr-weight 0, --path-weight 0,
---ppi-weight 0, --condition-embedding learned.
+Ablations of table 6: --clustering kmeans (the unbalanced one of 6b, first row) or unordered, --encoder transformer,
+--corr-weight 0, --path-weight 0, --ppi-weight 0. Of no table: --condition-embedding learned.
 
 Deviations (numbers that back them: README, experiments):
  1. Token k is module k (P). C cuts the genes into runs of 64 that drift off the modules.
@@ -35,13 +35,15 @@ Deviations (numbers that back them: README, experiments):
 10. Fixed midpoint steps; C integrates adaptively, cell by cell.
 11. 20 conditions x 1,024 cells are one step (C: 20 accumulated ones). Every drawn control has a partner, drawn from its
     row of the plan; C draws both from the plan.
-12. The model that predicts is the last one; C selects on validation conditions.
+12. The model that predicts is the last one; P and C select on validation conditions.
 13. Genes that a file of embeddings lacks are fitted from expression by ridge; C draws them at random or takes 0.
 14. Pathways need three genes of the panel, which fits P's 969; C takes those with one.
 15. --effect-readout and --residual (demo): 30 conditions teach the network no additivity, and its decoder returns
     conditional means, without the variance and the zeros of cells.
 16. --schedule cosine, --condition-dropout 0.8, --ema (demo): short training of a small model.
 17. Ours: priors from training cells where no file is given, no dropout on attention weights.
+18. Genes are counted (--min-cells) and chosen in training and control cells; P does not say, C has a finished file.
+19. As many cells are generated as were measured, at most 1,000 (C: 500); no value is below 0 or above training's.
 """
 import copy
 import datetime
@@ -74,7 +76,10 @@ class Config(data.RunConfig):
     steps: int = 25_000             # length of stage 2 (paper: 500,000 iterations, 20 to an update)
     batch_size: int = 20_480        # target cells per step and process (paper: 20 x 1,024)
     lr: float = 5e-5                # Adam, stage 2 (official)
-    hvg: int = 2000                 # paper A.4.2
+    hvg: int = 2000                 # paper A.4.2, the perturbed genes are added
+    eval_genes: int = 0             # genes that are evaluated: all (paper, by the MSE and L2 of its table 1)
+    min_genes: int = 1000           # cells with fewer detected genes are dropped (paper A.4.2)
+    min_cells: int = 50             # genes detected in fewer training and control cells (paper A.4.2: in fewer cells)
     # priors; each '' is made from training and control cells instead
     gene_embeddings: str = ""       # .npz (names, emb), .pt ({name: vector}), .tsv or .csv (paper: GeneCompass)
     ppi: str = ""                   # STRING protein.links, or a list of edges: gene, gene[, score]
@@ -133,10 +138,11 @@ def check(config):
 
 
 PRESETS = {"paper": {}, "demo": dict(
-    steps=500, hvg=1000, batch_size=512, conditions_per_batch=8, lr=1e-3, schedule="cosine", modules=8, width=64,
-    layers=2, heads=4, inducing=4, latent=32, dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128,
-    pretrain_lr=2e-3, hidden=256, condition_dropout=0.8, effect_readout=True, residual=True,
-    structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, zeros="detect", eval_cells=100)}
+    steps=500, batch_size=512, conditions_per_batch=8, lr=1e-3, schedule="cosine", hvg=1000, eval_genes=1000,
+    min_genes=0, min_cells=10, modules=8, width=64, layers=2, heads=4, inducing=4, latent=32, dropout=0.0,
+    pretrain_steps=1200, pretrain_batch_size=128, pretrain_lr=2e-3, hidden=256, condition_dropout=0.8,
+    effect_readout=True, residual=True, structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, zeros="detect",
+    eval_cells=100)}
 SAMPLING = {"ode_steps"}                # flags that --ckpt may change
 UNSEEN = True                           # genes that were never perturbed can be predicted
 variants = None                         # further rows of the table
