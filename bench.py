@@ -126,6 +126,7 @@ class Config(data.DataConfig):
     embedding: str = ""             # gene vectors for linear and kernel: .npz (names, emb), .pt, .tsv or .csv
     pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
+    exact_cells: bool = False       # just that many cells of every condition, however few are real (PRiMeFlow's tables)
     preset: str = ""                # of the methods: demo, paper; '' is demo for --data demo, else paper
     device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
     out: str = ""                   # folder; '' is runs/bench-DATA-SPLIT
@@ -301,14 +302,14 @@ def fit_baseline(name, dataset, embedding=None):
     return effects[:, dataset.eval_genes].astype(np.float32), {k: options[k] for k in options if k not in given}
 
 
-def baseline_populations(name, dataset, effects, eval_cells, seed, zeros="none"):
-    """{group: (n, E)} cells of one baseline for the test groups: controls of the same covariates plus the effect; by
-    data.as_measured where a zero rule is asked for."""
+def baseline_populations(name, dataset, effects, sizes, seed, zeros="none"):
+    """{group: (n, E)} cells of one baseline for the test groups {group: n}: controls of the same covariates plus the
+    effect; by data.as_measured where a zero rule is asked for."""
     out, panel = {}, dataset.panel()
     for group, effect in zip(dataset.part("test"), effects):
         cells = dataset.controls("test", dataset.eval_genes, covariate(group))
-        n, draw = min(len(dataset.rows[group]), eval_cells), data.seed_of(name, group, seed)
-        out[group] = data.pick_rows(cells, n, draw) + effect
+        draw = data.seed_of(name, group, seed)
+        out[group] = data.pick_rows(cells, sizes[group], draw) + effect
         if zeros != "none":
             out[group], _ = data.as_measured(out[group], panel, dataset.eval_genes, zeros, draw)
     return out
@@ -373,7 +374,7 @@ def common_flags(config):
         if value != f.default or f.name in ("hvg", "eval_genes", "control_split", "min_genes", "min_cells"):
             flag = "--" + f.name.replace("_", "-")
             flags += [flag] if value is True else [flag, str(value)]
-    flags += ["--eval-cells", str(config.eval_cells)]
+    flags += ["--eval-cells", str(config.eval_cells), "--exact-cells" if config.exact_cells else "--no-exact-cells"]
     if config.split == "cv":
         flags += ["--folds", str(config.n_folds)]
     flags += ["--preset", config.preset]
@@ -498,9 +499,9 @@ def score_fold(config, fold, embedding):
     fitted = {name: fit_baseline(name, dataset, vectors) for name in GRIDS} if config.baselines else {}
     keys = [k for k in metrics.KEYS if k not in metrics.MMD_RANKS or k in config.keys]
     no_effect = np.zeros((len(dataset.part("test")), 1), dtype=np.float32)
-    runs = []
+    sizes, runs = dataset.sizes("test", config.eval_cells, config.exact_cells), []
     for seed in config.seeds:
-        controls = baseline_populations("control", dataset, no_effect, config.eval_cells, seed)
+        controls = baseline_populations("control", dataset, no_effect, sizes, seed)
         first = score(dataset, controls, seed, keys, floors=True)
         for name in metrics.FLOORS:
             if first["floors"][name]:
@@ -508,7 +509,7 @@ def score_fold(config, fold, embedding):
                 runs.append((name, "floor", floor))
         for name, fit in fitted.items():
             if fit is not None:
-                cells = baseline_populations(name, dataset, fit[0], config.eval_cells, seed, config.zeros)
+                cells = baseline_populations(name, dataset, fit[0], sizes, seed, config.zeros)
                 runs.append((name, "baseline", score(dataset, cells, seed, keys) | {"options": fit[1]}))
         for name, cells in others.items():
             runs.append((name, "prediction", score(dataset, cells, seed, keys)))
@@ -686,7 +687,8 @@ def bench(config):
         lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
     title = (f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, seeds {list(config.seeds)}: "
              f"{len(first.part('train'))} training and {len(first.part('test'))} test conditions, "
-             f"{len(first.eval_genes):,} genes, at most {config.eval_cells} cells per condition")
+             f"{len(first.eval_genes):,} genes, {'just' if config.exact_cells else 'at most'} {config.eval_cells} cells "
+             "per condition")
     first_runs = [job for job in good if (job.fold, job.seed) == (config.folds[0], config.seeds[0])]
     notes = "\n".join(f"- {line}" for line in lines)
     write_results(out, config, rows, tests, [f"# {title}", render(table(rows, keys)), notes])
@@ -786,7 +788,8 @@ def plot(config, out, rows, runs, dataset):
     cells = {"control": dataset.controls("test", genes, covariate(condition)), "real": dataset.cells(condition, genes)}
     if config.baselines:
         effects, _ = fit_baseline("ridge", dataset)
-        ridge = baseline_populations("ridge", dataset, effects, config.eval_cells, config.seeds[0])
+        sizes = dataset.sizes("test", config.eval_cells, config.exact_cells)
+        ridge = baseline_populations("ridge", dataset, effects, sizes, config.seeds[0])
         cells["ridge"] = ridge[condition]
     for text in config.pred:
         name, pred = read_pred(text, dataset, config)

@@ -1487,9 +1487,9 @@ class Dataset:
             return self._values(self.control_rows[part][covariate], genes)
         return {v: self._values(rows, genes) for v, rows in self.control_rows[part].items()}
 
-    def sizes(self, part, most):
-        """{group: cells to generate}: as many as the real condition has, at most `most`."""
-        return {g: min(len(self.rows[g]), most) for g in self.part(part)}
+    def sizes(self, part, most, exact=False):
+        """{group: cells to generate}: as many as the real condition has, at most `most`; or exactly `most`."""
+        return {g: most if exact else min(len(self.rows[g]), most) for g in self.part(part)}
 
     def control_cells(self, part):
         """{covariate: Rows} of a part's control cells, to be read when indexed."""
@@ -2112,7 +2112,8 @@ def gene_sets(path, genes, say):
 CHECKPOINT_VERSION = 4
 CHECKPOINT_SECONDS = 300                                # between two checkpoints
 FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
-FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "compile", "resume", "cache_gb", "backed"}
+FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "exact_cells", "compile", "resume", "cache_gb",
+                  "backed"}
 PREDICTING = {"ckpt", "out", "predict", "controls", "cells", "all_genes", "dtype", "seed", "zeros"} | FREE_ON_RESUME
 UNITS = ("layer", "pert_key", "control_label", "separator", "gene_key", "counts", "lognorm")  # of the user's --controls
 
@@ -2133,6 +2134,7 @@ class RunConfig(DataConfig):
     zeros: typing.Literal["clamp", "detect"] = "clamp"  # small generated values: kept, or 0 or typical (as_measured)
     eval_every: int = 0             # score the validation conditions every so many steps; 0 never
     eval_cells: int = 1000          # cells generated per condition: as many as it really has, at most this
+    exact_cells: bool = False       # just --eval-cells of every condition, however few are real
     device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
     dtype: typing.Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs that have it
     compile: bool | None = None     # torch.compile; default on for CUDA, off for CPU
@@ -2207,7 +2209,7 @@ def finished(config, state):
     except (OSError, ValueError):
         return False
     print(f"{config.out}: this run is finished; its table:")
-    return content["config"]["eval_cells"] == config.eval_cells
+    return all(content["config"][name] == getattr(config, name) for name in ("eval_cells", "exact_cells"))
 
 
 def load_checkpoint(path, method):

@@ -75,6 +75,7 @@ class Config(data.RunConfig):
     lr: float = 5e-5                # Adam (paper)
     hvg: int = 4000                 # paper and PerturBench, per covariate; the perturbed genes are added
     eval_genes: int = 0             # genes that are evaluated: PerturBench scores all
+    exact_cells: bool = True        # 1,000 cells of every condition (paper), not as many as were measured
     control_split: str = "0.5,0.25,0.25"  # controls' shares in train,val,test (PerturBench)
     velocity: typing.Literal["unet", "mlp"] = "unet"        # mlp: PRiMeFlow-MLP (ablation)
     space: typing.Literal["genes", "pca"] = "genes"         # pca: the flow runs in principal components (ablation)
@@ -128,9 +129,9 @@ def check(config):
 
 PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4), batch_size=100), "demo": dict(
     steps=1500, batch_size=64, accumulate=1, lr=2e-3, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
-    control_split="", velocity="mlp", hidden=256, mlp_layers=(2, 2, 2, 2), dropout=0.2, coupling="control", sigma=1.0,
-    standardise=True, effect_readout=True, control_profile=True, p_null=0.0, guidance=(1.0,),
-    ode_steps=10, zeros="detect", eval_cells=100, width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1,
+    eval_cells=100, exact_cells=False, control_split="", velocity="mlp", hidden=256, mlp_layers=(2, 2, 2, 2),
+    dropout=0.2, coupling="control", sigma=1.0, standardise=True, effect_readout=True, control_profile=True, p_null=0.0,
+    guidance=(1.0,), ode_steps=10, zeros="detect", width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1,
     ot_cells=16)}
 SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
 UNSEEN = False                          # genes that were never perturbed can be predicted
@@ -686,7 +687,8 @@ def main(argv=None):
         if run.world > 1:
             dist.destroy_process_group()
         if run.rank == 0:
-            sizes, controls = run.dataset.sizes("test", config.eval_cells), run.dataset.control_cells("test")
+            sizes = run.dataset.sizes("test", config.eval_cells, config.exact_cells)
+            controls = run.dataset.control_cells("test")
             rows = {name: predict(run, model, sizes, controls, run.panel.eval_genes, **options)
                     for name, options in (variants(config) if variants else {"": {}}).items()}
             data.write_populations(run.out / "pred.h5ad", rows[""], controls, run.panel, run.panel.eval_genes,

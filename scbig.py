@@ -899,7 +899,8 @@ def main(argv=None):
         if run.world > 1:
             dist.destroy_process_group()
         if run.rank == 0:
-            sizes, controls = run.dataset.sizes("test", config.eval_cells), run.dataset.control_cells("test")
+            sizes = run.dataset.sizes("test", config.eval_cells, config.exact_cells)
+            controls = run.dataset.control_cells("test")
             rows = {name: predict(run, model, sizes, controls, run.panel.eval_genes, **options)
                     for name, options in (variants(config) if variants else {"": {}}).items()}
             data.write_populations(run.out / "pred.h5ad", rows[""], controls, run.panel, run.panel.eval_genes,

@@ -254,7 +254,8 @@ def test_baseline_cells_are_shifted_controls_of_the_same_covariate(tmp_path):
     data.simulate(tmp_path / "a.h5ad", cells=900, genes=40, cell_types=2)
     dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(covariates="cell_type"), "transfer")
     effects = bench.fit_baseline("kernel", dataset)[0]
-    cells, other = (bench.baseline_populations("kernel", dataset, effects, 20, seed) for seed in (0, 1))
+    sizes = dataset.sizes("test", 20)
+    cells, other = (bench.baseline_populations("kernel", dataset, effects, sizes, seed) for seed in (0, 1))
     groups = dataset.part("test")
     assert list(cells) == groups and len({bench.covariate(g) for g in groups}) == 2
     for group, effect in zip(groups, effects):

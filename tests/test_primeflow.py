@@ -1,4 +1,5 @@
 """primeflow.py: the mathematics of its parts, against guided-diffusion's outputs or slow plain formulas."""
+import json
 from pathlib import Path
 
 import numpy as np
@@ -431,6 +432,15 @@ def test_ablations_run_and_report_both_guidance_weights(flags, demo, call, tmp_p
     out = ok(call("primeflow.py", "--data", demo, *TINY["primeflow"], "--steps", "3", "--guidance", "1", "3", "1",
                   *flags, "--out", tmp_path / "run"))
     assert "primeflow w=3" in out and "primeflow w=1" not in out
+
+
+def test_just_as_many_cells_as_the_paper_generates(demo, call, tmp_path):
+    """P: 1,000 of every condition, however few were measured (here a dozen)."""
+    flags = ["--data", demo, *TINY["primeflow"], "--steps", 1, "--eval-cells", 30, "--out", tmp_path / "run"]
+    ok(call("primeflow.py", *flags, "--exact-cells"))
+    info = json.loads((tmp_path / "run" / "metrics.json").read_text())["info"]
+    conditions = len(data.load(demo, tiny(), "additive").part("test"))
+    assert info["cells_pred"] == 30 * conditions > 2 * info["cells_real"]
 
 
 @pytest.mark.parametrize("flags, words", [
