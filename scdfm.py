@@ -165,7 +165,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, layer, differential):
         super().__init__()
-        self.width, self.heads, self.differential = width, heads, differential
+        self.width, self.heads = width, heads
+        self.differential = differential
         maps = 2 if differential else 1
         self.q, self.k = nn.Linear(width, maps * width, bias=False), nn.Linear(width, maps * width, bias=False)
         self.v, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
@@ -229,6 +230,14 @@ class Layer(nn.Module):
         return self.cross_block(h, modulation[:, 6:], cached)
 
 
+class Given(typing.NamedTuple):
+    """What the velocity of B = C * b cells is conditioned on; the cells of a condition are consecutive."""
+    control: torch.Tensor   # (B, S) control cells, log1p CP10k
+    genes: torch.Tensor     # (S,) columns of the panel
+    tokens: torch.Tensor    # (C, K) of slots()
+    weight: torch.Tensor    # (C, K) of slots()
+
+
 class Context(typing.NamedTuple):
     """All that depends on neither x_t nor t: computed once per batch in training, once per ODE in sampling."""
     gene: torch.Tensor      # (S, d) gene embeddings
@@ -272,8 +281,9 @@ class ScDFM(nn.Module):
         """(n,) times in [0, 1] -> (n, L, 12, d): shift, scale and gate of every block."""
         return self.modulate(self.time(timestep_embedding(1000 * t))).unflatten(-1, (len(self.layers), 12, -1))
 
-    def context(self, control, genes, tokens, weight):
-        """control (B, S), genes (S,), tokens and weight (C, K slots), B = C * b cells -> Context."""
+    def context(self, given):
+        """Given -> Context."""
+        control, genes, tokens, weight = given
         B, S = control.shape
         embedded = self.encoder(torch.cat([genes, tokens.flatten()]))    # once for the batch: (S + C K, d)
         gene, slot = embedded[:S], embedded[S:].unflatten(0, tokens.shape)       # (S, d), (C, K, d)
@@ -300,8 +310,8 @@ class ScDFM(nn.Module):
             v = v + gaussian_velocity(x, t[:, None], context.moments[0], context.moments[1])
         return v + context.effect
 
-    def forward(self, x, t, control, genes, tokens, weight):
-        return self.velocity(x, t, self.modulation(t), self.context(control, genes, tokens, weight))
+    def forward(self, x, t, given):
+        return self.velocity(x, t, self.modulation(t), self.context(given))
 
 
 def gaussian_velocity(x, t, mean, variance):
@@ -338,15 +348,14 @@ def mmd_squared(real, generated):
         return (xx / (m * (m - 1)) + yy / (n * (n - 1)) - 2 * xy / (m * n)).float()
 
 
-def scdfm_loss(net, x1, control, t, x0, genes, tokens, weight, mmd_weight):
-    """Both terms of eq. 4: flow matching, and MMD^2 of the one-step endpoint. x1, control, x0 (B, S), t (B,), genes
-    (S,), tokens and weight (C, K); the cells of a condition are consecutive."""
+def scdfm_loss(net, x1, x0, t, given, mmd_weight):
+    """Both terms of eq. 4: flow matching, and MMD^2 of the one-step endpoint. x1 cells and x0 noise (B, S), t (B,)."""
     x_t = (1 - t)[:, None] * x0 + t[:, None] * x1
-    v = net(x_t, t, control, genes, tokens, weight)
+    v = net(x_t, t, given)
     flow = (v - (x1 - x0)).square().mean()
     if mmd_weight == 0:
         return flow, torch.zeros_like(flow)
-    C = len(tokens)
+    C = len(given.tokens)
     x1_hat = x_t + (1 - t)[:, None] * v
     return flow, mmd_squared(x1.unflatten(0, (C, -1)), x1_hat.unflatten(0, (C, -1))).mean()
 
@@ -354,12 +363,12 @@ def scdfm_loss(net, x1, control, t, x0, genes, tokens, weight, mmd_weight):
 # -------------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
-def sample(velocity, model, x, control, genes, tokens, weight, config):
-    """Integrate the flow from noise x (B, S) at t=0 to cells (B, S) float32 at t=1 (algorithm 3). control (B, S) log1p
-    CP10k, genes (S,) columns of the panel, tokens and weight (1, K); velocity: model.velocity, compiled or not."""
+def sample(velocity, model, x, given, config):
+    """Integrate the flow from noise x (B, S) at t=0 to cells (B, S) float32 at t=1 (algorithm 3); velocity:
+    model.velocity, compiled or not."""
     K = config.ode_steps
-    context = model.context(control, genes, tokens, weight)
-    t = torch.linspace(0, 1, K + 1, device=control.device)
+    context = model.context(given)
+    t = torch.linspace(0, 1, K + 1, device=x.device)
     times = list(zip(t.split(1), model.modulation(t).split(1)))
     for now, later in zip(times, times[1:]):
         slope = velocity(x, *now, context)
@@ -396,12 +405,11 @@ def load_model(config, panel, saved):
 def generate(model, run, group, control, columns, seed):
     """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
     for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory. More columns than
-    --gene-subset and the evaluation genes are generated in passes, from the same control cells."""
+    --gene-subset are generated in passes, from the same control cells."""
     config = run.config
-    most = max(config.gene_subset, len(run.panel.eval_genes))
-    if len(columns) > most:                 # in random subsets, as in training
+    if len(columns) > config.gene_subset:   # in random subsets, as in training
         mixed = np.random.default_rng(config.seed).permutation(columns)
-        passes = [np.sort(p) for p in np.array_split(mixed, math.ceil(len(columns) / most))]
+        passes = [np.sort(p) for p in np.array_split(mixed, math.ceil(len(columns) / config.gene_subset))]
         out = [generate(model, run, group, control, p, seed + i) for i, p in enumerate(passes)]
         return np.concatenate(out, axis=1)[:, np.argsort(np.concatenate(passes))]
     generator = torch.Generator(run.device).manual_seed(seed)
@@ -413,7 +421,7 @@ def generate(model, run, group, control, columns, seed):
     for x0, start in zip(noise.tensor_split(chunks), np.array_split(control, chunks)):
         start = torch.from_numpy(start).to(run.device).index_select(1, columns)
         with run.autocast():
-            cells = sample(run.compiled(model.velocity), model, x0, start, columns, tokens, weight, config)
+            cells = sample(run.compiled(model.velocity), model, x0, Given(start, columns, tokens, weight), config)
         out.append(cells.cpu())
     return torch.cat(out).numpy()
 
@@ -422,7 +430,8 @@ def generate(model, run, group, control, columns, seed):
 
 def train(run, state):
     """Train to --steps and return the model that predicts."""
-    config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
+    config, device = run.config, run.device
+    dataset, panel = run.dataset, run.panel
     G, S = len(panel.genes), min(config.gene_subset, len(panel.genes))
     C, b = config.conditions_per_batch, config.batch_size // config.conditions_per_batch
 
@@ -452,10 +461,11 @@ def train(run, state):
         control = dataset.gather(dataset.draw(dataset.controls_for(group[pick]), b), genes)
         t, x0 = torch.rand(C * b, device=device), torch.randn(C * b, S, device=device)
         pick = pick.to(device)
+        given = Given(control, genes, tokens[pick], weight[pick])
 
         # forward in bf16 where chosen, loss in fp32
         with run.autocast():
-            flow, mmd = scdfm_loss(net, x1, control, t, x0, genes, tokens[pick], weight[pick], config.mmd_weight)
+            flow, mmd = scdfm_loss(net, x1, x0, t, given, config.mmd_weight)
         loss = flow + config.mmd_weight * mmd
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -160,7 +160,8 @@ def inputs(panel, conditions, cells=6, seed=1):
     genes = torch.randperm(len(panel.genes), generator=generator)[:20]
     x, control = (torch.rand(cells, 20, generator=generator, dtype=torch.float64) for _ in range(2))
     tokens, weight = scdfm.slots(conditions, panel)
-    return x, torch.rand(cells, generator=generator, dtype=torch.float64), control, genes, tokens, weight.double()
+    t = torch.rand(cells, generator=generator, dtype=torch.float64)
+    return x, t, scdfm.Given(control, genes, tokens, weight.double())
 
 
 def test_slot_order_does_not_matter_and_the_perturbation_does(dataset, panel):
@@ -192,22 +193,22 @@ def test_conditions_of_one_batch_do_not_mix(dataset, panel):
     """A batch of two conditions gives each cell what a batch of its own condition gives."""
     config = tiny()
     model = build(dataset, panel, config)
-    x, t, control, genes, tokens, weight = inputs(panel, ["TF1", "TF2+TF3"])
-    both = model(x, t, control, genes, tokens, weight)
+    x, t, given = inputs(panel, ["TF1", "TF2+TF3"])
+    both = model(x, t, given)
     for i, condition in enumerate(("TF1", "TF2+TF3")):
         cells = slice(3 * i, 3 * i + 3)
         tokens, weight = scdfm.slots([condition], panel)
-        alone = model(x[cells], t[cells], control[cells], genes, tokens, weight.double())
+        alone = model(x[cells], t[cells], scdfm.Given(given.control[cells], given.genes, tokens, weight.double()))
         torch.testing.assert_close(both[cells], alone, rtol=1e-6, atol=1e-8)
 
 
 def test_gene_order_of_the_subset_only_permutes_the_output(dataset, panel):
     config = tiny()
     model = build(dataset, panel, config)
-    x, t, control, genes, tokens, weight = inputs(panel, ["TF1"])
+    x, t, given = inputs(panel, ["TF1"])
     p = torch.randperm(20)
-    whole = model(x, t, control, genes, tokens, weight)
-    moved = model(x[:, p], t, control[:, p], genes[p], tokens, weight)
+    whole = model(x, t, given)
+    moved = model(x[:, p], t, given._replace(control=given.control[:, p], genes=given.genes[p]))
     torch.testing.assert_close(moved, whole[:, p], rtol=1e-6, atol=1e-8)
 
 
@@ -215,14 +216,15 @@ def test_adaln_is_zero_at_the_start(dataset, panel):
     """At initialisation the gates are 0: time and control cells cannot matter yet."""
     config = tiny(precondition=False)
     model = build(dataset, panel, config, randomise=False)
-    x, t, control, *rest = inputs(panel, ["TF1"])
-    torch.testing.assert_close(model(x, t, control, *rest), model(x, 1 - t, control + 1, *rest))
+    x, t, given = inputs(panel, ["TF1"])
+    torch.testing.assert_close(model(x, t, given), model(x, 1 - t, given._replace(control=given.control + 1)))
 
 
 def test_cross_attention_reads_the_control_cells(dataset, panel):
     model = build(dataset, panel, tiny())
-    x, t, control, *rest = inputs(panel, ["TF1"])
-    assert (model(x, t, control, *rest) - model(x, t, control + 1, *rest)).abs().max() > 1e-4
+    x, t, given = inputs(panel, ["TF1"])
+    other = given._replace(control=given.control + 1)
+    assert (model(x, t, given) - model(x, t, other)).abs().max() > 1e-4
 
 
 def test_time_is_told_apart_and_every_block_has_a_modulation_of_its_own(dataset, panel):
@@ -243,13 +245,13 @@ def test_readout_starts_at_zero_and_adds_the_effect_of_what_was_trained(dataset,
     """The velocity moves by e_p W'; of a perturbation that training lacks, by the empty slot's part alone."""
     model = build(dataset, panel, tiny(effect_readout=True), randomise=False)
     assert not model.readout.any() and model.trained.sum() == 17        # 16 perturbations and the empty slot
-    x, t, control, genes, tokens, weight = inputs(panel, ["TF1+TF2", "TF3"])
-    before = model(x, t, control, genes, tokens, weight)
+    x, t, given = inputs(panel, ["TF1+TF2", "TF3"])
+    before = model(x, t, given)
     with torch.no_grad():
         model.readout.normal_()
-    moved = model(x, t, control, genes, tokens, weight) - before
-    e = (model.encoder(tokens.flatten()).unflatten(0, (2, 2)) * weight[..., None]).sum(1)
-    expected = (e @ model.readout[genes].T).repeat_interleave(3, 0)
+    moved = model(x, t, given) - before
+    e = (model.encoder(given.tokens.flatten()).unflatten(0, (2, 2)) * given.weight[..., None]).sum(1)
+    expected = (e @ model.readout[given.genes].T).repeat_interleave(3, 0)
     torch.testing.assert_close(moved.double(), expected, rtol=1e-4, atol=1e-5)
     column = {g: i for i, g in enumerate(panel.genes)}
     other = scdfm.ScDFM(tiny(effect_readout=True), dataclasses.replace(panel, trained=["TF2"]))
@@ -319,20 +321,20 @@ def test_loss_is_flow_matching_plus_mmd_per_condition():
     """With v = 0 both terms have closed forms; without MMD the second is 0."""
     torch.manual_seed(0)
     x1, x0, t = torch.rand(8, 6) + 1, torch.randn(8, 6), torch.rand(8)
-    tokens = torch.zeros(2, 2, dtype=torch.long)
+    given = scdfm.Given(x1, None, torch.zeros(2, 2, dtype=torch.long), None)
 
     def net(x, *_):
         return torch.zeros_like(x)
-    flow, mmd = scdfm.scdfm_loss(net, x1, x1, t, x0, None, tokens, None, 0.5)
+    flow, mmd = scdfm.scdfm_loss(net, x1, x0, t, given, 0.5)
     assert flow.item() == pytest.approx((x1 - x0).square().mean().item())
     x_t = (1 - t)[:, None] * x0 + t[:, None] * x1
     expected = np.mean([slow_mmd(x1[i:i + 4], x_t[i:i + 4]) for i in (0, 4)])
     assert mmd.item() == pytest.approx(expected, rel=1e-4)
-    assert scdfm.scdfm_loss(net, x1, x1, t, x0, None, tokens, None, 0)[1] == 0
+    assert scdfm.scdfm_loss(net, x1, x0, t, given, 0)[1] == 0
 
     def exact(x, *_):
         return x1 - x0
-    flow, mmd = scdfm.scdfm_loss(exact, x1, x1, t, x0, None, tokens, None, 0.5)
+    flow, mmd = scdfm.scdfm_loss(exact, x1, x0, t, given, 0.5)
     assert flow == 0 and mmd < 0            # a sample against itself: the unbiased MMD pairs each cell with itself
 
 
@@ -343,15 +345,15 @@ def test_cached_sampling_equals_uncached(dataset, panel, ode):
     """Against plain Euler and Heun steps that call the whole network at every evaluation."""
     config = tiny(ode=ode)
     model = build(dataset, panel, config)
-    _, _, control, genes, tokens, weight = inputs(panel, ["TF1+TF2"])
+    _, _, given = inputs(panel, ["TF1+TF2"])
     with torch.no_grad():
         torch.set_default_dtype(torch.float64)
         try:
-            x = torch.randn(control.shape, generator=torch.Generator().manual_seed(3))
-            got = sample(model.velocity, model, x, control, genes, tokens, weight, config)
+            x = torch.randn(given.control.shape, generator=torch.Generator().manual_seed(3))
+            got = sample(model.velocity, model, x, given, config)
 
             def v(x, t):
-                return model(x, torch.full((len(x),), t), control, genes, tokens, weight)
+                return model(x, torch.full((len(x),), t), given)
             h = 1 / config.ode_steps
             for t in np.arange(config.ode_steps) * h:
                 if ode == "euler":
@@ -377,18 +379,17 @@ def test_order_of_the_integrators(ode, order):
 
         def velocity(self, x, t, modulation, _):
             return x * modulation
-    control = torch.zeros(1, 500, dtype=torch.float64)
-    start = torch.randn(control.shape, generator=torch.Generator().manual_seed(0)).double()
+    start = torch.randn(1, 500, generator=torch.Generator().manual_seed(0)).double()
     exact = start * math.exp(0.5)
     errors = []
     for steps in (4, 8):
-        got = sample(Model().velocity, Model(), start, control, None, None, None, tiny(ode=ode, ode_steps=steps))
+        got = sample(Model().velocity, Model(), start, None, tiny(ode=ode, ode_steps=steps))
         errors.append((got - exact).abs().max().item())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.4)
 
 
 def test_generated_cells_do_not_depend_on_the_chunks(dataset, panel, monkeypatch):
-    config = tiny()
+    config = tiny(gene_subset=len(panel.eval_genes))
     model = build(dataset, panel, config).float()
     run = scdfm.Run(config)
     run.panel = panel
@@ -415,14 +416,16 @@ def test_the_network_compiles_without_graph_breaks(dataset, panel):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*args), model(*args))
     velocity = torch.compile(model.velocity, backend="eager", fullgraph=True)
-    x, t, *rest = args
-    torch.testing.assert_close(velocity(x, t, model.modulation(t), model.context(*rest)), model(*args))
+    x, t, given = args
+    torch.testing.assert_close(velocity(x, t, model.modulation(t), model.context(given)), model(*args))
 
 
 def test_lambda_and_mmd_keep_their_precision_under_bf16(dataset, panel):
     config = tiny()
     model = build(dataset, panel, config).float()
-    x, t, control, genes, tokens, weight = (a.float() if a.is_floating_point() else a for a in inputs(panel, ["TF1"]))
+    x, t, given = inputs(panel, ["TF1"])
+    x, t = x.float(), t.float()
+    given = given._replace(control=given.control.float(), weight=given.weight.float())
     lams, real = [], scdfm.differential_attention
 
     def watched(q, k, v, lam, *rest):
@@ -431,26 +434,30 @@ def test_lambda_and_mmd_keep_their_precision_under_bf16(dataset, panel):
     scdfm.differential_attention = watched
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            low = model(x, t, control, genes, tokens, weight)
+            low = model(x, t, given)
             got, exact = mmd_squared(x[None, :3], x[None, 3:]), mmd_squared(x[None, :3].double(), x[None, 3:])
             assert got.item() == pytest.approx(exact.item(), rel=1e-5)
     finally:
         scdfm.differential_attention = real
     assert all(lam.dtype == torch.float32 for lam in lams) and len(lams) == 4
-    torch.testing.assert_close(low, model(x, t, control, genes, tokens, weight), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(low, model(x, t, given), rtol=0.1, atol=0.1)
 
 
 def test_more_columns_than_a_pass_holds_come_back_in_their_order(dataset, panel, monkeypatch):
+    """In passes of --gene-subset genes, as the network was trained, the evaluation genes too."""
     config = tiny(gene_subset=10)
     run = scdfm.Run(config)
-    run.panel = dataclasses.replace(panel, eval_genes=panel.eval_genes[:10])
+    run.panel = panel
     model = build(dataset, panel, config).float()
-    def columns(velocity, model, x, control, genes, *_):
-        return genes.expand(len(x), -1).float()
+    widths = []
+
+    def columns(velocity, model, x, given, config):
+        widths.append(len(given.genes))
+        return given.genes.expand(len(x), -1).float()
     monkeypatch.setattr(scdfm, "sample", columns)
     control = np.zeros((2, len(panel.genes)), np.float32)
     got = scdfm.generate(model, run, "TF1", control, np.arange(3, 38), seed=0)
-    assert got.tolist() == [list(range(3, 38))] * 2
+    assert got.tolist() == [list(range(3, 38))] * 2 and sorted(widths) == [8, 9, 9, 9]
 
 
 def test_dropout_is_on_in_training_alone(dataset, panel):
@@ -467,9 +474,9 @@ def test_a_training_step(demo, monkeypatch, tmp_path):
     seen, states = [], []
     loss, finish = scdfm.scdfm_loss, scdfm.Run.finish
 
-    def spy_loss(net, x1, control, t, x0, genes, tokens, weight, mmd_weight):
-        seen.append((x1, control, t, genes, tokens))
-        return loss(net, x1, control, t, x0, genes, tokens, weight, mmd_weight)
+    def spy_loss(net, x1, x0, t, given, mmd_weight):
+        seen.append((x1, t, given))
+        return loss(net, x1, x0, t, given, mmd_weight)
 
     def spy_finish(run, step, parts, **losses):
         weights = [parts[name].state_dict()["value.0.weight"].clone() for name in ("model", "ema")]
@@ -484,7 +491,7 @@ def test_a_training_step(demo, monkeypatch, tmp_path):
     column = {g: i for i, g in enumerate(dataset.genes)}
     groups = {tuple(sorted(column[p] for p in g.split("+"))): g for g in dataset.part("train")}
     whole = {name: dataset.cells(name) for name in ["control", *dataset.part("train")]}
-    for x1, control, t, genes, tokens in seen:
+    for x1, t, (control, genes, tokens, _) in seen:
         assert len({tuple(row) for row in tokens.tolist()}) > 1 and len(set(t.tolist())) == 16
         assert len(set(genes.tolist())) == 30
         for i, row in enumerate(tokens.tolist()):
@@ -493,7 +500,7 @@ def test_a_training_step(demo, monkeypatch, tmp_path):
                 assert np.isclose(whole[group][:, genes], cell.numpy()).all(1).any()
         for cell in control:
             assert np.isclose(whole["control"][:, genes], cell.numpy()).all(1).any()
-    assert not torch.equal(seen[0][3], seen[1][3])
+    assert not torch.equal(seen[0][2].genes, seen[1][2].genes)
     for losses, *_ in states:
         assert losses["mmd"] != 0
         assert losses["loss"].item() == pytest.approx((losses["flow"] + 0.5 * losses["mmd"]).item())
@@ -511,17 +518,18 @@ def test_model_learns_a_bimodal_response():
     model = scdfm.ScDFM(config, panel)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     tokens, weight = scdfm.slots(["P"], panel)
-    genes, control = torch.arange(4), torch.ones(128, 4)
+    given = scdfm.Given(torch.ones(128, 4), torch.arange(4), tokens, weight)
     for _ in range(150):
         mode = 3 * (torch.rand(128, 1) < 0.5)
         x1 = mode + 0.2 * torch.randn(128, 4)
         t, x0 = torch.rand(128), torch.randn(128, 4)
-        flow, mmd = scdfm.scdfm_loss(model, x1, control, t, x0, genes, tokens, weight, 0.5)
+        flow, mmd = scdfm.scdfm_loss(model, x1, x0, t, given, 0.5)
         optimizer.zero_grad()
         (flow + 0.5 * mmd).backward()
         optimizer.step()
     model.eval()
-    x = sample(model.velocity, model, torch.randn(400, 4), torch.ones(400, 4), genes, tokens, weight, config).mean(1)
+    given = given._replace(control=torch.ones(400, 4))
+    x = sample(model.velocity, model, torch.randn(400, 4), given, config).mean(1)
     high = (x > 1.5).float().mean().item()
     assert 0.3 < high < 0.7                                     # both modes, about equally often
     assert x[x > 1.5].mean().item() == pytest.approx(3, abs=0.4)
