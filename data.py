@@ -1150,9 +1150,10 @@ def keep_columns(X, keep):
 
 
 def lognormalise(cells, target=1e4):
-    """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay."""
+    """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay.
+    Returns the counts that each cell had (n,), None of log-normalised data."""
     if cells.scale == "lognorm":
-        return
+        return None
     X, total = cells.X, np.empty(cells.X.shape[0])
     for block in row_blocks(X):
         part = X[block]                             # each row summed by itself: no cell's value depends on another
@@ -1163,6 +1164,7 @@ def lognormalise(cells, target=1e4):
     else:
         _log_cp10k(X, factor)
     cells.scale = "lognorm"
+    return total
 
 
 def _log_cp10k(X, factor):

@@ -6,6 +6,7 @@ real effect. G genes, P predicted and N real conditions, n and k cells.
 
     python metrics.py pred.h5ad real.h5ad                       score anybody's predictions, print the table
     python metrics.py pred.h5ad real.h5ad --reference train.h5ad --out metrics.json
+    python metrics.py pred.h5ad real.h5ad --keys vcc            five of the six scores of the challenge of 2026
     python metrics.py pred.h5ad real.h5ad --pert-key perturbation --control NT --covariates cell_type --keys all
 
     result = evaluate(pred, real, control, genes, train)        the same from arrays, for scripts
@@ -26,12 +27,15 @@ What to keep in mind when reading the numbers:
   as the prediction; the replicate has half of the real cells on each side, so a good model can pass it.
 - Distances grow with the number of genes, and PCA is fitted on the real cells at hand: values of different gene sets or
   different sets of conditions cannot be compared.
-- All keys agree with the reference implementations to 1e-6, but for mmd and mmd_pca30 (2e-4, 1e-4), which PerturBench
-  computes in float32.
+- On the cells of one reference case the keys agree with the reference implementations to 1e-6, but for mmd and
+  mmd_pca30 (2e-4, 1e-4), which PerturBench computes in float32. The five keys of the Virtual Cell Challenge 2026 agree
+  with cell-eval 2 where both files hold counts: pds_cosine_panel pools them, and on log1p CP10k is another number (.700
+  where the challenge's is .683). The challenge's sixth score, expr_mse_unbiased_capped_norm, is left to cell-eval 2.
 """
 import dataclasses
 import json
 import math
+import platform
 import shutil
 import time
 import zlib
@@ -39,9 +43,14 @@ from collections.abc import Mapping
 from functools import cache, cached_property
 from typing import NamedTuple
 
+import h5py
 import numpy as np
+import scipy
+import torch
 from scipy import linalg, sparse, special, stats
 from scipy.spatial.distance import cdist
+
+import data
 
 
 class Key(NamedTuple):
@@ -75,7 +84,7 @@ KEYS = {
     "pds_all_genes": Key("↑", 1, "the same on all genes"),
     "pds_l2": Key("↑", 1, "perturbation discrimination, L2, all genes"),
     "pds_cosine": Key("↑", 1, "perturbation discrimination, cosine of effects, all genes"),
-    "pds_cosine_panel": Key("↑", 1, "the same without the targets of all conditions (VCC 2026)"),
+    "pds_cosine_panel": Key("↑", 1, "the same on pooled counts, without the targets of all conditions (VCC 2026)"),
     "e_distance": Key("↓", 0, "energy distance in 50 PCs"),
     "wasserstein": Key("↓", 0, "entropic optimal transport cost in 50 PCs"),
     "discr_cos": Key("↑", 1, "cosine of the effects"),
@@ -91,11 +100,13 @@ KEYS = {
 }
 TABLE_KEYS = ("l2", "pearson_delta", "pds", "e_distance", "de_spearman", "pearson_delta_hat", "mse", "mae",
               "pearson_delta_top20", "pearson_delta_hat_top20", "pds_all_genes")  # a narrow table lacks the last ones
+VCC = ("pds_cosine_panel", "sig_jaccard", "direction_fidelity", "direction_reach", "lfc_nmae")  # of 2026
 MMD_RANKS = ("mmd_rank", "mmd_pca30_rank")  # take longer than all others together: computed when asked for
 SYSTEMA = ("pearson_delta_hat", "pearson_delta_hat_top20")  # need the mean of training-perturbation centroids
 CORRELATIONS = ("pearson_delta", "pearson_delta_top20", *SYSTEMA, "spearman_delta", "de_spearman", "discr_cos",
                 "cosine_logfc")
 FLOORS = ("control", "mean", "mean_cells", "additive")
+POOLED_DEPTH = 50_000     # counts to which the VCC scales the pooled counts of a condition
 MIN_CPM = 5               # mean counts per million in control of the genes that the VCC's keys test
 NO_EFFECT = 1e-6          # below this, float32 rounding of a mean is all there is
 MMD_TIE = 1e-6            # relative accuracy of the float32 distances behind the MMD ranks
@@ -652,8 +663,9 @@ def _rng(seed, *purpose):
 class _World:
     """What all populations of one evaluation share: conditions, gene order, controls, principal components."""
 
-    def __init__(self, groups, control, genes, seed):
+    def __init__(self, groups, control, genes, seed, totals=None):
         self.groups, self.seed = groups, seed
+        self.pooled = bool(totals)
         self.with_covariates = isinstance(control, Mapping)
         self.order = np.argsort(np.asarray(genes, dtype=str), kind="stable")   # by name: no tie depends on the input
         self.column = {genes[i]: k for k, i in enumerate(self.order)}
@@ -662,7 +674,8 @@ class _World:
         missing = set(self.covariates) - set(control)
         if missing:
             raise ValueError(f"no control cells for {sorted(missing)}; control holds {sorted(control)}")
-        self.control = {v: _Population(x, v, self, "control") for v, x in control.items()}
+        of_control = totals["control"] if totals else {}
+        self.control = {v: _Population(x, v, self, "control", of_control.get(v)) for v, x in control.items()}
         self.panel_targets = sorted({i for g in groups for i in self.targets(g)})
         self.reference = {}                          # {group: (G,)} the mean training perturbation
         self.sinkhorn_error = {}
@@ -689,11 +702,12 @@ class _Population:
     """One population of cells and what is derived from it, computed when first asked for.
 
     source (n, G): array or CSR. side: what a user's cells are, for error messages; they are checked, and their genes
-    put in order. '' for cells that were made here."""
+    put in order. '' for cells that were made here. totals (n,): counts that each cell had before it was normalised."""
 
-    def __init__(self, source, group, world, side=""):
+    def __init__(self, source, group, world, side="", totals=None):
         self.group, self.world = group, world
         self.source, self.n = source, source.shape[0]
+        self.totals = np.ones(self.n) if totals is None else totals
         if not side:
             return
         if source.ndim != 2 or self.n == 0 or source.shape[1] != len(world.order):
@@ -782,9 +796,20 @@ class _Population:
         """(n, 50) principal components of its points."""
         return (self.points - self.world.basis.mean) @ self.world.basis.loadings
 
+    @cached_property
+    def profile(self):
+        """(G,) log1p(50,000 x pooled counts / their total), from shares of a cell and totals; the mean without counts.
+        Means below 0, as of an additive floor, count as 0."""
+        if not self.world.pooled:
+            return self.mean
+        share = self.totals @ np.expm1(self.cells) / max(self.totals.sum(), 1) / 1e4
+        return np.log1p(POOLED_DEPTH * np.maximum(share, 0))
+
     @property
-    def effect_off_panel(self):                                      # without the targets of all conditions
-        return np.delete(self.effect, self.world.panel_targets)
+    def effect_off_panel(self):
+        """Of the profile, without the targets of all conditions; zero when it is nothing but rounding."""
+        d = self.profile - self.control.profile
+        return np.delete(np.zeros_like(d) if no_effect(d) else d, self.world.panel_targets)
 
     @cached_property
     def within(self):
@@ -868,6 +893,7 @@ def _floor(name, world, training, sizes):
         shift = training.additive(group) if name == "additive" else np.zeros(1)
         if shift is None:
             continue
+        totals = None
         if name == "mean":
             cells = np.tile(world.reference[group].astype(np.float32), (n, 1))
         elif name == "mean_cells":
@@ -875,7 +901,8 @@ def _floor(name, world, training, sizes):
         else:
             rows = _rng(world.seed, name, group).choice(control.n, n, replace=n > control.n)
             cells = control.cells[rows] + shift.astype(np.float32)   # not clamped
-        yield _Population(cells, group, world)
+            totals = control.totals[rows]
+        yield _Population(cells, group, world, totals=totals)
 
 
 # -------------------------------------------------------------------------------- scoring
@@ -991,15 +1018,16 @@ def _replicate(truth, world, keys):
     for g, r in truth.items():
         if r.n > 1:
             order = _rng(world.seed, "replicate", g).permutation(r.n)
-            one[g] = _Population(r.source[np.sort(order[:r.n // 2])], g, world)
-            other[g] = _Population(r.source[np.sort(order[r.n // 2:])], g, world)
+            for half, rows in ((one, order[:r.n // 2]), (other, order[r.n // 2:])):
+                rows = np.sort(rows)
+                half[g] = _Population(r.source[rows], g, world, totals=r.totals[rows])
     return _score(one.values(), other, world, keys)
 
 
 # -------------------------------------------------------------------------------- evaluation
 
 def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=True, bootstrap=1000, train_mean=None,
-             per_gene=False):
+             per_gene=False, totals=None):
     """Every metric of a prediction, with floors, a replicate reference and intervals. All values log1p CP10k.
 
     pred, real: {group: (cells, G)}, arrays or CSR; a group is a condition 'A' or 'A+B', with covariates
@@ -1008,6 +1036,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     for the Systema reference and the floors; without it these are absent, save what train_mean allows, the mean (G,)
     of the training perturbations' means. keys: what is computed, default all but the two MMD ranks, 'all' for these
     too. floors=False leaves out floors and replicate, most of the time. bootstrap: resamples of conditions for ci95.
+    totals {'pred': {group: (cells,)}, 'real': the same, 'control': {covariates or '': (cells,)}}: where both sides were
+    counts, how many each cell had, by which pds_cosine_panel pools them.
 
     Returns a dict that json can write, with None for NaN:
       aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number};
@@ -1036,8 +1066,9 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     notes = [f"{len(names)} {what} and left out: {_listed(names)}"
              for what, names in (("predicted conditions were not measured", set(pred) - measured),
                                  ("measured conditions are not predicted", measured - set(pred))) if names]
-    world = _World(groups, control, genes, seed)
-    truth = {g: _Population(real[g], g, world, "real") for g in groups}
+    world = _World(groups, control, genes, seed, totals)
+    of_pred, of_real = (totals["pred"], totals["real"]) if totals else ({}, {})
+    truth = {g: _Population(real[g], g, world, "real", of_real.get(g)) for g in groups}
     pred = {g: pred[g] for g in groups}
     sizes = {g: x.shape[0] for g, x in pred.items()}
     training = None
@@ -1053,7 +1084,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         world.basis = fit_pca(lambda: (x.cells for x in fitted_on))
 
     tables = {} if per_gene else None
-    predicted = (_Population(x, g, world, "predicted") for g, x in pred.items())
+    predicted = (_Population(x, g, world, "predicted", of_pred.get(g)) for g, x in pred.items())
     scores = _score(predicted, truth, world, keys, tables)
     result = _summary(scores, keys)
     result["ci95"] = _intervals(result["per_condition"], keys, _rng(seed, "bootstrap"), bootstrap)
@@ -1221,11 +1252,6 @@ def report(run, method, rows):
 
     rows {suffix: {group: (n, E)}}: the method's own prediction under '', and further rows of the table, which get no
     floors. run: with config, dataset, out, device, trained (seconds) and capped (values that were cut)."""
-    import platform
-    import h5py
-    import scipy
-    import torch
-    import data
     began = time.perf_counter()
     config, dataset = run.config, run.dataset
     columns = dataset.eval_genes
@@ -1252,7 +1278,6 @@ def report(run, method, rows):
 def _write_genes(path, per_gene):
     """genes.tsv: per condition and gene the means of real control, predicted and real cells (log1p CP10k), predicted
     and real log2 fold change, adjusted p-value of the real change (as in de_spearman); the smallest p first."""
-    import data
     with data.atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\t".join(["condition", *next(iter(per_gene.values()))]) + "\n")
         for condition, table in sorted(per_gene.items()):
@@ -1264,7 +1289,6 @@ def _write_genes(path, per_gene):
 
 def show(out):
     """Print the table of a finished run from its metrics.json, as wide as the terminal."""
-    import data
     result = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     method = result["method"]
     rows = []
@@ -1283,7 +1307,6 @@ def show(out):
 def validation(run, step, pred):
     """Console line and log of three metrics of predicted cells {group: (n, E)} of the validation conditions: {key:
     value}, without floors."""
-    import data
     dataset, columns = run.dataset, run.dataset.eval_genes
     result = evaluate(pred, dataset.populations("val", columns), dataset.controls("val", columns),
                       [dataset.genes[i] for i in columns], keys=["l2", "pearson_delta", "e_distance"],
@@ -1296,20 +1319,30 @@ def validation(run, step, pred):
 
 class _Groups(Mapping):
     """{group: (cells, genes) CSR} of the perturbed cells of a file, cut out when asked for.
-    controls: {covariate: CSR} of its control cells; notes: what was done to the values."""
+    controls: {covariate: CSR} of its control cells; totals and control_totals: how many counts each cell had, empty for
+    a file of log-normalised values; notes: what was done to the values."""
 
-    def __init__(self, cells, config, notes, columns=slice(None)):
+    def __init__(self, cells, config, columns=slice(None)):
         self.X, self.columns = cells.X, columns
         self.rows, self.controls = {}, {}
-        self.notes = notes
+        self.totals, self.control_totals = {}, {}
+        self.notes = []
+        totals = data.lognormalise(cells)
+        if totals is not None:
+            self.notes.append(f"{cells.path}: counts, normalised to log1p CP10k over its {len(cells.genes):,} genes, "
+                              "which should be all that were measured")
         rows_of = {}
         for row, pair in enumerate(zip(cells.condition, cells.covariate)):
             rows_of.setdefault(pair, []).append(row)
         for (condition, covariate), rows in sorted(rows_of.items()):
+            group = covariate
             if condition == "control":
-                self.controls[covariate] = self.cut(rows)
+                self.controls[group] = self.cut(rows)
             else:
-                self.rows[f"{condition}@{covariate}" if config.covariates else condition] = rows
+                group = f"{condition}@{covariate}" if config.covariates else condition
+                self.rows[group] = rows
+            if totals is not None:
+                (self.control_totals if condition == "control" else self.totals)[group] = totals[rows]
 
     def cut(self, rows):
         return self.X[rows][:, self.columns]
@@ -1329,26 +1362,15 @@ def _listed(names, limit=5):
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _logged(cells):
-    """Counts become log1p CP10k over all genes of their file. Returns what to note."""
-    import data
-    counts = cells.scale == "counts"
-    data.lognormalise(cells)
-    return [f"{cells.path}: counts, normalised to log1p CP10k over its {len(cells.genes):,} genes, which should be all "
-            "that were measured"] if counts else []
-
-
 def _load(path, config, genes, **options):
     """Log-normalised cells of a real file over the genes of the prediction, as _Groups; and the file's Cells."""
-    import data
     cells = data.read_cells(path, config, **options)
-    notes = _logged(cells)
     columns = data.match_genes(cells.genes, genes)
     missing = [gene for gene, column in zip(genes, columns) if column < 0]
     if missing:
         raise data.DataError(f"{path}: lacks {len(missing)} of the {len(genes)} genes of the prediction "
                              f"({_listed(missing)}); genes are matched by name: check --gene-key, or leave them out")
-    return _Groups(cells, config, notes, columns), cells
+    return _Groups(cells, config, columns), cells
 
 
 def read_prediction(path, config):
@@ -1357,25 +1379,25 @@ def read_prediction(path, config):
     config: data.DataConfig, whose columns are used as far as the file has them, else searched for. Counts are
     normalised; other values are taken as they are, even those that log1p CP10k does not have, which a note in the
     mapping's `notes` says."""
-    import data
     named = dataclasses.replace(config, layer="", counts=False, lognorm=False)
     searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
     try:
         cells = data.read_cells(path, named, control_required=False, check=False)
     except data.DataError:
         cells = data.read_cells(path, searched, control_required=False, check=False)
-    notes = _logged(cells)
-    blocks = [cells.X[rows].data for rows in data.row_blocks(cells.X, np.arange(cells.X.shape[0]))]
-    low = min(block.min(initial=0) for block in blocks)
-    high = max(block.max(initial=0) for block in blocks)
+    counts = cells.scale == "counts"
+    pred = _Groups(cells, config)
+    low, high = 0, 0
+    for rows in () if counts else data.row_blocks(cells.X):
+        values = cells.X[rows].data
+        low, high = min(low, values.min(initial=0)), max(high, values.max(initial=0))
     if low < 0 or high > math.log1p(1e4):
-        notes.append(f"{path}: values from {low:.3g} to {high:.3g}, while log1p CP10k lies between 0 and 9.21; they "
-                     "are scored as they are")
-    return list(cells.genes), _Groups(cells, config, notes)
+        pred.notes.append(f"{path}: values from {low:.3g} to {high:.3g}, while log1p CP10k lies between 0 and 9.21; "
+                          "they are scored as they are")
+    return list(cells.genes), pred
 
 
 def _parser():
-    import data
     parser = data.Parser(prog="metrics.py", description="Score predicted cells against real cells (AnnData files).")
     add = parser.add_argument
     add("pred", help="predicted cells, counts or log1p CP10k; obs names the condition")
@@ -1389,7 +1411,7 @@ def _parser():
     add("--layer", default="", help="matrix of the real file and the reference (default: X)")
     add("--counts", action="store_true", help="declare real file and reference raw counts")
     add("--lognorm", action="store_true", help="declare real file and reference log-normalised")
-    add("--keys", default="", help="metrics to compute and print, or 'all' (default: all but the MMD ranks)")
+    add("--keys", default="", help="metrics to compute and print, 'all', or 'vcc' (default: all but the MMD ranks)")
     add("--no-floors", dest="floors", action="store_false", help="neither floors nor replicate")
     add("--seed", type=int, default=0, help="of floors, replicate and bootstrap")
     add("--out", default="", help="JSON file for every number")
@@ -1398,7 +1420,6 @@ def _parser():
 
 def _reference(path, config, genes, pred, real, cells):
     """(training cells, mean of their perturbations' means), either may be None: --reference, or the real file's uns."""
-    import data
     if path:
         train, _ = _load(path, config, genes, control_required=False)
         train.rows = {g: rows for g, rows in train.rows.items() if g not in pred.rows}
@@ -1416,10 +1437,10 @@ def _reference(path, config, genes, pred, real, cells):
 
 def main(argv=None):
     """Score a prediction file: print the table, write --out; 'error: ...' and exit code 2 for unusable input."""
-    import data
     parser = _parser()
     args = parser.parse_args(argv)
-    keys = list(KEYS) if args.keys == "all" else [k.strip() for k in args.keys.split(",") if k.strip()]
+    asked = [k.strip() for k in args.keys.split(",") if k.strip()]
+    keys = {"all": list(KEYS), "vcc": list(VCC)}.get(args.keys, asked)
     if set(keys) - set(KEYS):
         parser.error(f"--keys: unknown metrics {_listed(set(keys) - set(KEYS))}; the metrics are {' '.join(KEYS)}")
     if args.seed < 0:
@@ -1439,10 +1460,14 @@ def main(argv=None):
                                  "--control")
         train, train_mean = _reference(args.reference, config, genes, pred, real, cells)
         control = real.controls if config.covariates else real.controls[""]
+        totals = {"pred": pred.totals, "real": real.totals, "control": real.control_totals}
         result = evaluate(pred, real, control, genes, train, keys or None, args.seed, args.floors,
-                          train_mean=train_mean)
+                          train_mean=train_mean, totals=totals if pred.totals and real.totals else None)
         info = result["info"]
         info["notes"] = [*pred.notes, *real.notes, *info["notes"]]
+        if keys == list(VCC) and not (pred.totals and real.totals):
+            info["notes"].append("pds_cosine_panel is the challenge's where both files hold counts; here it is of means "
+                                 "of log1p CP10k")
         if len(cells.genes) > len(genes):
             info["notes"].append(f"{len(cells.genes) - len(genes):,} genes are not in the prediction and are ignored")
         if train is None:

@@ -241,6 +241,39 @@ def test_challenge_files_are_scored_without_a_flag(oracle, score, tmp_path):
             assert condition not in written or written[condition][key] == pytest.approx(value, abs=1e-6), key
 
 
+def test_challenge_discrimination_pools_the_counts_of_a_condition(score, tmp_path):
+    """Of cells of very different depth, where the mean of log1p CP10k ranks otherwise; real control on both sides."""
+    rng = np.random.default_rng(5)
+    genes = [f"g{i}" for i in range(30)]
+    names = [f"g{i}" for i in range(8)]
+    shares = {c: rng.dirichlet(np.full(30, 2.0)) for c in [*names, "non-targeting"]}
+
+    def counts(share):
+        return rng.poisson(share * rng.lognormal(6, 1.5, (12, 1))).astype(np.float32)
+
+    real = {c: counts(share) for c, share in shares.items()}
+    pred = {c: counts(0.3 * shares[c] + 0.7 * shares["non-targeting"]) for c in names}
+    pooled = {side: {c: np.log1p(50_000 * x.sum(0, dtype=float) / x.sum(dtype=float)) for c, x in cells.items()}
+              for side, cells in (("pred", pred), ("real", real))}
+    control = pooled["real"]["non-targeting"]
+    for c in names:
+        p, *r = (profile[8:] - control[8:] for profile in (pooled["pred"][c], *(pooled["real"][k] for k in names)))
+        angles = [-p @ x / np.linalg.norm(p) / np.linalg.norm(x) for x in r]
+        pooled[c] = 1 - slow_mid_rank(angles, names.index(c))
+    files = [write(tmp_path / f"{side}.h5ad", cells, genes, key="target")
+             for side, cells in (("pred", pred), ("real", real))]
+    done = score(*files, "--keys", "vcc")
+    assert done.code == 0 and "pds_cosine_panel↑ sig_jaccard↑" in done.text and "of means" not in done.text, done.error
+    assert {c: v["pds_cosine_panel"] for c, v in done.written["per_condition"].items()} == {
+        c: pytest.approx(pooled[c], abs=1e-9) for c in names}
+    assert done.written["replicate"]["pds_cosine_panel"] > 0.8                     # halves are pooled too
+    logged = write(tmp_path / "logged.h5ad", {c: np.log1p(x / x.sum(1, keepdims=True) * 1e4) for c, x in pred.items()},
+                   genes, key="target")
+    other = score(logged, files[1], "--keys", "vcc")
+    assert "is the challenge's where both files hold counts" in other.text
+    assert other.written["per_condition"] != done.written["per_condition"]
+
+
 def test_challenge_discrimination_is_cosine_without_the_targets_of_the_panel(oracle):
     """cell-eval 2 takes log1p counts per million of the counts summed over a condition."""
     q, m = (np.log1p(x / x.sum(1, keepdims=True) * 1e6) for x in (oracle["vcc_pred_sums"], oracle["vcc_real_sums"]))
