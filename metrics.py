@@ -1466,8 +1466,8 @@ def main(argv=None):
         info = result["info"]
         info["notes"] = [*pred.notes, *real.notes, *info["notes"]]
         if keys == list(VCC) and not (pred.totals and real.totals):
-            info["notes"].append("pds_cosine_panel is the challenge's where both files hold counts; here it is of means "
-                                 "of log1p CP10k")
+            info["notes"].append("pds_cosine_panel is the challenge's where both files hold counts; here it is of "
+                                 "means of log1p CP10k")
         if len(cells.genes) > len(genes):
             info["notes"].append(f"{len(cells.genes) - len(genes):,} genes are not in the prediction and are ignored")
         if train is None:
