@@ -59,18 +59,17 @@ from data import DataError
 
 HERE = Path(__file__).resolve().parent
 
-# methods and their ablations: name -> script and flags. Add a line to compare your own, or name its script.
-PCA = "primeflow.py --velocity mlp --space pca --path trigonometric --sigma 0.1 --no-standardise"
+# methods and their ablations: name -> script and flags, {preset} being --preset. Add a line to compare your own, or name
+# its script.
 METHODS = {
     "scdfm": "scdfm.py",
     "scdfm:no-mmd": "scdfm.py --mmd-weight 0",
     "scdfm:no-mask": "scdfm.py --knn 0",
     "scdfm:plain-attention": "scdfm.py --no-differential",
     "primeflow": "primeflow.py",
-    "primeflow:unet": "primeflow.py --velocity unet",
-    "primeflow:mlp": "primeflow.py --velocity mlp",
-    "primeflow:pca": f"{PCA} --coupling independent",
-    "primeflow:pca-ot": f"{PCA} --coupling ot",
+    "primeflow:mlp": "primeflow.py --preset {preset}-mlp",
+    "primeflow:pca": "primeflow.py --preset {preset}-pca",
+    "primeflow:pca-ot": "primeflow.py --preset {preset}-pca-ot",
     "scbig": "scbig.py",
     "scbig:kmeans": "scbig.py --clustering kmeans",
     "scbig:transformer": "scbig.py --encoder transformer",
@@ -355,7 +354,7 @@ def asked_methods(config):
         name, *flags = shlex.split(text) or [""]
         script = Path(name).resolve()
         if name in METHODS:
-            file, *own = shlex.split(METHODS[name])
+            file, *own = shlex.split(METHODS[name].format(preset=config.preset))
             script = HERE / file
             flags = own + flags
         elif not name.endswith(".py") or not script.is_file():
@@ -687,8 +686,8 @@ def bench(config):
         lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
     title = (f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, seeds {list(config.seeds)}: "
              f"{len(first.part('train'))} training and {len(first.part('test'))} test conditions, "
-             f"{len(first.eval_genes):,} genes, {'just' if config.exact_cells else 'at most'} {config.eval_cells} cells "
-             "per condition")
+             f"{len(first.eval_genes):,} genes, {'just' if config.exact_cells else 'at most'} {config.eval_cells} "
+             "cells per condition")
     first_runs = [job for job in good if (job.fold, job.seed) == (config.folds[0], config.seeds[0])]
     notes = "\n".join(f"- {line}" for line in lines)
     write_results(out, config, rows, tests, [f"# {title}", render(table(rows, keys)), notes])

@@ -15,13 +15,8 @@ The U-Net follows P's description of OpenAI's guided-diffusion (MIT), called GD;
     torchrun --nproc-per-node 4 primeflow.py --data norman.h5 --preset norman              the paper: table 2
     python primeflow.py --data sciplex.h5 --covariates cell_type --accumulate 16           one GPU, the same batch
     python primeflow.py --ckpt runs/X/ckpt.pt --predict TF1@type2 TF1+TF2 --cells 500 --out pred.h5ad
-Ablations: --velocity mlp (PRiMeFlow-MLP), with --space pca (FM-PCA), and --coupling ot (FM-PCA-OT, close to CellFlow;
---ot-cells 128, Norman 256). The paper's values (tables 3 to 6), with --accumulate 1:
-             --hidden  --mlp-layers  --batch-size  --dropout  --p-null  --path         --sigma  --lr     --weight-decay
-    MLP        3072      1 1 3 2          512         0         0       linear          .01     3.71e-5    4.05e-7
-      Norman   2048      2 3 5 1         1024        .1        .1       trigonometric   .1      8.56e-6    9.58e-7
-    FM-PCA     3072      2 3 4 4         1024        .2        .4       trigonometric   .1      8.18e-5    1.28e-10
-      Norman   1792      4 2 2 4         2048        .2        .4       trigonometric   .01     1.73e-4    6.75e-6
+Ablations: --preset paper-mlp (PRiMeFlow-MLP), paper-pca (FM-PCA) and paper-pca-ot (FM-PCA-OT, close to CellFlow), each
+for Norman as norman-mlp, ... and at the demo's size as demo-mlp, ...; PRESETS holds the paper's tables 3 to 7.
 
 Deviations from P or GD, and what P leaves open (numbers: README, experiments):
  1. Value and identity of a gene are added. P's equation 3, which says how, is lost in the text at hand.
@@ -30,7 +25,7 @@ Deviations from P or GD, and what P leaves open (numbers: README, experiments):
  4. FiLM is on, as in GD's scripts; off in its class. Condition and time add up before it. GD's K has a bias, which the
     softmax cancels: ours has none. Attention stands at P's downsample factor 16, the deepest of five levels.
  5. The null is one learned vector for the whole condition, covariates included. Zeroing the multi-hot would be control.
- 6. P gives no schedule: constant rate (--warmup, --cosine), the last model predicts (--ema), 100,000 steps.
+ 6. P gives no schedule: constant rate (--warmup, --cosine), the last model predicts (--ema), 500 epochs.
  7. Highly variable genes: of training and control cells, scanpy's 'seurat', all covariates together. P: 4,000 by
     'seurat_v3' per covariate, and DE genes, which were chosen on the test pairs too.
  8. MLP: --mlp-layers counts linear layers, of the decoder the hidden ones: were table 4's one layer all of it, nothing
@@ -38,7 +33,9 @@ Deviations from P or GD, and what P leaves open (numbers: README, experiments):
  9. OT: targets are perturbed cells, conditions drawn by their cells; P's "unbalanced" with tau 1 is ordinary Sinkhorn.
 10. A perturbation that no training condition holds has an untrained input; a gene that the file never perturbs has
     none, and is refused. A convolution needs the order of the genes: all are generated, in training's order.
-11. Ours, for small data, not in the paper's presets: --coupling control (P: for OT alone) with --sigma 1, which smooths
+11. A generated value is between 0 and its gene's training maximum; P does not say. Table 3 trains no null condition, so
+    that its guidance is 1 alone.
+12. Ours, for small data, not in the paper's presets: --coupling control (P: for OT alone) with --sigma 1, which smooths
     the velocity over cells; --standardise, so that baselines need not be learned; --effect-readout, an additive effect;
     --control-profile, as similar covariates respond alike.
 """
@@ -68,9 +65,9 @@ METHOD = Path(__file__).stem
 
 @dataclass
 class Config(data.RunConfig):
-    """The paper's covariate transfer; PRESETS lists what --preset norman and demo change."""
+    """The paper's covariate transfer, table 1; PRESETS lists what the other presets change."""
     split: str = "transfer"         # additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN
-    steps: int = 100_000            # 500 epochs of sci-Plex, PerturBench's limit
+    steps: int = 100_000            # of 864 cells on four GPUs: 500 epochs of sci-Plex, PerturBench's limit
     batch_size: int = 54            # cells per forward pass and process (paper); --accumulate passes make a step
     lr: float = 5e-5                # Adam (paper)
     hvg: int = 4000                 # paper and PerturBench, per covariate; the perturbed genes are added
@@ -127,14 +124,32 @@ def check(config):
         raise DataError(f"--guidance {' '.join(map(str, config.guidance))}: needs --p-null; or use --guidance 1")
 
 
-PRESETS = {"paper": {}, "norman": dict(split="combo", multipliers=(1, 1, 2, 2, 4), batch_size=100), "demo": dict(
+MLP = dict(velocity="mlp", accumulate=1, mlp_layers=(1, 1, 3, 2), dropout=0.0, p_null=0.0, guidance=(1.0,), sigma=0.01)
+PCA = dict(velocity="mlp", space="pca", accumulate=1, mlp_layers=(2, 3, 4, 4), dropout=0.2, p_null=0.4,
+           path="trigonometric", sigma=0.1)
+DEMO = dict(
     steps=1500, batch_size=64, accumulate=1, lr=2e-3, warmup=50, cosine=True, ema=0.99, hvg=1000, eval_genes=1000,
     eval_cells=100, exact_cells=False, control_split="", velocity="mlp", hidden=256, mlp_layers=(2, 2, 2, 2),
     dropout=0.2, coupling="control", sigma=1.0, standardise=True, effect_readout=True, control_profile=True, p_null=0.0,
     guidance=(1.0,), ode_steps=10, zeros="detect", width=32, multipliers=(1, 1, 1), heads=4, groups=8, blocks=1,
-    ot_cells=16)}
+    ot_cells=16)
+AS_PAPER = dict(coupling="independent", standardise=False, effect_readout=False, control_profile=False, zeros="clamp")
+PRESETS = {                             # steps: 500 epochs each; tables: of P
+    "paper": {},
+    "norman": dict(split="combo", steps=19_000, multipliers=(1, 1, 2, 2, 4), batch_size=100),               # table 2
+    "demo": DEMO,
+    "paper-mlp": MLP | dict(steps=170_000, batch_size=512, lr=3.71e-5, weight_decay=4.05e-7),               # table 3
+    "norman-mlp": dict(split="combo", steps=30_000, velocity="mlp", hidden=2048, mlp_layers=(2, 3, 5, 1),   # table 4
+                       batch_size=1024, accumulate=1, lr=8.56e-6, weight_decay=9.58e-7, p_null=0.1,
+                       path="trigonometric", sigma=0.1),
+    "demo-mlp": DEMO | AS_PAPER | MLP,
+    "paper-pca": PCA | dict(steps=85_000, batch_size=1024, lr=8.18e-5, weight_decay=1.28e-10),              # table 5
+    "norman-pca": PCA | dict(split="combo", steps=15_000, hidden=1792, mlp_layers=(4, 2, 2, 4), batch_size=2048,
+                             lr=1.73e-4, weight_decay=6.75e-6, sigma=0.01, ot_cells=256),                   # table 6
+    "demo-pca": DEMO | AS_PAPER | PCA}
+PRESETS |= {f"{name}-ot": PRESETS[name] | dict(coupling="ot") for name in PRESETS if name.endswith("-pca")}  # table 7
 SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
-UNSEEN = False                          # genes that were never perturbed can be predicted
+UNSEEN = False                          # whether genes that were never perturbed can be predicted
 other_use = None                        # what --ckpt is for besides --predict
 
 

@@ -144,7 +144,7 @@ PRESETS = {"paper": {}, "demo": dict(
     effect_readout=True, residual=True, structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, zeros="detect",
     eval_cells=100)}
 SAMPLING = {"ode_steps"}                # flags that --ckpt may change
-UNSEEN = True                           # genes that were never perturbed can be predicted
+UNSEEN = True                           # whether genes that were never perturbed can be predicted
 variants = None                         # further rows of the table
 other_use = None                        # what --ckpt is for besides --predict
 

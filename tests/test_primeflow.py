@@ -1,5 +1,6 @@
 """primeflow.py: the mathematics of its parts, against guided-diffusion's outputs or slow plain formulas."""
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,57 @@ def randn(*shape):
 
 def rand(*shape):
     return torch.rand(*shape, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's tables
+
+TABLES = {                              # of appendix E, in the order of the fields
+    "paper-mlp": (3072, 0.0, (1, 1, 3, 2), 0.0, "linear", 0.01, 3.71e-5, 4.05e-7, 512),
+    "norman-mlp": (2048, 0.1, (2, 3, 5, 1), 0.1, "trigonometric", 0.1, 8.56e-6, 9.58e-7, 1024),
+    "paper-pca": (3072, 0.2, (2, 3, 4, 4), 0.4, "trigonometric", 0.1, 8.18e-5, 1.28e-10, 1024),
+    "norman-pca": (1792, 0.2, (4, 2, 2, 4), 0.4, "trigonometric", 0.01, 1.73e-4, 6.75e-6, 2048)}
+FIELDS = "hidden dropout mlp_layers p_null path sigma lr weight_decay batch_size".split()
+
+
+def changed(preset, base):
+    """{field: value} in which one preset differs from another."""
+    a, b = (asdict(Config(**primeflow.PRESETS[name])) for name in (preset, base))
+    return {name: a[name] for name in a if a[name] != b[name]}
+
+
+@pytest.mark.parametrize("preset", TABLES)
+def test_an_ablation_is_the_papers_table(preset):
+    """And nothing else differs from the method but the steps, which are as many epochs, and the one pass of one GPU."""
+    config = Config(**primeflow.PRESETS[preset])
+    assert tuple(getattr(config, name) for name in FIELDS) == TABLES[preset]
+    assert (config.clip, config.accumulate, config.velocity) == (5, 1, "mlp")
+    others = {"velocity", "space", "accumulate", "steps", "guidance", "multipliers", "ot_cells"}
+    assert set(changed(preset, preset.split("-")[0])) <= {*FIELDS, *others}
+    assert config.space == ("pca" if "pca" in preset else "genes")
+    cells = {"paper": 864 * 100_000, "norman": 1600 * 19_000}[preset.split("-")[0]]
+    assert config.steps * config.batch_size == pytest.approx(cells, rel=0.03)
+
+
+def test_optimal_transport_is_the_papers_table_7():
+    for name, cells in (("paper", 128), ("norman", 256), ("demo", 16)):
+        assert changed(f"{name}-pca-ot", f"{name}-pca") == {"coupling": "ot"}
+        assert Config(**primeflow.PRESETS[f"{name}-pca-ot"]).ot_cells == cells
+
+
+def test_the_demos_ablations_have_the_papers_choices_at_the_demos_size():
+    for name in ("mlp", "pca", "pca-ot"):
+        demo, paper = (Config(**primeflow.PRESETS[f"{size}-{name}"]) for size in ("demo", "paper"))
+        same = {field: getattr(demo, field) for field in asdict(demo) if getattr(demo, field) == getattr(paper, field)}
+        ours = set(changed("demo", "paper")) - set(same)
+        size = set("steps batch_size lr warmup cosine ema hvg eval_genes eval_cells exact_cells control_split hidden "
+                   "weight_decay ode_steps width multipliers heads groups blocks ot_cells guidance".split())
+        assert ours <= size, name
+
+
+def test_every_preset_passes_the_check():
+    for name, values in primeflow.PRESETS.items():
+        primeflow.check(Config(**values))
+        assert Config(**values).exact_cells != name.startswith("demo")
 
 
 # ------------------------------------------------------------------------------------------------ U-Net
