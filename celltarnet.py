@@ -73,6 +73,7 @@ class Config(data.RunConfig):
     layers: int = 4                 # K: transformer layers per block (ours)
     context_layers: int = 4         # layers of the context encoder (ours)
     patch: int = 1                  # P: genes per slot (paper 1); more is faster and coarser
+    slots: int = 0                  # G / P at most: a larger panel has larger patches; 0 (paper): as many as there are
     dropout: float = 0.1            # ours
     effect_readout: bool = False    # a linear effect per gene and perturbation beside the flow (ours; paper none)
     calibration: float = 0.0        # ridge penalty of shifts that match generated means to training's; 0: none (paper)
@@ -108,11 +109,17 @@ def check(config):
 
 PRESETS = {"paper": {}, "demo": dict(
     folds=5, hvg=1000, steps=800, lr=5e-3, lr_min=1e-5, warmup=50, width=32, heads=2, layers=1, context_layers=1,
-    patch=4, dropout=0.0, effect_readout=True, calibration=3.0, ema=0.99, neighbours=20, rank=10, zeros="detect",
+    patch=4, slots=80, dropout=0.0, effect_readout=True, calibration=3.0, ema=0.99, neighbours=20, rank=10, zeros="detect",
     eval_cells=100)}
 SAMPLING = {"score", "score_under", "score_controls"}   # flags that --ckpt may change
+CALIBRATION_CELLS = 8000                # generated for it in all, 10 to 100 of a condition
 UNSEEN = True                           # genes that were never perturbed can be predicted
 variants = None                         # further rows of the table
+
+
+def patch_size(config, G):
+    """P for a panel of G genes."""
+    return max(config.patch, math.ceil(G / config.slots)) if config.slots else config.patch
 
 
 # -------------------------------------------------------------------------------- gene network
@@ -220,9 +227,8 @@ class FlowBlock(nn.Module):
 
     def __init__(self, config, order, mask, n_genes):
         super().__init__()
-        d, P = config.width, config.patch
-        T = len(order) // P
-        self.patch = P
+        d, T = config.width, len(mask)
+        P = self.patch = len(order) // T
         self.register_buffer("order", order)                             # (T P,)
         self.register_buffer("back", order.argsort())
         self.register_buffer("mask", torch.zeros(T, T, device=mask.device).masked_fill_(~mask, -math.inf))
@@ -303,7 +309,7 @@ class CellTARNet(nn.Module):
         super().__init__()
         d, G = config.width, len(panel.genes)
         mean, var, corr = statistics or (torch.zeros(G), torch.ones(G), None)
-        self.patch = config.patch
+        self.patch = patch_size(config, G)
         self.n_genes, self.padding = G, -G % self.patch
         self.n_pert = G + len(panel.perturbations)                       # columns of c that stand for perturbations
         self.register_buffer("mean", mean)
@@ -442,7 +448,8 @@ def load_model(config, panel, saved):
 def cells_at_once(run):
     """How many cells fit into memory, each with a context of its own: kv of one block, activations of a layer."""
     config = run.config
-    tokens = 2 + math.ceil(len(run.panel.genes) / config.patch)
+    G = len(run.panel.genes)
+    tokens = 2 + math.ceil(G / patch_size(config, G))
     per_cell = 4 * tokens * config.width * (4 * config.layers + 16)      # bytes
     return min(1024, max(1, int(data.room(run.device) // per_cell)))
 
@@ -497,9 +504,10 @@ def calibrate(run, model):
     """Set model.shift (1 + perturbations and covariates, G), log1p CP10k: a ridge regression, on an intercept and the
     conditions, of what the means of generated training conditions lack. In float64; every process does the same."""
     names = run.dataset.part("train")
+    n = max(10, min(100, CALIBRATION_CELLS // len(names)))
     model.eval()
     model.shift.zero_()
-    cells = predict(run, model, dict.fromkeys(names, 100), run.dataset.control_cells("train"), np.arange(model.n_genes))
+    cells = predict(run, model, dict.fromkeys(names, n), run.dataset.control_cells("train"), np.arange(model.n_genes))
     model.train()
     run.capped = 0                                                       # these cells are not the run's result
     real = [data.gene_moments(run.dataset.X, run.dataset.rows[g])[0] / len(run.dataset.rows[g]) for g in names]

@@ -222,6 +222,12 @@ def test_patches_of_the_first_block_hold_correlated_genes_and_orders_come_in_pai
     assert len({tuple(order.tolist()) for order in orders}) == 3
 
 
+def test_a_large_panel_has_larger_patches(dataset, panel):
+    for slots, patch in ((0, 2), (20, 2), (19, 3), (10, 4)):
+        model = ct.CellTARNet(tiny(patch=2, slots=slots), panel, data.gene_statistics(dataset))
+        assert model.patch == patch and len(model.blocks[0].mask) == -(-40 // patch)
+
+
 # ------------------------------------------------------------------------------------------------ contrast
 
 def test_info_nce_equals_a_plain_loop():
@@ -320,6 +326,20 @@ def test_calibration_matches_the_means_of_training_conditions(dataset, panel):
     after = means()
     assert np.linalg.norm(after - real) < 0.6 * np.linalg.norm(before - real)
     assert abs((after - real).mean(0)).mean() < 0.3 * abs((before - real).mean(0)).mean()   # the intercept is free
+
+
+@pytest.mark.parametrize("most, cells", [(10_000, 100), (31 * 40, 40), (1, 10)])
+def test_calibration_generates_fewer_cells_of_many_conditions(dataset, panel, monkeypatch, most, cells):
+    run, sizes = fake_run(tiny(calibration=1), panel), []
+    run.dataset = dataset
+
+    def predict(run, model, asked, *_):
+        sizes.extend(asked.values())
+        return {g: np.zeros((1, 40)) for g in asked}
+    monkeypatch.setattr(ct, "predict", predict)
+    monkeypatch.setattr(ct, "CALIBRATION_CELLS", most)
+    ct.calibrate(run, ct.CellTARNet(run.config, panel, data.gene_statistics(dataset)))
+    assert sizes == [cells] * 31
 
 
 def test_sample_inverts_the_flow_and_removes_the_noise(dataset, panel):
