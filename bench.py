@@ -9,7 +9,6 @@
     python bench.py --data sciplex.h5 --split transfer --covariates cell_type --keys rmse rmse_rank mmd mmd_rank
     python bench.py --stages                                               does a method underfit, or not transfer
     python bench.py --speed --preset paper --data norman.h5                ms per step, cells/s, memory, utilisation
-    python bench.py --speed --dry-run --preset paper --data norman.h5      what a step will take of a GPU's memory
 
 Every method runs as a user runs it, python METHOD.py, in a process of its own, with the same data flags, split, fold
 and seed; a second call runs only what is missing, and continues what was interrupted. Results are in the folder --out:
@@ -45,13 +44,13 @@ import time
 import timeit
 import typing
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils import flop_counter
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import metrics
@@ -132,7 +131,7 @@ class Config(data.DataConfig):
     keys: tuple[str, ...] = ()      # metrics to print; default those of the papers' tables
     jobs: int = 0                   # runs at the same time; 0 is one per CPU core for demo-size models, else 1
     plot: bool = False              # figures as PNG files (needs matplotlib)
-    dry_run: bool = False           # print the commands and stop; with --speed the memory that a step takes on a GPU
+    dry_run: bool = False           # print the commands and stop
     stages: bool = False            # predict training conditions too, and say where each method's error enters
     speed: bool = False             # measure speed instead
     hvg: int = 5000                 # highly variable genes; the same for all methods
@@ -883,131 +882,19 @@ def plot_pca(plt, condition, cells, colors):
 
 # -------------------------------------------------------------------------------- speed
 
-SHARES = {"demo": (4, 2), "paper": (16, 8)}       # memory is measured on a quarter and a half of the batch, ...
-CPU_ATTENTION = {                       # FLOPs of what torch's counter does not know, from the shapes of the arguments
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda *shapes, **_: flop_counter.sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda *shapes, **_: flop_counter.sdpa_backward_flop_count(*shapes[:4])}
+class Flops(TorchDispatchMode):
+    """Counts the FLOPs of what runs within it, as torch's FlopCounterMode, which fails where a model runs without
+    gradients, and with the attention of CPUs."""
+    formulas = flop_counter.flop_registry | {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop}
+    count = 0
 
-
-def load(script):
-    """The module of a method's script, in a child process, which may change it."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
-    method = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(method)
-    return method
-
-
-def shorten(config):
-    """An earlier stage of training, which is not what is measured, takes a few steps."""
-    if hasattr(config, "pretrain_steps"):
-        config.pretrain_steps = 3
-
-
-def count(share, script, *flags):
-    """Train a script for a step on a part of its batch and print, as one JSON object, the part that it was, the FLOPs
-    of the step, and the bytes of the weights (the optimiser's and the averaged ones too), of their gradients, of the
-    data set in fp16, and of the activations that each forward pass keeps for its backward pass."""
-    method = load(script)
-    train = method.train
-    start, finish = method.Run.start, method.Run.finish
-    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-    saved, passes = {}, []
-    total = whole = 0
-
-    def pack(x):
-        if not isinstance(x._base if x._is_view() else x, torch.nn.Parameter):
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    def unpack(x):                              # the first one of a backward pass
-        if saved:
-            passes.append(sum(saved.values()))
-            saved.clear()
-        return x
-
-    def before(run, step):
-        nonlocal total
-        start(run, step)
-        total = counter.get_total_flops()
-
-    def after(run, step, parts, **losses):
-        finish(run, step, parts, **losses)
-        if run.stage != "training":
-            return
-        states = tree_leaves([part.state_dict() for part in parts.values()])
-        tensors = {a.data_ptr(): a.nbytes for a in states if isinstance(a, torch.Tensor)}
-        gradients = sum(p.grad.nbytes for p in parts["model"].parameters() if p.grad is not None)
-        print(json.dumps({"weights": sum(tensors.values()), "gradients": gradients, "activations": passes,
-                          "data": 2 * math.prod(run.dataset.X.shape), "share": run.config.batch_size / whole,
-                          "flops": counter.get_total_flops() - total}))
-        sys.exit()
-
-    def measured(run, state):
-        nonlocal whole
-        whole = run.config.batch_size
-        run.config.batch_size = whole // int(share)
-        if run.config.batch_size == 0:
-            raise DataError(f"--batch-size {whole}: too small to measure parts of it")
-        method.check(run.config)
-        shorten(run.config)
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack), counter:
-            train(run, state)
-    method.train = measured
-    method.Run.start, method.Run.finish = before, after
-    method.main([*flags, "--steps", "2", "--no-compile"])                # the last step may do more
-
-
-def counted(share, script, flags, folder):
-    """What count() finds, in a process of its own."""
-    code = "import sys, bench; bench.count(*sys.argv[1:])"
-    _, text = child("-c", code, share, script, *flags, "--out", folder / f"count{share}")
-    return json.loads(text.splitlines()[-1])
-
-
-def memory(script, flags, shares, folder):
-    """Memory of a training step, in GB, from one step each of two small batches on the CPU: activations grow linearly
-    with the batch. Of a step that is not compiled: on an H100 the compiled ones took 60 to 86% of it at the papers'
-    sizes, scbig all of it."""
-    flags = [*flags, "--device", "cpu"]
-    if not any(flag.startswith("--dtype") for flag in flags):
-        flags += ["--dtype", "bf16"]
-    found = [counted(share, script, flags, folder) for share in shares]
-    passes = np.array([each["activations"] for each in found], dtype=float)              # (2, passes)
-    a, b = (each["share"] for each in found)
-    whole = passes[0] + (passes[1] - passes[0]) * (1 - a) / (b - a)
-    row = {name: found[0][name] for name in ("weights", "gradients", "data")} | {"activations": whole.max()}
-    return {f"{name} GB": float(n) / 1e9 for name, n in (row | {"sum": sum(row.values())}).items()}
-
-
-def time_run(seconds, script, *flags):
-    """Train a script, generate cells of one test condition for about these seconds, and print as one JSON object what
-    the log and the clock say. What compiles is not timed."""
-    method = load(script)
-    train = method.train
-
-    def timed(run, state):
-        shorten(run.config)
-        model = train(run, state)
-        peak = data.peak_memory(run.device)
-        lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-        log = [line for line in lines if "cells_per_s" in line and "stage" not in line][2:]     # after compilation
-        steps = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log, log[1:])]
-        options = next(iter(method.variants(run.config).values())) if method.variants else {}
-        group, controls = min(run.dataset.sizes("test", 1)), run.dataset.control_cells("test")
-
-        def rate(n):
-            began = time.perf_counter()
-            method.predict(run, model, {group: n}, controls, run.panel.eval_genes, **options)
-            return n / (time.perf_counter() - began)
-        rate(64)
-        sampled = rate(min(10_000, max(64, int(float(seconds) * rate(64)))))
-        print(json.dumps({"seconds": np.median(steps), "cells": np.median([line["cells_per_s"] for line in log]),
-                          "peak": peak, "sampled": sampled}))
-        sys.exit()
-    method.train = timed
-    method.main(list(flags))
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if operation.overloadpacket in self.formulas:
+            self.count += self.formulas[operation.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def matrix_rate(device, dtype):
@@ -1018,43 +905,70 @@ def matrix_rate(device, dtype):
     return 2 * n ** 3 / min(seconds)
 
 
-def measure(script, flags, steps, rate, folder):
-    """Speed of one method: the clock of a short run, and the FLOPs of a step that is not compiled. rate: the device's
-    FLOP/s."""
-    code = "import sys, bench; bench.time_run(*sys.argv[1:])"
-    _, text = child("-c", code, 5, script, *flags, "--steps", steps, "--out", folder / "run")
-    found = json.loads(text.splitlines()[-1])
-    flops = counted(1, script, flags, folder)["flops"]
-    return {"ms/step": round(1e3 * found["seconds"], 2),
-            "cells/s": round(found["cells"], 1),
-            "peak MB": found["peak"],
-            "GFLOP/step": round(flops / 1e9, 2),
-            "utilisation": round(flops / found["seconds"] / rate, 3),
-            "sampled cells/s": round(found["sampled"], 1)}
+def measure(script, seconds, *flags):
+    """In a process of its own: train a script as its main() does, generate cells of one test condition for about these
+    seconds, train again for one and for two steps that are not compiled, and print what was found as one JSON object.
+    An earlier stage of training takes three steps; what compiles is not timed."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
+    method = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(method)
+    config, _ = data.parse_run(method.METHOD, "", method.Config, method.PRESETS, method.SAMPLING, flags)
+    if hasattr(config, "pretrain_steps"):
+        config.pretrain_steps = 3
+    method.check(config)
+    first = method.Run(config)
+    first.dataset, first.panel = data.open_run(config, None, first.device, first.say)
+
+    def train(**changes):
+        """A run on the same data: (run, model, FLOPs)"""
+        run = method.Run(replace(config, **changes))
+        run.dataset, run.panel = first.dataset, first.panel
+        run.out.mkdir(exist_ok=True)
+        if not changes:
+            return run, method.train(run, None), 0
+        with Flops() as flops:
+            return run, method.train(run, None), flops.count
+    run, model, _ = train()
+    found = {"peak MB": data.peak_memory(run.device)}
+    lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+    log = [line for line in lines if "cells_per_s" in line and "stage" not in line][2:]     # after compilation
+    steps = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(log, log[1:])]
+    found |= {"ms/step": 1e3 * np.median(steps), "cells/s": np.median([line["cells_per_s"] for line in log])}
+
+    group, controls = min(run.dataset.sizes("test", 1)), run.dataset.control_cells("test")
+    options = next(iter(method.variants(config).values())) if method.variants else {}
+
+    def rate(n):
+        began = time.perf_counter()
+        method.predict(run, model, {group: n}, controls, run.panel.eval_genes, **options)
+        return n / (time.perf_counter() - began)
+    rate(64)
+    found["sampled cells/s"] = rate(min(10_000, max(64, int(float(seconds) * rate(64)))))
+    one, two = (train(steps=n, compile=False, out=f"{config.out}-{n}")[2] for n in (1, 2))
+    print(json.dumps(found | {"GFLOP/step": (two - one) / 1e9}))
 
 
 def speed(config):
     """Print the table of --speed; the last line is one JSON object. Returns the exit code."""
-    where = torch.device("cpu") if config.dry_run else data.pick_device(config.device)
+    where = data.pick_device(config.device)
     cuda = where.type == "cuda"
-    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(False) else torch.float32
-    rate = 0.0 if config.dry_run else matrix_rate(where, dtype)
+    peak = matrix_rate(where, torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(False) else torch.float32)
     rows = []
     for text, (script, flags) in asked_methods(config).items():
         with tempfile.TemporaryDirectory() as folder:
-            asked = common_flags(config) + flags
-            if config.dry_run:
-                row = memory(script, asked, SHARES.get(config.preset, SHARES["paper"]), Path(folder))
-            else:
-                row = measure(script, asked, 200 if cuda else 40, rate, Path(folder))
-        rows.append({"method": text, "preset": config.preset, **row})
+            place = ["--steps", 200 if cuda else 40, "--out", Path(folder, "run")]
+            code = "import sys, bench; bench.measure(*sys.argv[1:])"
+            _, printed = child("-c", code, script, 5, *common_flags(config), *flags, *place)
+        found = json.loads(printed.splitlines()[-1])
+        found["utilisation"] = found["GFLOP/step"] / found["ms/step"] * 1e12 / peak
+        shown = {k: v if v is None else float(f"{v:.4g}") for k, v in found.items()}
+        rows.append({"method": text, "preset": config.preset, **shown})
         print(f"measured {text}", flush=True)
     if not rows:
         raise DataError("--speed: --methods names none to measure")
-    shown = [[f"{v:.2f}" if name.endswith("GB") else str(v) for name, v in row.items()] for row in rows]
-    print(render([list(rows[0]), *shown]))
+    print(render([list(rows[0]), *([str(v) for v in row.values()] for row in rows)]))
     print(json.dumps({"methods": rows, "torch": torch.__version__, "threads": torch.get_num_threads(),
-                      "TFLOP/s": round(rate / 1e12, 2),
+                      "TFLOP/s": round(peak / 1e12, 2),
                       "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}))
     return 0
 
