@@ -22,10 +22,12 @@ Deviations (numbers that back them: README, experiments):
  2. The input is shifted by one slot (STARFlow): P's mask j <= i lets a slot see the value it transforms.
  3. mu and a once per block, after layer K (P says both); |a| < 3 by a soft clip. Cross-attention reads H (P says both).
  4. Values live in R^P and are projected into R^d per block. H has G/P + 2 tokens: CLS, patches, perturbation.
- 5. Targets are dequantised: under an atom at 0 a density has no bound. Sampling sets what is under 2 sigma to 0.
+ 5. Targets are dequantised: under an atom at 0 a density has no bound. Sampling sets what is under 2 sigma to 0, and
+    always cuts at 0 and at the gene's training maximum (data.as_measured).
  6. Genes are standardised by training mean and sqrt(var + sigma^2). Likelihoods are reported in log1p CP10k.
  7. The perturbation's token of H scales and shifts the slots' labels (FiLM, zero at the start).
- 8. Noise on the control cell has a level from U(0, 1): sampling uses the clean cell. Denoising keeps the covariates.
+ 8. Noise on the control cell has sd sqrt(var + sigma^2) (P: sqrt(var)) and a level from U(0, 1): sampling uses the
+    clean cell. Denoising keeps the covariates.
  9. Contexts are paired: each also encodes a cell of its partner, one negative of each of P's kinds; none if both are
     of one condition. All contexts of a batch, drawn by process, have distinct conditions while there are enough.
 10. A perturbation is a learned map of its gene's vector plus a vector of its own that starts at zero (P: the latter).
@@ -109,8 +111,8 @@ def check(config):
 
 PRESETS = {"paper": {}, "demo": dict(
     folds=5, hvg=1000, steps=800, lr=5e-3, lr_min=1e-5, warmup=50, width=32, heads=2, layers=1, context_layers=1,
-    patch=4, slots=80, dropout=0.0, effect_readout=True, calibration=3.0, ema=0.99, neighbours=20, rank=10, zeros="detect",
-    eval_cells=100)}
+    patch=4, slots=80, dropout=0.0, effect_readout=True, calibration=3.0, ema=0.99, neighbours=20, rank=10,
+    zeros="detect", eval_cells=100)}
 SAMPLING = {"score", "score_under", "score_controls"}   # flags that --ckpt may change
 CALIBRATION_CELLS = 8000                # generated for it in all, 10 to 100 of a condition
 UNSEEN = True                           # genes that were never perturbed can be predicted
