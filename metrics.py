@@ -12,6 +12,8 @@ real effect. G genes, P predicted and N real conditions, n and k cells.
     result = evaluate(pred, real, control, genes, train)        the same from arrays, for scripts
     print(format_table(result_rows(result, "my method")))
 
+A metric of your own is a function of a Condition and one line of KEYS; TABLE_KEYS are the columns of the table.
+
 Files are AnnData; obs names the condition, 'A+ctrl' meets 'A'. The prediction's genes are scored, matched by name; the
 real file is normalised over all its genes first. --reference: training cells, for Systema and the floors.
 
@@ -39,7 +41,7 @@ import platform
 import shutil
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -54,49 +56,72 @@ import data
 
 
 class Key(NamedTuple):
-    """What a reader of a number must know."""
-    arrow: str      # direction of a better value
-    perfect: float  # value of a perfect prediction
+    """One metric. A new one is a function and a line of KEYS."""
+    arrow: str       # direction of a better value
+    perfect: float   # value of a perfect prediction
     title: str
+    score: Callable  # of a Condition: its value; with `of`, of the Conditions of a covariate: the values of all (P,)
+    of: str = ""     # what the Conditions then hold of every _Population
 
 
 KEYS = {
-    "l2": Key("↓", 0, "Euclidean distance of the pseudobulks"),
-    "mse": Key("↓", 0, "mean squared error of the pseudobulk"),
-    "mae": Key("↓", 0, "mean absolute error of the pseudobulk"),
-    "rmse": Key("↓", 0, "root mean squared error of the pseudobulk"),
-    "pearson_delta": Key("↑", 1, "Pearson correlation of the effects"),
-    "pearson_delta_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect"),
-    "pearson_delta_hat": Key("↑", 1, "Pearson correlation of deviations from the training mean (Systema)"),
-    "pearson_delta_hat_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect"),
-    "spearman_delta": Key("↑", 1, "Spearman correlation of the effects"),
-    "de_spearman": Key("↑", 1, "Spearman correlation of log fold changes on truly DE genes"),
-    "acc": Key("↑", 1, "share of genes with the right sign of effect"),
-    "acc_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect"),
-    "direction_match": Key("↑", 1, "share of truly DE genes with the right sign of fold change"),
-    "overlap_at_n": Key("↑", 1, "overlap of real and predicted DE genes (the DES of VCC 2025)"),
-    "sig_jaccard": Key("↑", 1, "real and predicted DE genes, intersection over union (VCC 2026)"),
-    "direction_fidelity": Key("↑", 1, "share of predicted DE genes with the real direction (VCC 2026)"),
-    "direction_reach": Key("↑", 1, "how far down the predicted order 90% of directions are right (VCC 2026)"),
-    "lfc_nmae": Key("↓", 0, "error of log fold changes relative to their size (VCC 2026)"),
-    "deg_recall_50": Key("↑", 1, "recall of the top 50 genes by t-score"),
-    "pds": Key("↑", 1, "perturbation discrimination, L1 between pseudobulks, own targets excluded"),
-    "pds_all_genes": Key("↑", 1, "the same on all genes"),
-    "pds_l2": Key("↑", 1, "perturbation discrimination, L2, all genes"),
-    "pds_cosine": Key("↑", 1, "perturbation discrimination, cosine of effects, all genes"),
-    "pds_cosine_panel": Key("↑", 1, "the same on pooled counts, without the targets of all conditions (VCC 2026)"),
-    "e_distance": Key("↓", 0, "energy distance in 50 PCs"),
-    "wasserstein": Key("↓", 0, "entropic optimal transport cost in 50 PCs"),
-    "discr_cos": Key("↑", 1, "cosine of the effects"),
-    "mmd": Key("↓", 0, "PerturBench's MMD (half the energy distance) in gene space"),
-    "mmd_pca30": Key("↓", 0, "PerturBench's MMD in 30 PCs"),
-    "mmd_rbf": Key("↓", 0, "squared MMD with four RBF kernels (scDFM), unbiased"),
-    "cosine_logfc": Key("↑", 1, "cosine of PerturBench's log fold changes"),
-    "rmse_rank": Key("↓", 0, "rank of the own prediction by rmse"),
-    "cosine_logfc_rank": Key("↓", 0, "rank of the own prediction by cosine_logfc"),
-    "mmd_rank": Key("↓", 0, "rank of the own prediction by mmd"),
-    "mmd_pca30_rank": Key("↓", 0, "rank of the own prediction by mmd_pca30"),
-    "deg_recall_50_rank": Key("↓", 0, "rank of the own prediction by deg_recall_50"),
+    "l2": Key("↓", 0, "Euclidean distance of the pseudobulks", lambda x: l2(x.q, x.m)),
+    "mse": Key("↓", 0, "mean squared error of the pseudobulk", lambda x: mse(x.q, x.m)),
+    "mae": Key("↓", 0, "mean absolute error of the pseudobulk", lambda x: mae(x.q, x.m)),
+    "rmse": Key("↓", 0, "root mean squared error of the pseudobulk", lambda x: rmse(x.q, x.m)),
+    "pearson_delta": Key("↑", 1, "Pearson correlation of the effects", lambda x: pearson_delta(x.q, x.m, x.c)),
+    "pearson_delta_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect",
+                               lambda x: pearson_delta(x.q, x.m, x.c, x.top20)),
+    "pearson_delta_hat": Key("↑", 1, "Pearson correlation of deviations from the training mean (Systema)",
+                             lambda x: pearson_delta(x.q, x.m, x.reference)),
+    "pearson_delta_hat_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect",
+                                   lambda x: pearson_delta(x.q, x.m, x.reference, x.top20)),
+    "spearman_delta": Key("↑", 1, "Spearman correlation of the effects", lambda x: spearman_delta(x.q, x.m, x.c)),
+    "de_spearman": Key("↑", 1, "Spearman correlation of log fold changes on truly DE genes",
+                       lambda x: de_spearman(x.p.lfc, x.r.lfc, x.r.significant)),
+    "acc": Key("↑", 1, "share of genes with the right sign of effect", lambda x: acc(x.q, x.m, x.c)),
+    "acc_top20": Key("↑", 1, "the same on the 20 genes with the largest real effect",
+                     lambda x: acc(x.q, x.m, x.c, x.top20)),
+    "direction_match": Key("↑", 1, "share of truly DE genes with the right sign of fold change",
+                           lambda x: direction_match(x.p.lfc, x.r.lfc, x.r.significant)),
+    "overlap_at_n": Key("↑", 1, "overlap of real and predicted DE genes (the DES of VCC 2025)",
+                        lambda x: overlap_at_n(x.p.lfc, x.p.significant, x.r.lfc, x.r.significant)),
+    "sig_jaccard": Key("↑", 1, "real and predicted DE genes, intersection over union (VCC 2026)",
+                       lambda x: sig_jaccard(x.p.changes, x.r.changes)),
+    "direction_fidelity": Key("↑", 1, "share of predicted DE genes with the real direction (VCC 2026)",
+                              lambda x: direction_fidelity(x.p.changes, x.r.changes)),
+    "direction_reach": Key("↑", 1, "how far down the predicted order 90% of directions are right (VCC 2026)",
+                           lambda x: direction_reach(x.p.changes, x.r.changes)),
+    "lfc_nmae": Key("↓", 0, "error of log fold changes relative to their size (VCC 2026)",
+                    lambda x: lfc_nmae(x.p.changes, x.r.changes)),
+    "deg_recall_50": Key("↑", 1, "recall of the top 50 genes by t-score", lambda x: deg_recall(x.p.t, x.r.t)),
+    "pds": Key("↑", 1, "perturbation discrimination, L1 between pseudobulks, own targets excluded",
+               lambda x: discrimination(x.p, x.r, x.own, targets=x.targets), "mean"),
+    "pds_all_genes": Key("↑", 1, "the same on all genes", lambda x: discrimination(x.p, x.r, x.own), "mean"),
+    "pds_l2": Key("↑", 1, "perturbation discrimination, L2, all genes",
+                  lambda x: discrimination(x.p, x.r, x.own, "euclidean"), "mean"),
+    "pds_cosine": Key("↑", 1, "perturbation discrimination, cosine of effects, all genes",
+                      lambda x: discrimination(x.p, x.r, x.own, "cosine"), "effect"),
+    "pds_cosine_panel": Key("↑", 1, "the same on pooled counts, without the targets of all conditions (VCC 2026)",
+                            lambda x: discrimination(x.p, x.r, x.own, "cosine"), "effect_off_panel"),
+    "e_distance": Key("↓", 0, "energy distance in 50 PCs", lambda x: x.energy(50)),
+    "wasserstein": Key("↓", 0, "entropic optimal transport cost in 50 PCs", lambda x: x.transport()),
+    "discr_cos": Key("↑", 1, "cosine of the effects", lambda x: discr_cos(x.q, x.m, x.c)),
+    "mmd": Key("↓", 0, "PerturBench's MMD (half the energy distance) in gene space",
+               lambda x: x.energy_in_genes() / 2),
+    "mmd_pca30": Key("↓", 0, "PerturBench's MMD in 30 PCs", lambda x: x.energy(30) / 2),
+    "mmd_rbf": Key("↓", 0, "squared MMD with four RBF kernels (scDFM), unbiased", lambda x: x.mmd_rbf()),
+    "cosine_logfc": Key("↑", 1, "cosine of PerturBench's log fold changes", lambda x: cosine_logfc(x.q, x.m, x.c)),
+    "rmse_rank": Key("↓", 0, "rank of the own prediction by rmse",
+                     lambda x: prediction_rank(cdist(x.p, x.truth)), "mean"),
+    "cosine_logfc_rank": Key("↓", 0, "rank of the own prediction by cosine_logfc",
+                             lambda x: prediction_rank(cdist(x.p, x.truth, "cosine")), "logfc"),
+    "mmd_rank": Key("↓", 0, "rank of the own prediction by mmd",
+                    lambda x: prediction_rank(mmd_matrix(x.p, x.truth), MMD_TIE), "ranked_cells"),
+    "mmd_pca30_rank": Key("↓", 0, "rank of the own prediction by mmd_pca30",
+                          lambda x: prediction_rank(mmd_matrix(x.p, x.truth), MMD_TIE), "ranked_pcs"),
+    "deg_recall_50_rank": Key("↓", 0, "rank of the own prediction by deg_recall_50",
+                              lambda x: prediction_rank(-deg_recall(np.array(x.p), np.array(x.truth))), "t"),
 }
 TABLE_KEYS = ("l2", "pearson_delta", "pds", "e_distance", "de_spearman", "pearson_delta_hat", "mse", "mae",
               "pearson_delta_top20", "pearson_delta_hat_top20", "pds_all_genes")  # a narrow table lacks the last ones
@@ -474,6 +499,7 @@ def discrimination(q, m, own=None, metric="cityblock", targets=None):
     pds: L1 without the perturbed genes of the condition (scDFM eq. 16-20, scBIG eq. 15). Each prediction then has its
     own gene set, which leaks: a constant prediction scores above 0.5 (0.60 on the reference case). pds_all_genes (L1),
     pds_l2 and pds_cosine leave nothing out, pds_cosine_panel the perturbed genes of all conditions."""
+    q, m = np.asarray(q), np.asarray(m)
     distance = cdist(q, m, metric)                                   # cosine of a zero effect: NaN, undefined
     for i, genes in enumerate(targets or []):
         distance[i] -= np.abs(q[i, genes] - m[:, genes]).sum(axis=1)
@@ -907,91 +933,63 @@ def _floor(name, world, training, sizes):
 
 # -------------------------------------------------------------------------------- scoring
 
-def _condition_metrics(p, r, world, keys):
-    """{key: value} of one condition, ranks apart; p and r are its predicted and real _Population."""
-    q, m = p.mean, r.mean
-    c, reference = r.control.mean, world.reference.get(p.group)
-    top20 = top_k(np.abs(m - c), 20)
+class Condition:
+    """What a metric sees of one condition. p, r: its predicted and its real _Population; (G,) q and m: their means, c:
+    that of the real control, reference: the mean training perturbation; top20: genes with the largest real effect."""
 
-    @cache
-    def squared():
+    def __init__(self, p, r):
+        self.p, self.r = p, r
+        self.q, self.m = p.mean, r.mean
+        self.c = r.control.mean
+        self.reference = r.world.reference.get(r.group)
+        self.top20 = top_k(np.abs(self.m - self.c), 20)
+
+    @cached_property
+    def squared(self):
         """Squared distances in gene space, of pairs within p and between p and r: shared by mmd and mmd_rbf."""
-        x = p.points.astype(np.float64)
-        return pair_distances(x), squared_distances(x, r.cells)
+        x = self.p.points.astype(np.float64)
+        return pair_distances(x), squared_distances(x, self.r.cells)
 
-    def energy_in_genes():
-        within, between = squared()
-        return _energy(2 * np.sqrt(within).sum() / p.n**2, r.in_genes[0], np.sqrt(between).mean())
+    def energy_in_genes(self):
+        within, between = self.squared
+        return _energy(2 * np.sqrt(within).sum() / self.p.n**2, self.r.in_genes[0], np.sqrt(between).mean())
 
-    def energy_in_components(k):
-        return _energy(p.within(k), r.within(k), mean_distance(p.pcs[:, :k], r.pcs[:, :k]))
+    def mmd_rbf(self):
+        return _mmd_rbf(*self.squared, self.r.n, self.r.in_genes[1]) if min(self.p.n, self.r.n) > 1 else math.nan
 
-    def transport():
-        value, world.sinkhorn_error[p.group] = wasserstein(p.pcs, r.pcs)
+    def energy(self, k):
+        """Energy distance in k principal components."""
+        return _energy(self.p.within(k), self.r.within(k), mean_distance(self.p.pcs[:, :k], self.r.pcs[:, :k]))
+
+    def transport(self):
+        value, self.r.world.sinkhorn_error[self.p.group] = wasserstein(self.p.pcs, self.r.pcs)
         return value
 
-    values = {
-        "l2": lambda: l2(q, m),
-        "mse": lambda: mse(q, m),
-        "mae": lambda: mae(q, m),
-        "rmse": lambda: rmse(q, m),
-        "pearson_delta": lambda: pearson_delta(q, m, c),
-        "pearson_delta_top20": lambda: pearson_delta(q, m, c, top20),
-        "pearson_delta_hat": lambda: pearson_delta(q, m, reference),
-        "pearson_delta_hat_top20": lambda: pearson_delta(q, m, reference, top20),
-        "spearman_delta": lambda: spearman_delta(q, m, c),
-        "de_spearman": lambda: de_spearman(p.lfc, r.lfc, r.significant),
-        "acc": lambda: acc(q, m, c),
-        "acc_top20": lambda: acc(q, m, c, top20),
-        "direction_match": lambda: direction_match(p.lfc, r.lfc, r.significant),
-        "overlap_at_n": lambda: overlap_at_n(p.lfc, p.significant, r.lfc, r.significant),
-        "deg_recall_50": lambda: deg_recall(p.t, r.t),
-        "sig_jaccard": lambda: sig_jaccard(p.changes, r.changes),
-        "direction_fidelity": lambda: direction_fidelity(p.changes, r.changes),
-        "direction_reach": lambda: direction_reach(p.changes, r.changes),
-        "lfc_nmae": lambda: lfc_nmae(p.changes, r.changes),
-        "e_distance": lambda: energy_in_components(50),
-        "wasserstein": transport,
-        "discr_cos": lambda: discr_cos(q, m, c),
-        "mmd": lambda: energy_in_genes() / 2,
-        "mmd_pca30": lambda: energy_in_components(30) / 2,
-        "mmd_rbf": lambda: _mmd_rbf(*squared(), r.n, r.in_genes[1]) if min(p.n, r.n) > 1 else math.nan,
-        "cosine_logfc": lambda: cosine_logfc(q, m, c),
-    }
-    return {k: values[k]() for k in keys if k in values}
 
+class Conditions(NamedTuple):
+    """What a metric sees of all conditions of a covariate: PDS looks for the truth among all real conditions, the ranks
+    compare the predictions that there are."""
+    p: list        # what Key.of names, of the P predictions
+    r: list        # the same of the N real conditions
+    own: list      # (P,) place of each prediction's condition in r
+    targets: list  # of P lists of genes
 
-# Keys that look at all conditions of a covariate: what they compare of a population, and by which distance
-DISCRIMINATION = {"pds": ("mean", "cityblock"), "pds_all_genes": ("mean", "cityblock"), "pds_l2": ("mean", "euclidean"),
-                  "pds_cosine": ("effect", "cosine"), "pds_cosine_panel": ("effect_off_panel", "cosine")}
-RANKS = {
-    "rmse_rank": ("mean", lambda p, r: cdist(p, r)),
-    "cosine_logfc_rank": ("logfc", lambda p, r: cdist(p, r, "cosine")),
-    "mmd_rank": ("ranked_cells", lambda p, r: mmd_matrix(p, r)),
-    "mmd_pca30_rank": ("ranked_pcs", lambda p, r: mmd_matrix(p, r)),
-    "deg_recall_50_rank": ("t", lambda p, r: -deg_recall(np.array(p), np.array(r))),
-}
-COMPARED = DISCRIMINATION | RANKS
-
-
-def _compared_metric(key, p, r, own, targets):
-    """(P,) values of a key of COMPARED: p of the P predictions, r of all real conditions, own (P,) their places in r.
-    PDS looks for the truth among all real conditions; the ranks compare the predictions that there are."""
-    distance = COMPARED[key][1]
-    if key in RANKS:
-        return prediction_rank(distance(p, [r[i] for i in own]), MMD_TIE if key in MMD_RANKS else 1e-9)
-    return discrimination(np.array(p), np.array(r), own, distance, targets if key == "pds" else None)
+    @property
+    def truth(self):
+        """The real conditions that were predicted, in the order of p."""
+        return [self.r[i] for i in self.own]
 
 
 def _score(populations, real, world, keys, tables=None):
     """{group: {key: value}} of predicted populations; an iterable: each is freed once it has been looked at.
     tables: a dict that receives of every group {column of genes.tsv: (G,) array}."""
-    compared = [k for k in keys if k in COMPARED]
+    compared = {k: KEYS[k].of for k in keys if KEYS[k].of}
     out, kept = {}, {}
     for p in populations:
         r = real[p.group]
-        out[p.group] = _condition_metrics(p, r, world, keys)
-        kept[p.group] = {COMPARED[k][0]: getattr(p, COMPARED[k][0]) for k in compared}
+        condition = Condition(p, r)
+        out[p.group] = {k: KEYS[k].score(condition) for k in keys if k not in compared}
+        kept[p.group] = {name: getattr(p, name) for name in compared.values()}
         if tables is not None:
             tables[p.group] = {"gene": np.array(list(world.column)), "control_mean": r.control.mean,
                                "pred_mean": p.mean, "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc,
@@ -1003,11 +1001,9 @@ def _score(populations, real, world, keys, tables=None):
             continue
         own = [block.index(g) for g in mine]
         targets = [world.targets(g) for g in mine]
-        for key in compared:
-            name = COMPARED[key][0]
-            p = [kept[g][name] for g in mine]
-            r = [getattr(real[g], name) for g in block]
-            for g, value in zip(mine, _compared_metric(key, p, r, own, targets)):
+        for key, name in compared.items():
+            both = Conditions([kept[g][name] for g in mine], [getattr(real[g], name) for g in block], own, targets)
+            for g, value in zip(mine, KEYS[key].score(both)):
                 out[g][key] = float(value)
     return out
 
@@ -1095,7 +1091,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     if floors:
         possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
         partial = set()
-        no_ranks = [k for k in keys if k not in RANKS]
+        no_ranks = [k for k in keys if not k.endswith("_rank")]
         for name in FLOORS:
             values = _score(_floor(name, world, training, sizes), truth, world, no_ranks) if possible[name] else {}
             summary = _summary(values, keys)

@@ -830,6 +830,17 @@ def test_keys_select_what_is_computed(case, result):
         assert floor["rmse_rank"] is None and floor["pds"] is not None
 
 
+def test_a_metric_of_ones_own_is_a_function_and_a_line_of_the_table(monkeypatch, case):
+    furthest = metrics.Key("↓", 0, "largest error of a gene", lambda x: float(np.abs(x.q - x.m).max()))
+    monkeypatch.setitem(metrics.KEYS, "furthest", furthest)
+    result = metrics.evaluate(**changed(case, keys=None))
+    for c, x in case["real"].items():
+        error = np.abs(case["pred"][c].mean(0, dtype=float) - x.mean(0, dtype=float)).max()
+        assert result["per_condition"][c]["furthest"] == pytest.approx(error)
+    assert result["floors"]["mean"]["furthest"] > result["replicate"]["furthest"] > 0
+    assert metrics.format_table(metrics.result_rows(result, "ours"), ["furthest"]).startswith("           furthest↓")
+
+
 def test_many_conditions_cap_the_pairwise_ranks(monkeypatch, case, result):
     monkeypatch.setattr(metrics, "MANY_CONDITIONS", 4)
     monkeypatch.setattr(metrics, "FEW_CELLS", 20)
