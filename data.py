@@ -84,7 +84,8 @@ class DataConfig:
     lognorm: bool = False       # declare the values log-normalised
     min_genes: int = 0          # drop cells with fewer detected genes
     min_cells: int = 10         # drop genes detected in fewer training and control cells (perturbed genes stay)
-    hvg: int = 0                # highly variable genes to keep (scanpy's 'seurat'), plus perturbed ones; 0 keeps all
+    hvg: int = 0                # genes to keep by --hvg-by, plus perturbed ones; 0 keeps all
+    hvg_by: typing.Literal["variance", "mean"] = "variance"  # scanpy's 'seurat' score, or mean in training controls
     hvg_on: typing.Literal["train", "all"] = "train"  # cells that choose them; 'all' leaks the test, as papers do
     eval_genes: int = 1000      # genes that are evaluated: highest mean in training control cells; 0 takes all
     control_split: str = ""     # controls' shares in train,val,test (PerturBench: 0.5,0.25,0.25); '' shares them all
@@ -1115,7 +1116,7 @@ def training_effects(dataset):
         return gene_moments(dataset.X, rows)[0] / len(rows)
     control = {v: mean(rows) for v, rows in dataset.control_rows["train"].items()}
     groups = dataset.part("train")
-    effects = [mean(dataset.rows[g]) - control[g.partition("@")[2]] for g in groups]
+    effects = [mean(dataset.rows[g]) - control[split_group(g)[1]] for g in groups]
     return groups, np.stack(effects), np.mean(list(control.values()), axis=0)
 
 
@@ -1212,12 +1213,13 @@ def order(condition):
     return 0 if condition == CONTROL else condition.count("+") + 1
 
 
-def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=None):
+def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=None, train_on_val=False):
     """Assign every group to train, val or test. Returns {part: sorted condition or group names}.
 
     groups: [(condition, covariate)] without controls. spelling: {condition: first spelling in the file}.
-    name: additive | holdout | cv | combo | transfer | unseen, or that of a file or column with the parts as `given`.
-    fold: seed 42 + fold, except cv where it picks the test fold. Raises DataError when a split has no test condition.
+    name: additive | holdout | cv | combo | transfer | unseen, or that of a file or column with the parts as `given`;
+    'all' trains on every condition. fold: seed 42 + fold, except cv where it picks the test fold. train_on_val: the
+    validation conditions train too. Raises DataError when a split has no test condition.
     """
     if fold < 0:
         raise DataError(f"--fold {fold}: folds are numbered from 0")
@@ -1260,9 +1262,11 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
         held["val"] = {c for c in conditions if val & set(c.split("+"))} - held["test"]
     elif name == "transfer":
         held = _transfer(groups, rng)
-    else:
-        raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, FILE.json or "
-                        "obs:COLUMN")
+    elif name != "all":
+        raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, all, "
+                        "FILE.json or obs:COLUMN")
+    if train_on_val:
+        held["val"] = set()
     split = {part: [] for part in PARTS}
     members = {condition: {part: [] for part in PARTS} for condition in conditions}
     for condition, covariate in groups:
@@ -1274,7 +1278,7 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
         for part in filled:
             split[part] += names[part] if len(filled) > 1 else [condition]
     for part, use in (("test", "to predict"), ("train", "to learn from")):
-        if not split[part]:
+        if not split[part] and name != "all":
             raise DataError(f"--split {name}: no {part} condition, nothing {use}; this file has {len(conditions)} "
                             f"conditions, {len(multiple)} of them combinations. Choose another --split")
     return {part: sorted(names) for part, names in split.items()}
@@ -1283,6 +1287,18 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
 def group_name(condition, covariate):
     """'A' or 'A@cov1,cov2'."""
     return f"{condition}@{covariate}" if covariate else condition
+
+
+def split_group(group):
+    """'A@cov1,cov2' -> ('A', 'cov1,cov2'); 'A' -> ('A', ''). No perturbation has an '@' in its name."""
+    condition, _, covariate = group.partition("@")
+    return condition, covariate
+
+
+def split_dose(perturbation):
+    """'DRUG:10' -> ('DRUG', '10'); without a dose ('A', ''). What follows the last colon is the dose."""
+    drug, _, dose = perturbation.rpartition(":")
+    return (drug, dose) if drug else (perturbation, "")
 
 
 def _transfer(groups, rng):
@@ -1353,15 +1369,16 @@ def _given_split(name, groups, canonical, given):
     part_of = {}
     for part in PARTS:
         for entry in map(str, given.get(part, ())):
-            label, at, covariate = entry.partition("@")
+            label, covariate = split_group(entry)
             condition = canonical(label)
             if condition not in members:    # the file may spell its controls in another way: A+ctrl
                 condition = "+".join(t for t in condition.split("+") if not is_control_label(t)) or CONTROL
             if condition == CONTROL:
                 continue                    # controls are shared by all parts, as in the split files of GEARS
-            if condition + at + covariate not in members:
+            whole = group_name(condition, covariate)
+            if whole not in members:
                 raise DataError(f"--split {name}: {part} condition '{entry}' has no cells in the data; remove it")
-            for group in members[condition + at + covariate]:
+            for group in members[whole]:
                 if part_of.setdefault(group, part) != part:
                     raise DataError(f"--split {name}: '{entry}' is in both {part_of[group]} and {part}; a split is by "
                                     "condition, never by cell")
@@ -1414,15 +1431,18 @@ class Dataset:
         names = set(self.split[name])
         return [g for g, c in zip(self.groups, self.condition) if c != CONTROL and (g in names or c in names)]
 
+    def most_expressed(self, n):
+        """Columns of the n genes of the highest mean (log1p CP10k) in training controls, sorted."""
+        controls = np.sort(np.concatenate(list(self.control_rows["train"].values())))
+        mean = gene_moments(self.X, controls)[0] / len(controls)
+        return np.sort(np.argsort(-mean, kind="stable")[:n])
+
     def choose_genes(self):
         """Once the panel is final: columns of the perturbed genes, and the evaluation genes, by training controls."""
         column = {g: i for i, g in enumerate(self.genes)}
-        self.pert_gene = np.array([column.get(p, column.get(p.partition(":")[0], -1)) for p in self.perturbations],
+        self.pert_gene = np.array([column.get(p, column.get(split_dose(p)[0], -1)) for p in self.perturbations],
                                   dtype=np.int64)
-        controls = np.sort(np.concatenate(list(self.control_rows["train"].values())))
-        mean = gene_moments(self.X, controls)[0] / len(controls)
-        n = min(self.config.eval_genes or len(self.genes), len(self.genes))
-        self.eval_genes = np.sort(np.argsort(-mean, kind="stable")[:n])
+        self.eval_genes = self.most_expressed(self.config.eval_genes or len(self.genes))
         silent = [p for p, i in zip(self.perturbations, self.pert_gene) if i < 0]
         if silent:
             self.source.notes.append(f"{len(silent)} of {len(self.perturbations)} perturbations are no gene of the "
@@ -1502,7 +1522,7 @@ class Dataset:
 
     def panel(self):
         """The plain facts of this data set that a model needs to predict."""
-        trained = sorted({p for g in self.part("train") for p in g.partition("@")[0].split("+")})
+        trained = sorted({p for g in self.part("train") for p in split_group(g)[0].split("+")})
         keys = self.config.covariate_keys
         values = zip(*(covariate_values(name, len(keys)) for name in set(self.covariate)))
         covariates = {key: sorted(set(of_key)) for key, of_key in zip(keys, values)}
@@ -1586,7 +1606,7 @@ class Panel:
         levels = [(column, value) for column, values in self.covariates.items() for value in values]
         out = torch.zeros(len(groups), len(levels))
         for i, group in enumerate(groups):
-            values = covariate_values(group.partition("@")[2], len(self.covariates))
+            values = covariate_values(split_group(group)[1], len(self.covariates))
             for column, value in zip(self.covariates, values):
                 if (column, value) in levels:
                     out[i, levels.index((column, value))] = 1
@@ -1631,10 +1651,11 @@ def read_controls(path, config, panel):
     return controls, missing
 
 
-def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
+def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_val=False):
     """Read, label, filter, split, choose genes, log-normalise. Returns a Dataset; raises DataError.
 
     split: a name that make_split knows, a split file, or '' for none (then every condition is training).
+    train_on_val: the validation conditions of the split train too.
     Order of the steps: cells by --min-genes; split; genes by --min-cells in training and control cells; normalise over
     the genes that are left (as scanpy's usual script does); HVG on training and control cells; evaluation genes.
     """
@@ -1642,6 +1663,8 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
     for name in ("min_genes", "min_cells", "hvg", "eval_genes", "cache_gb"):
         if getattr(config, name) < 0:
             raise DataError(f"{_flag(name)} {getattr(config, name)}: must not be negative")
+    if config.hvg_by == "mean" and config.hvg_on == "all":
+        raise DataError("--hvg-on all: the mean of --hvg-by mean is of training controls; drop one of the two")
     cells = read_cells(path, config)
     notes = cells.notes
     if config.min_genes > 0:
@@ -1662,14 +1685,15 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
                         "--min-genes, or match controls in fewer --covariates")
     spelling = {c: cells.spelling[c] for c, _ in groups}
     if split:
-        parts = make_split(split, groups, spelling, fold, folds, cells.canonical, _read_split(split, cells))
+        parts = make_split(split, groups, spelling, fold, folds, cells.canonical, _read_split(split, cells),
+                           train_on_val)
     else:
         parts = {"train": sorted(spelling), "val": [], "test": []}
-        if config.hvg and config.hvg_on == "train":
+        if config.hvg and config.hvg_by == "variance" and config.hvg_on == "train":
             raise DataError("--hvg chooses genes on the training cells of a split: add --split NAME, or --hvg-on all")
     data = Dataset(cells, parts, config, device)
 
-    perturbed = list({q for p in data.perturbations for q in (p, p.partition(":")[0])})
+    perturbed = list({q for p in data.perturbations for q in (p, split_dose(p)[0])})
     detected = gene_moments(cells.X, data.fit_rows, torch.sign)[0]          # number of cells
     keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
@@ -1681,11 +1705,15 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu"):
         cells.keep_genes(keep)
     lognormalise(cells)
     if 0 < config.hvg < len(cells.genes):
-        rows = data.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
-        keep = highly_variable(cells.X, rows, config.hvg) | np.isin(cells.genes, perturbed)
-        chosen_on = "training and control" if config.hvg_on == "train" else "ALL"
-        notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} highly variable in {chosen_on} cells, and the "
-                     "perturbed")
+        keep = np.isin(cells.genes, perturbed)
+        if config.hvg_by == "mean":
+            chosen = "of the highest mean in training controls"
+            keep[data.most_expressed(config.hvg)] = True
+        else:
+            rows = data.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
+            chosen = f"highly variable in {'training and control' if config.hvg_on == 'train' else 'ALL'} cells"
+            keep |= highly_variable(cells.X, rows, config.hvg)
+        notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} {chosen}, and the perturbed")
         cells.keep_genes(keep)
     data.choose_genes()
     return data
@@ -1705,7 +1733,7 @@ def path_of(config):
 
 def load_run(config, device="cpu"):
     """load() with a method's Config: its data (or the demo), split and fold."""
-    return load(path_of(config), config, config.split, config.fold, config.folds, device)
+    return load(path_of(config), config, config.split, config.fold, config.folds, device, config.train_on_val)
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -1853,11 +1881,11 @@ def write_populations(path, pred, controls, panel, columns, covariates, method):
     """Predicted cells {group: (n, E)} of columns (E,) of the panel, and real control cells {covariate: (m, G)}, as one
     AnnData file, log1p CP10k."""
     cells = pred | {group_name(CONTROL, v): x[np.arange(len(x))][:, columns] for v, x in controls.items()}
-    labels = [group.partition("@") for group, x in cells.items() for _ in range(len(x))]
-    obs = {"condition": np.array([condition for condition, _, _ in labels], dtype=object)}
+    labels = [split_group(group) for group, x in cells.items() for _ in range(len(x))]
+    obs = {"condition": np.array([condition for condition, _ in labels], dtype=object)}
     keys = DataConfig(covariates=covariates).covariate_keys
     for i, key in enumerate(keys):
-        obs[key] = np.array([covariate_values(name, len(keys))[i] for _, _, name in labels], dtype=object)
+        obs[key] = np.array([covariate_values(name, len(keys))[i] for _, name in labels], dtype=object)
     X = np.concatenate(list(cells.values())).astype(np.float32)
     write_h5ad(path, X, obs, [panel.genes[i] for i in columns], {"method": method, "scale": "log1p CP10k"})
 
@@ -2124,9 +2152,10 @@ UNITS = ("layer", "pert_key", "control_label", "separator", "gene_key", "counts"
 class RunConfig(DataConfig):
     """The flags that all methods share. A method's Config adds its own and overrides defaults."""
     data: str = "demo"              # AnnData file (.h5ad, .h5), or demo
-    split: str = "additive"         # additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN
+    split: str = "additive"         # additive, holdout, cv, combo, transfer, unseen, all, FILE.json or obs:COLUMN
     fold: int = 0                   # which of the seeded splits
     folds: int = 10                 # number of folds of --split cv
+    train_on_val: bool = False      # validation conditions train too, as in the papers
     seed: int = 0                   # weights, batches and samples; the split depends on --fold alone
     preset: str = ""                # recipe: demo (laptop) or paper; '' is demo for --data demo and paper otherwise
     out: str = ""                   # run folder; '' is runs/METHOD-DATA-SPLIT-fN-sN. With --ckpt: the file to write
@@ -2181,6 +2210,10 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
         either = "either " if len(uses) > 1 else ""
         raise DataError(f"--ckpt FILE and {either}{' or '.join(map(_flag, uses))} belong together; to go on with a run "
                         "use --resume")
+    if config.eval_every and (config.train_on_val or config.split == "all"):
+        reason = "--split all" if config.split == "all" else "--train-on-val (--no-train-on-val keeps them apart)"
+        raise DataError(f"--eval-every {config.eval_every}: {reason} leaves no validation conditions to score; drop "
+                        "one of the two")
     least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2, "lr": 1e-20}
     for f in fields(cls):
         value = getattr(config, f.name)
@@ -2324,7 +2357,7 @@ def open_prediction(config, state, panel, unseen, device):
                             f"{_listed(sorted(controls), 20)}, or leave it out")
         for value in [covariate] if covariate else sorted(controls):
             sizes[group_name(condition, value)] = config.cells
-    untrained = sorted({p for g in sizes for p in g.partition("@")[0].split("+")} - set(panel.trained))
+    untrained = sorted({p for g in sizes for p in split_group(g)[0].split("+")} - set(panel.trained))
     if untrained:
         print(f"note: {_listed(untrained)}: in no training condition")
     return sizes, controls, columns
@@ -2383,12 +2416,12 @@ def score_file(run, state, method, unseen, log_p, at_once):
 def asked_conditions(texts, names, flag="--predict"):
     """[(condition, covariate)] of a flag, canonical, in any spelling that files may have: A_B, B|A, (+)-JQ1.
     names: the perturbations that the model knows. Raises DataError for others, and for controls."""
-    pieces = {piece for text in texts for piece in {text} | _pieces(text.partition("@")[0])}
+    pieces = {piece for text in texts for piece in {text} | _pieces(split_group(text)[0])}
     known = {piece for piece in pieces if perturbation_name(piece) in names}
     rules = LabelRules((), known)
     asked = []
     for text in texts:
-        label, _, covariate = text.partition("@")
+        label, covariate = split_group(text)
         if perturbation_name(text) in names:                    # a name with '@' in it
             label, covariate = text, ""
         if not label.strip():
@@ -2740,7 +2773,7 @@ class FileConfig(DataConfig):
     """The flags of data.py's own command line."""
     json: bool = False          # print one JSON object
     out: str = ""               # write the prepared (or simulated) file here
-    split: str = ""             # additive, holdout, cv, combo, transfer, unseen, FILE.json or obs:COLUMN
+    split: str = ""             # additive, holdout, cv, combo, transfer, unseen, all, FILE.json or obs:COLUMN
     fold: int = 0               # which fold of the split
     folds: int = 10             # number of folds of --split cv
     cells: int = 0              # of the demo; 0 for 400 controls and 100 of each condition, per cell type

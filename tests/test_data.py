@@ -632,6 +632,19 @@ def test_populations_are_the_real_cells(sampled):
     assert np.array_equal(sampled.cells(group)[:, sampled.eval_genes[:5]], test[group])
 
 
+def test_genes_by_mean_in_training_controls(tmp_path):
+    """The most expressed genes of controls, whatever they are elsewhere, and the perturbed; no split is needed."""
+    X = make_counts(90)
+    X[30:, 10] += 500
+    path = write_file(tmp_path / "file.h5ad", X, ["ctrl"] * 30 + ["KLF1"] * 30 + ["CEBPA"] * 30)
+    loaded = data.load(path, data.DataConfig(hvg=6, hvg_by="mean", min_cells=0))
+    mean = log_cp10k(X)[:30].mean(axis=0)
+    highest = {GENES[i] for i in np.argsort(-mean)[:6]}
+    assert set(loaded.genes) == highest | {"KLF1", "CEBPA"} and GENES[10] not in highest
+    with pytest.raises(data.DataError, match="--hvg-on all: the mean of --hvg-by mean is of training controls"):
+        data.load(path, data.DataConfig(hvg=6, hvg_by="mean", hvg_on="all"))
+
+
 # ------------------------------------------------------------------------------------------------ streaming
 
 def fitted(loaded):

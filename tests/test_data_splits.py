@@ -126,6 +126,25 @@ def test_transfer_split_with_few_perturbations():
     assert len(three["test"]) == 2 and len(three["val"]) == 1
 
 
+def test_all_trains_on_everything():
+    assert data.make_split("all", GROUPS, {}) == {"train": ALL, "val": [], "test": []}
+
+
+def test_validation_conditions_can_train():
+    apart, joined = (data.make_split("additive", GROUPS, {}, train_on_val=on) for on in (False, True))
+    assert joined == {"train": sorted(apart["train"] + apart["val"]), "val": [], "test": apart["test"]}
+    pairs = [(c, v) for c in "abc" for v in ("1", "2", "3")]
+    test = data.make_split("transfer", pairs, {})["test"]
+    whole = sorted(set("abc") - {data.split_group(group)[0] for group in test})
+    assert set(whole) < set(data.make_split("transfer", pairs, {}, train_on_val=True)["train"])
+
+
+def test_groups_and_doses_are_taken_apart():
+    assert data.split_group("A+B@B cell,1") == ("A+B", "B cell,1") and data.split_group("A") == ("A", "")
+    assert data.split_dose("JQ1:0.5") == ("JQ1", "0.5") and data.split_dose("A") == ("A", "")
+    assert data.split_dose("PEG:400:10") == ("PEG:400", "10")
+
+
 @pytest.mark.parametrize("name, groups, message", [
     ("additive", [("A", ""), ("B", "")], "--split additive needs doubles, this file has 0; use"),
     ("cv", [("A", ""), ("B", "")], "--split cv needs doubles, this file has 0"),
@@ -222,6 +241,12 @@ def test_split_file_by_covariate(two_types):
         split(test=["TF1@type1"], val=["TF1"])
 
 
+def test_load_trains_on_validation_conditions(six):
+    kept, joined = (data.load(six, split="obs:part", train_on_val=on) for on in (False, True))
+    assert kept.part("val") == ["C"] and joined.part("val") == []
+    assert sorted([*kept.fit_rows, *kept.rows["C"]]) == joined.fit_rows.tolist()
+
+
 SPLITS = ["additive", "holdout", "cv", "combo", "unseen", "transfer"]
 
 
@@ -263,6 +288,9 @@ def test_no_test_cell_is_ever_seen(two_types, tmp_path, name, how):
     change_test_cells(two_types, tmp_path / "changed.h5ad", rows, how)
     after = data.load(tmp_path / "changed.h5ad", config, name)
     assert fitted(after) == fitted(before) and len(before.genes) < 70
+    by_mean = [data.load(path, data.DataConfig(covariates="cell_type", hvg=20, hvg_by="mean"), name).genes
+               for path in (two_types, tmp_path / "changed.h5ad")]
+    assert by_mean[0] == by_mean[1]
     assert not np.array_equal(after.X[rows].toarray(), before.X[rows].toarray())
     config.hvg_on = "all"
     assert fitted(data.load(tmp_path / "changed.h5ad", config, name)) != fitted(data.load(two_types, config, name))

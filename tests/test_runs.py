@@ -206,6 +206,12 @@ def test_resume_is_bit_identical(method, all_trained, demo, call, signal_at, tmp
     assert [line for line in log if "val" not in line] == log_of(whole) and sum("val" in line for line in log) == 3
 
 
+@pytest.mark.parametrize("flags", [["--train-on-val"], ["--split", "all"]])
+def test_validation_needs_conditions_that_do_not_train(demo, call, tmp_path, flags):
+    done = call(f"{CHEAP}.py", "--data", demo, *FLAGS, *flags, "--eval-every", 5, "--out", tmp_path / "run")
+    error(done, "--eval-every 5", flags[-1], "no validation conditions")
+
+
 def test_same_seed_same_numbers_from_disk_and_other_seed_others(all_trained, demo, call, tmp_path):
     """--backed streams the file: losses of every step, scores and cells, to the last bit."""
     folder = all_trained[CHEAP][0]
