@@ -1,8 +1,8 @@
 """Perturbation data: read any AnnData file, label, preprocess, split, sample, write, simulate.
 
 A file becomes a `Dataset` in six steps, all in `load()`: read the matrix and the labels with h5py alone; turn every
-spelling of a condition into one canonical name; drop what fails quality control; split by condition, never by cell;
-choose genes on training and control cells only; log-normalise. Nothing here is fitted on a test cell.
+spelling of a condition into one canonical name; split by condition, never by cell; drop what fails quality control;
+log-normalise; choose genes on training and control cells only. Nothing here is fitted on a test cell.
 
     python data.py norman.h5ad                          what is in this file, and will it load
     python data.py norman.h5ad --json --split additive  the same as one JSON object, with the parts of a split
@@ -59,6 +59,9 @@ CONTROL_MARKERS = ("is_control=True", "is_control=1", "control=True", "control=1
 GENE_KEYS = ("gene_name", "gene_symbol", "gene_symbols", "feature_name", "symbol")
 MISSING = {"", "nan", "NaN", "<NA>", "NA", "None"}
 PARTS = ("train", "val", "test")
+# test conditions of scDFM's table 3 (official code); two are single drugs, though the paper says that all of them train
+COMBOSCIPLEX = ["Panobinostat+Crizotinib", "Panobinostat+Curcumin", "Panobinostat+SRT1720", "Panobinostat+Sorafenib",
+                "SRT2104+Alvespimycin", "Alvespimycin", "Dacinostat"]
 PART_ALIAS = {"valid": "val", "validation": "val"}
 LOG_MAX = 15.0         # log1p CP10k cannot exceed log(10001) = 9.2; other target sums reach 14
 LOG_LOG_MAX = 2.33     # log1p(log1p(10,000)): what a log taken twice cannot exceed
@@ -1217,9 +1220,10 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
     """Assign every group to train, val or test. Returns {part: sorted condition or group names}.
 
     groups: [(condition, covariate)] without controls. spelling: {condition: first spelling in the file}.
-    name: additive | holdout | cv | combo | transfer | unseen, or that of a file or column with the parts as `given`;
-    'all' trains on every condition. fold: seed 42 + fold, except cv where it picks the test fold. train_on_val: the
-    validation conditions train too. Raises DataError when a split has no test condition.
+    name: additive | holdout | cv | combo | transfer | unseen, or one whose parts are `given`, as in a file or a column;
+    'all' trains on every condition. fold: seed 42 + fold, except cv where it picks the test fold; it tests each double
+    once, or each single where there are no doubles. train_on_val: the validation conditions train too. Raises DataError
+    when a split has no test condition.
     """
     if fold < 0:
         raise DataError(f"--fold {fold}: folds are numbered from 0")
@@ -1227,8 +1231,9 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
     rng = np.random.RandomState(42 + fold)
     multiple = sorted((c for c in conditions if order(c) > 1), key=lambda c: spelling.get(c, c))
     held = {"val": set(), "test": set()}
-    if name in ("additive", "cv", "combo", "holdout") and not multiple:
-        raise DataError(f"--split {name} needs doubles, this file has 0; use --split unseen, transfer or a split file")
+    if name in ("additive", "combo", "holdout") and not multiple:
+        raise DataError(f"--split {name} needs doubles, this file has 0; use --split cv, unseen, transfer or a split "
+                        "file")
     if given is not None:
         held = _given_split(name, groups, canonical, given)
     elif name == "additive":    # official scDFM folds: data.py:128-141; validation is ours
@@ -1236,13 +1241,14 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
         n_test, n_val = max(1, int(0.3 * len(multiple))), int(0.1 * len(multiple))
         held = {"test": set(multiple[:n_test]), "val": set(multiple[n_test:n_test + n_val])}
     elif name == "cv":
-        if not 3 <= folds <= len(multiple):
-            raise DataError(f"--split cv with --folds {folds}: between 3 and {len(multiple)} folds are possible with "
-                            f"{len(multiple)} doubles")
+        pool, kind = (multiple, "doubles") if multiple else (conditions, "singles")
+        if not 3 <= folds <= len(pool):
+            raise DataError(f"--split cv with --folds {folds}: between 3 and {len(pool)} folds are possible with "
+                            f"{len(pool)} {kind}")
         if fold >= folds:
             raise DataError(f"--fold {fold}: folds are numbered 0 to {folds - 1}")
-        np.random.RandomState(42).shuffle(multiple)
-        parts = np.array_split(np.array(multiple, dtype=object), folds)
+        np.random.RandomState(42).shuffle(pool)
+        parts = np.array_split(np.array(pool, dtype=object), folds)
         held = {"test": set(parts[fold]), "val": set(parts[(fold + 1) % folds])}
     elif name == "combo":       # PerturBench: 91 of 131 held out, 45 val, 46 test
         rng.shuffle(multiple)
@@ -1264,7 +1270,7 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
         held = _transfer(groups, rng)
     elif name != "all":
         raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, all, "
-                        "FILE.json or obs:COLUMN")
+                        "combosciplex, FILE.json or obs:COLUMN")
     if train_on_val:
         held["val"] = set()
     split = {part: [] for part in PARTS}
@@ -1335,8 +1341,10 @@ def _transfer(groups, rng):
 
 
 def _read_split(name, cells):
-    """{part: names} of a user's split: {"train", "val", "test"} or {"test"} alone in a file, or an obs column of parts.
-    None for the split of another name."""
+    """{part: names} of a user's split: {"train", "val", "test"} or {"test"} alone in a file, or an obs column of parts;
+    or of the paper's for one file. None for the split of another name."""
+    if name == "combosciplex":
+        return {"test": COMBOSCIPLEX}
     if name.startswith("obs:"):
         pairs = sorted(set(zip(cells.pair.tolist(), cells.obs(name[4:], "--split"))))
         given = {}
@@ -1700,8 +1708,11 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
         raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells; lower "
                         "--min-cells")
     if not keep.all():
-        notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: detected in at least {config.min_cells} "
-                     "training and control cells, or perturbed")
+        of = "training and control cells"
+        if not split:
+            of = "cells, those that a later split tests included (--min-cells 0 drops none)"
+        notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: perturbed, or detected in at least "
+                     f"{config.min_cells} {of}")
         cells.keep_genes(keep)
     lognormalise(cells)
     if 0 < config.hvg < len(cells.genes):
@@ -2152,7 +2163,7 @@ UNITS = ("layer", "pert_key", "control_label", "separator", "gene_key", "counts"
 class RunConfig(DataConfig):
     """The flags that all methods share. A method's Config adds its own and overrides defaults."""
     data: str = "demo"              # AnnData file (.h5ad, .h5), or demo
-    split: str = "additive"         # additive, holdout, cv, combo, transfer, unseen, all, FILE.json or obs:COLUMN
+    split: str = "additive"         # additive, holdout, cv, combo, transfer, unseen, all, FILE.json, obs:COLUMN
     fold: int = 0                   # which of the seeded splits
     folds: int = 10                 # number of folds of --split cv
     train_on_val: bool = False      # validation conditions train too, as in the papers
@@ -2773,7 +2784,7 @@ class FileConfig(DataConfig):
     """The flags of data.py's own command line."""
     json: bool = False          # print one JSON object
     out: str = ""               # write the prepared (or simulated) file here
-    split: str = ""             # additive, holdout, cv, combo, transfer, unseen, all, FILE.json or obs:COLUMN
+    split: str = ""             # additive, holdout, cv, combo, transfer, unseen, all, FILE.json, obs:COLUMN
     fold: int = 0               # which fold of the split
     folds: int = 10             # number of folds of --split cv
     cells: int = 0              # of the demo; 0 for 400 controls and 100 of each condition, per cell type

@@ -85,6 +85,25 @@ def test_cv_folds_partition_the_doubles():
         assert abs(len(folds[k]["test"]) - len(combos) / 7) < 1
 
 
+def test_cv_folds_partition_the_singles_where_there_are_no_doubles():
+    groups = [(single, covariate) for single in SINGLES for covariate in ("x", "y")]
+    folds = [data.make_split("cv", groups, {}, k, 4) for k in range(4)]
+    assert sorted(c for split in folds for c in split["test"]) == SINGLES
+    assert folds[0]["val"] == folds[1]["test"] and not set(folds[0]["train"]) & set(folds[0]["test"])
+
+
+def test_split_of_combosciplex(tmp_path):
+    """As typed, in whatever order and with whatever control the file spells its conditions; the rest trains."""
+    labels = ["control+control"] * 12 + ["Crizotinib+control", "control+Dacinostat", "Panobinostat+control",
+                                         "Alvespimycin+control", "Curcumin+Panobinostat"] * 12
+    labels += ["Panobinostat+Crizotinib", "SRT1720+Panobinostat", "Panobinostat+Sorafenib", "SRT2104+Alvespimycin"] * 12
+    path = write_file(tmp_path / "file.h5ad", make_counts(len(labels)), labels)
+    split = data.load(path, split="combosciplex").split
+    assert split["train"] == ["Crizotinib", "Panobinostat"] and len(split["test"]) == 7
+    with pytest.raises(data.DataError, match="--split combosciplex: test condition 'Panobinostat.* has no cells"):
+        data.make_split("combosciplex", GROUPS, {}, canonical=str, given={"test": data.COMBOSCIPLEX})
+
+
 def test_combo_split_has_the_sizes_of_perturbench():
     doubles = [(f"D{i:03}+E{i:03}", "") for i in range(131)]
     split = data.make_split("combo", doubles + [(s, "") for s in SINGLES], {})
@@ -147,7 +166,7 @@ def test_groups_and_doses_are_taken_apart():
 
 @pytest.mark.parametrize("name, groups, message", [
     ("additive", [("A", ""), ("B", "")], "--split additive needs doubles, this file has 0; use"),
-    ("cv", [("A", ""), ("B", "")], "--split cv needs doubles, this file has 0"),
+    ("cv", [("A", ""), ("B", "")], "--split cv with --folds 10: between 3 and 2 folds are possible with 2 singles"),
     ("combo", [("A", "")], "--split combo needs doubles, this file has 0"),
     ("holdout", [("A", "")], "--split holdout needs doubles, this file has 0"),
     ("unseen", [("A", "")], "no train condition, nothing to learn from; .* Choose another --split"),
@@ -239,6 +258,12 @@ def test_split_file_by_covariate(two_types):
     assert one["test"] == ["TF1@type1", "TF2"] and "TF1@type2" in one["train"] and "TF1" not in one["train"]
     with pytest.raises(data.DataError, match="'TF1@type1' is in both val and test"):
         split(test=["TF1@type1"], val=["TF1"])
+
+
+def test_a_gene_filter_without_a_split_says_what_it_has_seen(six):
+    notes = [" ".join(data.load(six, data.DataConfig(min_cells=30), split).source.notes) for split in ("", "obs:part")]
+    assert "in at least 30 cells, those that a later split tests included (--min-cells 0" in notes[0]
+    assert "in at least 30 training and control cells" in notes[1]
 
 
 def test_load_trains_on_validation_conditions(six):
