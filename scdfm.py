@@ -24,9 +24,10 @@ Deviations (numbers that back them: README, experiments):
  5. adaLN-Zero starts at zero; a later initialisation pass of C overwrites that.
  6. The co-expression graph is of training and control cells, log1p CP10k; the encoder attends to all G genes as in C.
  7. One gene subset per step, shared by the batch, as in C (P draws one per cell): the encoder runs once per step.
- 8. Evaluation genes have the highest means in training control cells (P A.4.1; variable ones in P 4.1 and in C, there
+ 8. Evaluation genes have the highest means in training control cells (P A.4.1; P 4.1 and C: variable ones, in C
     of the test cells). Variable genes of the panel are chosen on training cells; P on all (--hvg-on all).
- 9. The model that predicts is the last one; C selects on its test set. Cells: as many as are real, 1,000 at most; C 128.
+ 9. Validation doubles train, as in C, and the last model predicts; C selects on its test set. As many cells are
+    generated as a condition really has, at most 1,000; in C 128.
 10. --conditions-per-batch takes the MMD within each condition and averages; 1 in P and C. As in P's algorithm 1 x1_hat
     is made from the x1 that it is compared with, so at equal laws the MMD is below 0: -0.05 for 8 cells, -0.004 for 96.
 11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots
@@ -67,6 +68,8 @@ class Config(data.RunConfig):
     batch_size: int = 96            # target cells per step and process (paper; official run.sh 48)
     lr: float = 5e-5                # Adam (paper)
     hvg: int = 5000                 # paper A.4.1
+    min_cells: int = 0              # paper A.4.1 filters no genes
+    train_on_val: bool = True       # official; the paper has a validation part, of no stated size
     width: int = 512                # d (paper A.4.3, official run.py)
     layers: int = 4                 # PAD-Transformer layers (official)
     heads: int = 8                  # attention heads (official)
@@ -97,9 +100,9 @@ def check(config):
 
 
 PRESETS = {"paper": {}, "demo": dict(
-    steps=500, hvg=1000, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5, width=64, layers=2, heads=2,
-    dropout=0.0, ema=0.99, gene_subset=60, effect_readout=True, precondition=True, ode="heun", ode_steps=6,
-    zeros="detect", eval_cells=100)}
+    steps=500, hvg=1000, min_cells=10, train_on_val=False, batch_size=64, conditions_per_batch=8, lr=3e-3, lr_min=1e-5,
+    width=64, layers=2, heads=2, dropout=0.0, ema=0.99, gene_subset=60, effect_readout=True, precondition=True,
+    ode="heun", ode_steps=6, zeros="detect", eval_cells=100)}
 SAMPLING = {"ode", "ode_steps"}         # flags that --ckpt may change
 UNSEEN = True                           # genes that were never perturbed can be predicted
 variants = None                         # further rows of the table
@@ -418,7 +421,7 @@ def generate(model, run, group, control, columns, seed):
         return np.concatenate(out, axis=1)[:, np.argsort(np.concatenate(passes))]
     generator = torch.Generator(run.device).manual_seed(seed)
     noise = torch.randn(len(control), len(columns), generator=generator, device=run.device)  # the same for any chunks
-    tokens, weight = (a.to(run.device) for a in slots([group.partition("@")[0]], run.panel))
+    tokens, weight = (a.to(run.device) for a in slots([data.split_group(group)[0]], run.panel))
     per_cell = len(columns) * config.width * 4 * (4 * config.layers + 24)        # bytes: cached K and V, activations
     chunks = math.ceil(len(control) / min(256, max(1, data.room(run.device) // per_cell)))
     columns, out = torch.as_tensor(columns, device=run.device), []
@@ -452,7 +455,7 @@ def train(run, state):
     # training conditions: index of their group, and their slots, once
     names = dataset.part("train")
     group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
-    tokens, weight = (a.to(device) for a in slots([g.partition("@")[0] for g in names], panel))
+    tokens, weight = (a.to(device) for a in slots([data.split_group(g)[0] for g in names], panel))
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} training conditions, {G:,} genes "
             f"({S:,} per step)")
 
