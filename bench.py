@@ -58,29 +58,28 @@ from data import DataError
 
 HERE = Path(__file__).resolve().parent
 
-# methods and their ablations: name -> script and flags, {preset} being --preset. Add a line to compare your own, or name
-# its script.
+# methods and their ablations, each the paper's own where it has one: name -> script and flags, {preset} being --preset
 METHODS = {
     "scdfm": "scdfm.py",
-    "scdfm:no-mmd": "scdfm.py --mmd-weight 0",
+    "scdfm:no-mmd": "scdfm.py --mmd-weight 0",                          # figure 5, these three
     "scdfm:no-mask": "scdfm.py --knn 0",
     "scdfm:plain-attention": "scdfm.py --no-differential",
     "primeflow": "primeflow.py",
-    "primeflow:mlp": "primeflow.py --preset {preset}-mlp",
-    "primeflow:pca": "primeflow.py --preset {preset}-pca",
-    "primeflow:pca-ot": "primeflow.py --preset {preset}-pca-ot",
+    "primeflow:mlp": "primeflow.py --preset {preset}-mlp",              # tables 3 and 4
+    "primeflow:pca": "primeflow.py --preset {preset}-pca",              # tables 5 and 6
+    "primeflow:pca-ot": "primeflow.py --preset {preset}-pca-ot",        # table 7
     "scbig": "scbig.py",
-    "scbig:kmeans": "scbig.py --clustering kmeans",
-    "scbig:transformer": "scbig.py --encoder transformer",
-    "scbig:no-correlation": "scbig.py --corr-weight 0",
+    "scbig:kmeans": "scbig.py --clustering kmeans",                     # table 6b, "unbalanced"; 6a's is balanced
+    "scbig:transformer": "scbig.py --encoder transformer",              # table 6a
+    "scbig:no-correlation": "scbig.py --corr-weight 0",                 # table 6c, these two
     "scbig:no-pathways": "scbig.py --path-weight 0",
-    "celltarnet": "celltarnet.py",
+    "celltarnet": "celltarnet.py",                                      # its paper has no ablation: these are ours
     "celltarnet:no-contrast": "celltarnet.py --contrast-weight 0",
     "celltarnet:no-denoising": "celltarnet.py --denoise-weight 0",
     "celltarnet:no-prior": "celltarnet.py --prior none",
     "celltarnet:sparse": "celltarnet.py --prior sparse",
     "celltarnet:low-rank": "celltarnet.py --prior low-rank",
-    # the demo preset with the paper's choices (each script's Deviations)
+    # the demo preset with the paper's choices (each script's Deviations), and no row of another preset
     "scdfm:paper": "scdfm.py --no-effect-readout --no-precondition --zeros clamp",
     "primeflow:paper": "primeflow.py --velocity unet --coupling independent --sigma 0 --no-standardise "
                        "--no-effect-readout --no-control-profile --p-null 0.2 --zeros clamp",
@@ -90,23 +89,24 @@ METHODS = {
 }
 DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same
 
-# what the papers print of their own methods, by name of the data and split; other genes or splits give other numbers
+# what the papers print of their own methods, by name of the data and split, and the L2 of the paper's control and of
+# CellFlow, where it has that row: each paper has other genes and cells
 _SCDFM = ("l2", "mse", "mae", "de_spearman", "pearson_delta", "pds", "pearson_delta_hat", "pearson_delta_hat_top20")
 _SCBIG = ("pearson_delta", "pearson_delta_top20", "acc", "acc_top20", "de_spearman", "pds", "l2", "mse", "mae")
 _TARNET = ("l2", "mse", "mae", "de_spearman", "pearson_delta", "pds", "pearson_delta_hat")
 PUBLISHED = {
     ("norman", "additive"): [
-        ("scDFM, scDFM table 1", _SCDFM, (1.7043, .00315, .02155, .5705, .8853, .9737, .8468, .9260)),
-        ("scBIG, scBIG table 1", _SCBIG, (.8496, .8230, .9197, .9906, .8593, .8548, 3.92, .0091, .0689))],
+        ("scDFM table 1", _SCDFM, (1.7043, .00315, .02155, .5705, .8853, .9737, .8468, .9260), 3.9937, 1.7064),
+        ("scBIG table 1", _SCBIG, (.8496, .8230, .9197, .9906, .8593, .8548, 3.92, .0091, .0689), 9.25, 4.54)],
     ("norman", "holdout"): [
-        ("scDFM, scDFM table 2 single", _SCDFM, (1.6186, .0030, .0190, .6957, .7127, .8914, .6659, .8116)),
-        ("scDFM, scDFM table 2 double", _SCDFM, (2.0309, .0047, .0235, .5676, .8357, .9189, .7769, .8688)),
-        ("scBIG, scBIG table 2 single", _SCBIG, (.6507, .6537, .7876, .8548, .6333, .7467, 3.26, .0065, .0491)),
-        ("scBIG, scBIG table 2 double", _SCBIG, (.8026, .8719, .8552, .9700, .8313, .7440, 3.68, .0083, .0554))],
+        ("scDFM table 2 single", _SCDFM, (1.6186, .0030, .0190, .6957, .7127, .8914, .6659, .8116), 2.6834, 1.6758),
+        ("scDFM table 2 double", _SCDFM, (2.0309, .0047, .0235, .5676, .8357, .9189, .7769, .8688), 4.1882, 2.1042),
+        ("scBIG table 2 single", _SCBIG, (.6507, .6537, .7876, .8548, .6333, .7467, 3.26, .0065, .0491), 4.33, 3.40),
+        ("scBIG table 2 double", _SCBIG, (.8026, .8719, .8552, .9700, .8313, .7440, 3.68, .0083, .0554), 6.02, 4.12)],
     ("norman", "cv"): [
-        ("CellTARNet, CellTARNet table 1", _TARNET, (2.3581, .00526, .02765, .7089, .9103, .9066, .8356))],
+        ("CellTARNet table 1", _TARNET, (2.3581, .00526, .02765, .7089, .9103, .9066, .8356), 4.9272, 2.5052)],
     ("combosciplex", "combosciplex"): [
-        ("scDFM, scDFM table 3", _SCDFM[:6], (1.6567, .0028, .0220, .8289, .8933, .8776))],
+        ("scDFM table 3", _SCDFM[:6], (1.6567, .0028, .0220, .8289, .8933, .8776), 5.3716, None)],
 }
 
 
@@ -352,6 +352,9 @@ def asked_methods(config):
     for text in texts:
         name, *flags = shlex.split(text) or [""]
         script = Path(name).resolve()
+        if name.endswith(":paper") and config.preset != "demo":
+            raise DataError(f"--methods {text}: is of --preset demo; with --preset {config.preset} the method itself "
+                            "has the paper's choices")
         if name in METHODS:
             file, *own = shlex.split(METHODS[name].format(preset=config.preset))
             script = HERE / file
@@ -532,10 +535,15 @@ def score_run(job, dataset, config):
 
 
 def published_rows(config):
-    """Rows of the papers that used data and split of this name."""
-    of = Path(config.data).stem.lower(), Path(config.split).stem
-    return {name: {"kind": "published", "mean": dict(zip(keys, values)), "sd": {}, "per_condition": {}}
-            for name, keys, values in PUBLISHED.get(of, ())}
+    """Rows of the papers that used data and split of this name: the method that the table is of, and CellFlow."""
+    rows = {}
+    for table, keys, values, control, cellflow in PUBLISHED.get((Path(config.data).stem.lower(),
+                                                                 Path(config.split).stem), ()):
+        for name, mean in ((table.split()[0], dict(zip(keys, values))), ("CellFlow", {"l2": cellflow})):
+            if mean["l2"]:
+                rows[f"{name}, {table}"] = {"kind": "published", "mean": mean, "sd": {}, "per_condition": {},
+                                            "control_l2": control}
+    return rows
 
 
 # -------------------------------------------------------------------------------- rows
@@ -567,9 +575,14 @@ def collect(runs):
     return rows
 
 
+def arrow(key):
+    """Of a metric, or of its ratio to the control's."""
+    return metrics.KEYS[key.partition("/")[0]].arrow
+
+
 def competing(rows, key):
     """{row name: value} of a column, smaller being better, without the replicate and published rows."""
-    sign = -1 if metrics.KEYS[key].arrow == "↑" else 1
+    sign = -1 if arrow(key) == "↑" else 1
     return {name: sign * row["mean"][key] for name, row in rows.items()
             if row["mean"].get(key) is not None and row["kind"] not in ("replicate", "published")}
 
@@ -621,7 +634,7 @@ def table(rows, keys):
     seconds of a run (training and scoring) and its peak memory."""
     style = ("**{}**", "*{}*", "{}")
     place = {k: marks(rows, k) for k in keys}
-    lines = [["", *(k + metrics.KEYS[k].arrow for k in keys), "seconds", "peak MB"]]
+    lines = [["", *(k + arrow(k) for k in keys), "seconds", "peak MB"]]
     for name, row in rows.items():
         line = [name]
         for k in keys:
@@ -677,10 +690,20 @@ def bench(config):
     partial = [name for name in asked if name not in rows or len(rows[name]["per_condition"]) < every]
     for name in partial:
         rows.pop(name, None)
-    rows |= published_rows(config)
+    published = published_rows(config)
+    rows |= published
+    for row in rows.values():
+        l2, control = row["mean"].get("l2"), row.get("control_l2", rows["control"]["mean"]["l2"])
+        row["mean"]["l2/control"] = None if l2 is None else l2 / control
 
     keys = list(config.keys or metrics.TABLE_KEYS)
     tests, lines = against_baselines(rows, keys)
+    if "l2" in keys:
+        keys.insert(keys.index("l2") + 1, "l2/control")
+    if published:
+        lines.append("published rows are of other genes and cells, where control itself has another l2 ("
+                     + ", ".join(f"{r['control_l2']:g}" for r in published.values())
+                     + "): of them and ours only l2/control compares")
     if partial:
         lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
     title = (f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, seeds {list(config.seeds)}: "
@@ -988,6 +1011,8 @@ def main(argv=None):
         unknown = sorted(set(config.keys) - set(metrics.KEYS))
         if unknown:
             raise DataError(f"--keys {' '.join(unknown)}: unknown; the metrics are {' '.join(metrics.KEYS)}")
+        if config.split == "all":
+            raise DataError("--split all: holds nothing out, so that there is nothing to compare; choose another split")
         if config.jobs < 0 or config.eval_cells < 0:
             raise DataError("--jobs and --eval-cells must not be negative")
         for of in (config.seeds, config.folds):

@@ -3,6 +3,7 @@
 Most runs here are of a stub: a script that takes the flags of a method and copies a run that a fixture has made.
 """
 import csv
+import importlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -324,12 +326,86 @@ def test_the_table_reads_as_markdown_and_drops_columns_that_do_not_fit():
 
 def test_published_rows_are_own_methods_and_only_for_their_data():
     rows = bench.published_rows(bench.Config(data="x/norman.h5", split="additive"))
-    assert [row["mean"]["l2"] for row in rows.values()] == [1.7043, 3.92]
+    assert {name: (row["mean"]["l2"], row["control_l2"]) for name, row in rows.items()} == {
+        "scDFM, scDFM table 1": (1.7043, 3.9937), "CellFlow, scDFM table 1": (1.7064, 3.9937),
+        "scBIG, scBIG table 1": (3.92, 9.25), "CellFlow, scBIG table 1": (4.54, 9.25)}
+    assert list(bench.published_rows(bench.Config(data="combosciplex.h5", split="combosciplex.json"))) == [
+        "scDFM, scDFM table 3"]                                                      # which has no CellFlow
     for other in (("papalexi.h5", "additive"), ("norman19_devel.h5ad", "additive"), ("norman.h5", "unseen")):
         assert not bench.published_rows(bench.Config(data=other[0], split=other[1]))
-    for name, keys, values in itertools.chain(*bench.PUBLISHED.values()):
-        method, _, table = name.partition(", ")
-        assert table.startswith(f"{method} table") and len(keys) == len(values) and set(keys) <= set(metrics.KEYS)
+    for table, keys, values, control, _ in itertools.chain(*bench.PUBLISHED.values()):
+        l2 = dict(zip(keys, values, strict=True))["l2"]
+        assert set(keys) <= set(metrics.KEYS) and 0.3 < l2 / control < 0.8, table
+
+
+def test_l2_stands_beside_its_ratio_to_the_papers_own_control(demo, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(bench.PUBLISHED, ("small", "additive"), [("X table 1", ("l2",), (3.0,), 4.0, 2.0)])
+    out = ok(main(capsys, *flags_of(demo, tmp_path / "b", "none")))
+    ratio = {name: row["mean"]["l2/control"] for name, row in written(tmp_path / "b").items()}
+    assert (ratio["X, X table 1"], ratio["CellFlow, X table 1"], ratio["control"]) == (0.75, 0.5, 1)
+    lines = [[cell.strip(" *") for cell in line.split("|")] for line in out.splitlines() if line.startswith("| ")]
+    assert lines[0][2:4] == ["l2↓", "l2/control↓"]
+    assert ["X, X table 1", "3.000", "0.750"] in [line[1:4] for line in lines]
+    assert ["ridge", bench.number(ratio["ridge"])] in [[line[1], line[3]] for line in lines]
+    assert "only l2/control compares" in out
+
+
+# fields in which a row differs from its method, and where the paper has the row
+PRIMEFLOW = "velocity accumulate batch_size lr weight_decay p_null path sigma steps"
+PCA = f"{PRIMEFLOW} space dropout mlp_layers"
+OURS = "control_profile coupling effect_readout sigma standardise zeros mlp_layers"
+ROWS = {
+    "scdfm:no-mmd": ("figure 5, without MMD", "mmd_weight"),
+    "scdfm:no-mask": ("figure 5, without the gene-gene mask", "knn"),
+    "scdfm:plain-attention": ("figure 5, without the differential transformer", "differential"),
+    "primeflow:mlp paper": ("table 3", f"{PRIMEFLOW} dropout guidance".replace(" path", "")),
+    "primeflow:mlp norman": ("table 4", f"{PRIMEFLOW} hidden mlp_layers multipliers"),
+    "primeflow:mlp demo": ("table 3 at the demo's size", f"{OURS} dropout"),
+    "primeflow:pca paper": ("table 5", PCA),
+    "primeflow:pca norman": ("table 6", f"{PCA} hidden multipliers ot_cells"),
+    "primeflow:pca demo": ("table 5 at the demo's size", f"{OURS} p_null path space"),
+    "primeflow:pca-ot paper": ("table 7", f"{PCA} coupling"),
+    "primeflow:pca-ot norman": ("table 7", f"{PCA} hidden multipliers ot_cells coupling"),
+    "primeflow:pca-ot demo": ("table 7 at the demo's size", f"{OURS} p_null path space"),
+    "scbig:kmeans": ("table 6b, K-means unbalanced", "clustering"),
+    "scbig:transformer": ("table 6a, encoding: normal", "encoder"),
+    "scbig:no-correlation": ("table 6c", "corr_weight"),
+    "scbig:no-pathways": ("table 6c", "path_weight"),
+    "celltarnet:no-contrast": ("none: ours", "contrast_weight"),
+    "celltarnet:no-denoising": ("none: ours", "denoise_weight"),
+    "celltarnet:no-prior": ("none: ours", "prior"),
+    "celltarnet:sparse": ("none: ours", "prior"),
+    "celltarnet:low-rank": ("none: ours", "prior"),
+    "scdfm:paper demo": ("none: the demo with the paper's choices", "effect_readout precondition zeros"),
+    "primeflow:paper demo": ("none: the demo with the paper's choices", "velocity coupling sigma standardise "
+                             "effect_readout control_profile p_null zeros"),
+    "scbig:paper demo": ("none: the demo with the paper's choices", "effect_readout residual condition_dropout "
+                         "schedule ema path_iterations ode_steps zeros"),
+    "celltarnet:paper demo": ("none: the demo with the paper's choices", "effect_readout calibration zeros"),
+}
+
+
+@pytest.mark.parametrize("preset", ["paper", "norman", "demo"])
+def test_a_row_differs_from_its_method_in_what_the_papers_row_does_and_runs_once(preset):
+    """Every name of METHODS passes check(), in every preset of its method. No two rows are the same run."""
+    seen = {}
+    for name in bench.METHODS:
+        method = importlib.import_module(name.partition(":")[0])
+        config = bench.Config(data="x.h5ad", methods=(name,), preset=preset)
+        if name.endswith(":paper") and preset != "demo":
+            with pytest.raises(data.DataError, match="of --preset demo"):
+                bench.asked_methods(config)
+        elif preset in method.PRESETS:
+            (_, flags), = bench.asked_methods(config).values()
+            flags = ["--data", "x.h5ad", "--preset", preset, *flags]
+            row = data.parse_run(method.METHOD, "", method.Config, method.PRESETS, method.SAMPLING, flags)[0]
+            method.check(row)
+            row = asdict(row) | {"preset": ""}
+            of = seen.setdefault(method.METHOD, row)
+            place, listed = ROWS.get(f"{name} {preset}", ROWS.get(name, ("the method", "")))
+            assert place and {field for field in row if row[field] != of[field]} == set(listed.split()), name
+            assert ":" not in name or row not in seen.values(), name
+            seen[name] = row
 
 
 # ------------------------------------------------------------------------------------------------ the whole program
@@ -416,7 +492,7 @@ def test_stages_tell_what_underfits_from_what_does_not_transfer(demo, stub, caps
     for fit, verdict in ((0.8, "does not transfer"), (1.0, "within the noise")):
         monkeypatch.setattr(bench, "FIT", fit)
         out = ok(main(capsys, *flags, "--stages"))
-        lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in out.partition("| l2")[2].splitlines()]
+        lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in out.partition("| l2 ")[2].splitlines()]
         exact, lazy = lines[2:4]
         assert exact[4] == verdict and lazy[4] == "underfits"
         assert exact[1:4] == lazy[1:4] and float(exact[0]) < 0.8 * float(exact[1]) < float(lazy[0])
@@ -502,7 +578,7 @@ def test_a_folder_belongs_to_one_set_of_flags(demo):
     def folder(**flags):
         (job,) = bench.jobs(bench.Config(data=demo, **{"methods": ("scdfm",)} | flags), ROOT)
         return job.folder
-    folders = [folder(), folder(hvg=70), folder(methods=("scdfm --knn 0",)), folder(methods=("scdfm:paper",)),
+    folders = [folder(), folder(hvg=70), folder(methods=("scdfm --knn 0",)), folder(methods=("scdfm:no-mmd",)),
                folder(split="cv", n_folds=3), folder(split="cv", n_folds=4), folder(seeds=(1,)), folder(folds=(1,))]
     assert len(set(folders)) == len(folders)
 
@@ -516,6 +592,7 @@ def test_a_folder_belongs_to_one_set_of_flags(demo):
     (["--pred", "X=nothing.h5ad"], ["nothing.h5ad", "no such file"]),
     (["--seeds", "0", "0"], ["twice"]),
     (["--jobs", "-1"], ["--jobs"]),
+    (["--split", "all"], ["--split all", "nothing"]),
     (["--embedding", "nothing.npz"], ["nothing.npz"]),
 ])
 def test_misuse(flags, words, demo, capsys, tmp_path):
