@@ -133,6 +133,7 @@ CORRELATIONS = ("pearson_delta", "pearson_delta_top20", *SYSTEMA, "spearman_delt
 FLOORS = ("control", "mean", "mean_cells", "additive")
 POOLED_DEPTH = 50_000     # counts to which the VCC scales the pooled counts of a condition
 MIN_CPM = 5               # mean counts per million in control of the genes that the VCC's keys test
+TELLS = 0.7               # share of conditions in which the replicate must beat the best floor, a half being chance
 NO_EFFECT = 1e-6          # below this, float32 rounding of a mean is all there is
 MMD_TIE = 1e-6            # relative accuracy of the float32 distances behind the MMD ranks
 RANK_CELLS = 1000         # cells per condition in the pairwise MMD ranks (PRiMeFlow's sample size) ...
@@ -1040,8 +1041,10 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
       ci95 {key: [low, high]}; groups {'single', 'double', 'single_unseen', 'double_one_unseen', ...: {key: mean}};
       per_condition {group: {key: value}};
       floors {name of FLOORS: {key: mean} or None}, floors_n_valid, floors_per_condition, without the keys *_rank;
-      replicate {key: mean}, one half of the real cells scored against the other;
+      replicate {key: mean}, one half of the real cells scored against the other; replicate_per_condition;
       score_vs_floor {key: (score - best floor) / (replicate - best floor)};
+      can_tell {key: share of conditions in which the replicate beats that floor, or None}: near a half or below, the
+      metric cannot tell a draw of the truth from a constant on these data;
       info: numbers of conditions, genes and cells, seed, notes;
       with per_gene, per_gene {group: {column of genes.tsv: (G,) array}}, genes by name: see report().
     Raises ValueError for inputs that do not fit together.
@@ -1087,7 +1090,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     result["groups"] = {name: _summary({g: scores[g] for g in members}, keys)["aggregate"]
                         for name, members in _condition_groups(world, training).items()}
     result["info"] = _information(world, truth, sizes, keys, notes)
-    result |= {"floors": {}, "floors_n_valid": {}, "floors_per_condition": {}, "replicate": {}, "score_vs_floor": {}}
+    result |= {"floors": {}, "floors_n_valid": {}, "floors_per_condition": {}, "replicate": {},
+               "replicate_per_condition": {}, "score_vs_floor": {}, "can_tell": {}}
     if floors:
         possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
         partial = set()
@@ -1102,8 +1106,10 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
                 partial.add(name)
                 notes.append(f"the {name} floor exists for {len(values)} of {len(groups)} conditions and averages over "
                              "these; score_vs_floor leaves it out")
-        result["replicate"] = _summary(_replicate(truth, world, keys), keys)["aggregate"]
+        replicate = _summary(_replicate(truth, world, keys), keys)
+        result["replicate"], result["replicate_per_condition"] = replicate["aggregate"], replicate["per_condition"]
         result["score_vs_floor"] = {k: _versus_floor(k, result, partial) for k in keys}
+        result["can_tell"] = {k: _can_tell(k, result, partial) for k in keys}
     return result | {"per_gene": tables} if per_gene else result
 
 
@@ -1147,19 +1153,42 @@ def _intervals(per_condition, keys, rng, resamples):
             if resamples > 0 and defined[:, i].sum() > 1 else None for i, k in enumerate(keys)}
 
 
-def _versus_floor(key, result, partial):
-    """(score - best floor) / (replicate - best floor); None when the replicate is not better than the best floor.
+def _floor_value(key, values):
+    """A floor's value of a key; an undefined correlation counts as 0."""
+    return 0.0 if values[key] is None and key in CORRELATIONS else values[key]
 
-    A correlation that is undefined for a floor counts as 0 there. Left out: other undefined values, and the floors in
-    `partial`, which average over other conditions than the score does."""
-    values = [floor[key] for name, floor in result["floors"].items() if floor and name not in partial]
-    values = [0.0 if v is None and key in CORRELATIONS else v for v in values]
+
+def _best_floor(key, result, partial):
+    """Name of the floor with the best mean, None without one. Left out: undefined values, and the floors in `partial`,
+    which average over other conditions than the score does."""
+    values = {name: _floor_value(key, floor) for name, floor in result["floors"].items()
+              if floor and name not in partial}
+    return max((name for name in values if values[name] is not None), key=lambda name: _sign(key) * values[name],
+               default=None)
+
+
+def _sign(key):
+    return 1 if KEYS[key].arrow == "↑" else -1
+
+
+def _versus_floor(key, result, partial):
+    """(score - best floor) / (replicate - best floor); None when the replicate is not better than the best floor."""
+    name = _best_floor(key, result, partial)
     score, replicate = result["aggregate"][key], result["replicate"][key]
-    sign = 1 if KEYS[key].arrow == "↑" else -1
-    best = max((v for v in values if v is not None), key=lambda v: sign * v, default=None)
-    if None in (best, score, replicate) or sign * (replicate - best) <= 0:
+    if None in (name, score, replicate):
         return None
-    return _plain((score - best) / (replicate - best))
+    best = _floor_value(key, result["floors"][name])
+    return _plain((score - best) / (replicate - best)) if _sign(key) * (replicate - best) > 0 else None
+
+
+def _can_tell(key, result, partial):
+    """Share of the conditions that define both in which the replicate beats the best floor, a tie being half."""
+    name, wins = _best_floor(key, result, partial), []
+    for group, values in result["replicate_per_condition"].items() if name else ():
+        floor = _floor_value(key, result["floors_per_condition"][name][group])
+        if None not in (floor, values[key]):
+            wins.append((1 + np.sign(_sign(key) * (values[key] - floor))) / 2)
+    return float(np.mean(wins)) if wins else None
 
 
 def _information(world, truth, sizes, keys, notes):
@@ -1230,6 +1259,14 @@ def format_table(rows, keys=None, ci=None, width=None, rest="metrics.json"):
     return "\n".join(lines)
 
 
+def cannot_tell(result, keys=None):
+    """[note] below a table that names its metrics which hardly tell the replicate from the best floor, [] for none."""
+    shares = [(result.get("can_tell", {}).get(k), k) for k in keys or TABLE_KEYS]
+    few = ", ".join(f"{k} {100 * share:.0f}%" for share, k in shares if share is not None and share < TELLS)
+    return [f"hardly tell the truth from a floor on these data: {few} (share of conditions in which the replicate beats "
+            "the best floor)"] if few else []
+
+
 def _number(value, versus=False):
     """A number of a table. versus: one between floor and replicate, which has no meaning far from them."""
     if value is None or not math.isfinite(value):
@@ -1296,7 +1333,7 @@ def show(out):
     print(f"\n{result['info']['conditions']} test conditions, {result['info']['genes']:,} genes; trained and scored in "
           f"{data.clock(result['seconds'])}, peak memory {memory:,} MB; files in {out}\n")
     print(format_table(rows))
-    for note in result["info"]["notes"]:
+    for note in [*cannot_tell(result), *result["info"]["notes"]]:
         print(f"note: {note}")
 
 
@@ -1475,6 +1512,8 @@ def main(argv=None):
             print(f"note: {note}")
         rest = args.out or "the file that --out FILE writes"
         print(format_table(result_rows(result, "prediction"), keys, result["ci95"], rest=rest))
+        for note in cannot_tell(result, keys):
+            print(f"note: {note}")
         if args.out:
             data.write_json(args.out, result)
             print(f"wrote {args.out}")

@@ -707,6 +707,29 @@ def test_score_vs_floor(result):
     assert metrics._versus_floor("l2", made_up, ()) == pytest.approx(0.5)
 
 
+def test_share_of_conditions_in_which_the_replicate_beats_the_best_floor(result):
+    of = {"l2": [3.0, 2.0, 1.0, 4.0], "pearson_delta": [0.5, None, -0.1, 0.0]}
+    floors = {"l2": [4.0, 1.0, 1.0, 5.0], "pearson_delta": [None, 0.2, None, 0.1]}
+
+    def table(values):
+        return {c: {k: values[k][i] for k in values} for i, c in enumerate("abcd")}
+
+    worse = {k: [v if v is None else 9.0 if k == "l2" else -0.5 for v in values] for k, values in floors.items()}
+    made_up = {"floors": {"control": {"l2": 9.0, "pearson_delta": -0.5}, "mean": {"l2": 2.75, "pearson_delta": 0.15}},
+               "floors_per_condition": {"control": table(worse), "mean": table(floors)},
+               "replicate_per_condition": table(of)}
+    assert metrics._can_tell("l2", made_up, ()) == pytest.approx(2.5 / 4)          # a tie is half
+    assert metrics._can_tell("pearson_delta", made_up, ()) == pytest.approx(1 / 3)  # 'b' has none; undefined is 0
+    assert metrics._can_tell("l2", made_up, ("mean",)) == 1                         # which is partial: not compared
+    assert metrics._can_tell("l2", made_up | {"floors": {}}, ()) is None
+    truth = metrics._best_floor("l2", result, ("additive",))
+    wins = [v["l2"] < result["floors_per_condition"][truth][c]["l2"]
+            for c, v in result["replicate_per_condition"].items()]
+    assert result["can_tell"]["l2"] == np.mean(wins) and result["can_tell"]["rmse_rank"] is None
+    [note] = metrics.cannot_tell({"can_tell": {"l2": 0.5, "pds": 0.7, "mse": 0.699, "mae": None, "acc": 0.1}})
+    assert "l2 50%, mse 70% (" in note and metrics.cannot_tell({"can_tell": {"l2": 1.0}}) == []
+
+
 def test_without_training_there_is_only_the_control_floor(case, result):
     alone = metrics.evaluate(**changed(case, train=None))
     assert not set(metrics.SYSTEMA) & set(alone["aggregate"])
@@ -804,7 +827,8 @@ def test_controls_of_other_covariates_do_not_matter():
 def test_result_is_plain_json(result):
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert set(result) == {"aggregate", "n_valid", "ci95", "groups", "per_condition", "floors", "floors_n_valid",
-                           "floors_per_condition", "replicate", "score_vs_floor", "info"}
+                           "floors_per_condition", "replicate", "replicate_per_condition", "score_vs_floor", "can_tell",
+                           "info"}
     assert list(result["aggregate"]) == list(metrics.KEYS)
 
 
