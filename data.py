@@ -1058,11 +1058,14 @@ def _scale(X, config, where, notes, check=True):
         problem = f"values end at {high:.3g}: log1p was applied twice, or data are scaled; declare --lognorm if not"
     if problem:
         raise DataError(f"{where}: {problem}; choose another --layer, of raw counts or log-normalised values")
-    if low < 0:
-        notes.append(f"holds values below 0, the lowest {low:.3g}, which measured cells cannot have")
-    if not declared and not integer and outside:
-        notes.append(f"{above}: taken for log-normalised values, a few of them out of range (--counts if they are not)")
-    return "counts" if config.counts or integer and not config.lognorm else "lognorm"
+    scale = "counts" if config.counts or integer and not config.lognorm else "lognorm"
+    if scale == "lognorm" and (low < 0 or high > math.log1p(1e4)):
+        notes.append(f"values from {min(low, 0):.3g} to {high:.4g}, while log1p CP10k lies between 0 and 9.21; they are "
+                     "taken as they are (--counts if they are counts)")
+    if integer and not declared and high < 10:
+        notes.append(f"integers up to {high:.3g}, taken for counts, which seldom end so low; --lognorm if they are "
+                     "logarithms that were cast to integers")
+    return scale
 
 
 def row_blocks(X, rows=None):

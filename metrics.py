@@ -134,6 +134,7 @@ FLOORS = ("control", "mean", "mean_cells", "additive")
 POOLED_DEPTH = 50_000     # counts to which the VCC scales the pooled counts of a condition
 MIN_CPM = 5               # mean counts per million in control of the genes that the VCC's keys test
 TELLS = 0.7               # share of conditions in which the replicate must beat the best floor, a half being chance
+MOST_APART = 0.7          # ratio of mean expressions: a second logarithm makes it .37 to .62, perturbations seldom < .8
 NO_EFFECT = 1e-6          # below this, float32 rounding of a mean is all there is
 MMD_TIE = 1e-6            # relative accuracy of the float32 distances behind the MMD ranks
 RANK_CELLS = 1000         # cells per condition in the pairwise MMD ranks (PRiMeFlow's sample size) ...
@@ -706,6 +707,7 @@ class _World:
         self.panel_targets = sorted({i for g in groups for i in self.targets(g)})
         self.reference = {}                          # {group: (G,)} the mean training perturbation
         self.sinkhorn_error = {}
+        self.ticks = iter(())                        # one for every population that is scored: data.progress
         self.basis = None
 
     def covariate(self, group):
@@ -987,6 +989,7 @@ def _score(populations, real, world, keys, tables=None):
     compared = {k: KEYS[k].of for k in keys if KEYS[k].of}
     out, kept = {}, {}
     for p in populations:
+        next(world.ticks, None)
         r = real[p.group]
         condition = Condition(p, r)
         out[p.group] = {k: KEYS[k].score(condition) for k in keys if k not in compared}
@@ -1082,9 +1085,24 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         fitted_on = [*truth.values(), *(world.control[v] for v in world.covariates)]
         world.basis = fit_pca(lambda: (x.cells for x in fitted_on))
 
+    possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
+    there = [name for name in FLOORS if floors and possible[name]]
+    world.ticks = data.progress(range((1 + bool(floors) + len(there)) * len(groups)), "scoring")
     tables = {} if per_gene else None
-    predicted = (_Population(x, g, world, "predicted", of_pred.get(g)) for g, x in pred.items())
-    scores = _score(predicted, truth, world, keys, tables)
+    levels = []                                                      # of the means: predicted, real
+
+    def predicted():
+        for g, x in pred.items():
+            p = _Population(x, g, world, "predicted", of_pred.get(g))
+            levels.append((p.mean.mean(), truth[g].mean.mean()))
+            yield p
+
+    scores = _score(predicted(), truth, world, keys, tables)
+    low, high = sorted(np.mean(levels, axis=0))
+    if low < MOST_APART * high:
+        of_both = " and ".join(f"{level:.3g}" for level in np.mean(levels, axis=0))
+        notes.append(f"predicted and real values average {of_both}: are both log1p CP10k? (a logarithm taken twice, or "
+                     "counts declared --lognorm)")
     result = _summary(scores, keys)
     result["ci95"] = _intervals(result["per_condition"], keys, _rng(seed, "bootstrap"), bootstrap)
     result["groups"] = {name: _summary({g: scores[g] for g in members}, keys)["aggregate"]
@@ -1093,11 +1111,10 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     result |= {"floors": {}, "floors_n_valid": {}, "floors_per_condition": {}, "replicate": {},
                "replicate_per_condition": {}, "score_vs_floor": {}, "can_tell": {}}
     if floors:
-        possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
         partial = set()
         no_ranks = [k for k in keys if not k.endswith("_rank")]
         for name in FLOORS:
-            values = _score(_floor(name, world, training, sizes), truth, world, no_ranks) if possible[name] else {}
+            values = _score(_floor(name, world, training, sizes), truth, world, no_ranks) if name in there else {}
             summary = _summary(values, keys)
             result["floors"][name] = summary["aggregate"] if values else None
             result["floors_n_valid"][name] = summary["n_valid"] if values else None
@@ -1110,6 +1127,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         result["replicate"], result["replicate_per_condition"] = replicate["aggregate"], replicate["per_condition"]
         result["score_vs_floor"] = {k: _versus_floor(k, result, partial) for k in keys}
         result["can_tell"] = {k: _can_tell(k, result, partial) for k in keys}
+    for _ in world.ticks:                                            # those of floors that some conditions do not have
+        pass
     return result | {"per_gene": tables} if per_gene else result
 
 
@@ -1263,8 +1282,8 @@ def cannot_tell(result, keys=None):
     """[note] below a table that names its metrics which hardly tell the replicate from the best floor, [] for none."""
     shares = [(result.get("can_tell", {}).get(k), k) for k in keys or TABLE_KEYS]
     few = ", ".join(f"{k} {100 * share:.0f}%" for share, k in shares if share is not None and share < TELLS)
-    return [f"hardly tell the truth from a floor on these data: {few} (share of conditions in which the replicate beats "
-            "the best floor)"] if few else []
+    return [f"hardly tell the truth from a floor on these data: {few} (share of conditions in which the replicate "
+            "beats the best floor)"] if few else []
 
 
 def _number(value, versus=False):
@@ -1353,13 +1372,13 @@ def validation(run, step, pred):
 class _Groups(Mapping):
     """{group: (cells, genes) CSR} of the perturbed cells of a file, cut out when asked for.
     controls: {covariate: CSR} of its control cells; totals and control_totals: how many counts each cell had, empty for
-    a file of log-normalised values; notes: what was done to the values."""
+    a file of log-normalised values; notes: what was guessed, dropped and done to the values."""
 
     def __init__(self, cells, config, columns=slice(None)):
         self.X, self.columns = cells.X, columns
         self.rows, self.controls = {}, {}
         self.totals, self.control_totals = {}, {}
-        self.notes = []
+        self.notes = [f"{cells.path}: {note}" for note in cells.notes]
         totals = data.lognormalise(cells)
         if totals is not None:
             self.notes.append(f"{cells.path}: counts, normalised to log1p CP10k over its {len(cells.genes):,} genes, "
@@ -1410,24 +1429,14 @@ def read_prediction(path, config):
     """Any tool's prediction file: gene names, and {group: (cells, G)} of its predicted cells, log1p CP10k.
 
     config: data.DataConfig, whose columns are used as far as the file has them, else searched for. Counts are
-    normalised; other values are taken as they are, even those that log1p CP10k does not have, which a note in the
-    mapping's `notes` says."""
+    normalised; other values are taken as they are, even those that log1p CP10k does not have, which a note says."""
     named = dataclasses.replace(config, layer="", counts=False, lognorm=False)
     searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
     try:
         cells = data.read_cells(path, named, control_required=False, check=False)
     except data.DataError:
         cells = data.read_cells(path, searched, control_required=False, check=False)
-    counts = cells.scale == "counts"
-    pred = _Groups(cells, config)
-    low, high = 0, 0
-    for rows in () if counts else data.row_blocks(cells.X):
-        values = cells.X[rows].data
-        low, high = min(low, values.min(initial=0)), max(high, values.max(initial=0))
-    if low < 0 or high > math.log1p(1e4):
-        pred.notes.append(f"{path}: values from {low:.3g} to {high:.3g}, while log1p CP10k lies between 0 and 9.21; "
-                          "they are scored as they are")
-    return list(cells.genes), pred
+    return list(cells.genes), _Groups(cells, config)
 
 
 def _parser():

@@ -639,6 +639,25 @@ def numbered(n, start=0):
     return np.repeat(np.arange(start, start + n, dtype=np.float32)[:, None], 3, axis=1)
 
 
+def test_floors_have_as_many_cells_as_the_prediction(case, monkeypatch):
+    """Also where more are generated than were measured, of the condition or of controls."""
+    sizes, scored = {c: 75 + i for i, c in enumerate(case["real"])}, []
+    monkeypatch.setattr(metrics, "_replicate", lambda *_: {})
+    monkeypatch.setattr(metrics, "_score", lambda populations, real, world, keys, tables=None:
+                        scored.append({p.group: p.n for p in populations}) or dict.fromkeys(real, {}))
+    pred = {c: np.repeat(x, 4, axis=0)[:sizes[c]] for c, x in case["pred"].items()}
+    metrics.evaluate(**changed(case, pred=pred))
+    additive = {c: n for c, n in sizes.items() if c in ("g00+g01", "g03+g04", "absent+g21")}
+    assert scored == [sizes] * 4 + [additive]                         # the prediction, then metrics.FLOORS
+
+
+def test_scoring_that_takes_long_says_how_far_it_is(case, monkeypatch, capsys):
+    monkeypatch.setattr(data, "FIRST_LINE", 0)
+    metrics.evaluate(**changed(case, keys=["l2"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("scoring: 1 of 30, ") and lines[-1].startswith("scoring: 30 of 30, ")
+
+
 def draws(seed=0, groups=("x", "y"), sizes=(1500, 1500)):
     """Training of two conditions a and b with numbered cells, for groups x and y."""
     world = metrics._World(list(groups), numbered(5), ["p", "q", "r"], seed)
@@ -1153,6 +1172,22 @@ def test_predictions_that_no_cell_could_have_are_scored_with_a_note(files, case,
     done = score(tmp_path / "pred.h5ad", files / "real.h5ad", "--no-floors")
     assert done.code == 0 and "l2" in done.text, done.error
     assert limits in done.text and ("while log1p CP10k lies between 0 and 9.21" in done.text) == bool(limits)
+
+
+@pytest.mark.parametrize("side, change, flags, notes", [
+    ("pred", lambda x: x, (), ()),
+    ("pred", np.log1p, (), ("predicted and real values average",)),
+    ("pred", np.trunc, (), ("pred.h5ad: integers up to", "that were cast to integers")),
+    ("real", np.expm1, ("--lognorm",), ("real.h5ad: values from 0 to", "are both log1p CP10k?")),
+])
+def test_values_of_another_kind_than_the_other_file_has_are_noted(case, score, tmp_path, side, change, flags, notes):
+    """A logarithm taken twice or cast to integers; counts that were declared log-normalised."""
+    cells = {"pred": case["pred"], "real": {"control": case["control"]} | case["real"]}
+    cells[side] = {c: change(x) for c, x in cells[side].items()}
+    pred, real = (write(tmp_path / f"{name}.h5ad", x, case["genes"]) for name, x in cells.items())
+    done = score(pred, real, "--no-floors", "--keys", "l2", *flags)
+    assert done.code == 0 and all(note in done.text for note in notes), done
+    assert bool(notes) == any(word in done.text for word in ("integers", "average", "while log1p"))
 
 
 def test_unusable_input_is_refused(files, case, score, tmp_path):
