@@ -1060,8 +1060,8 @@ def _scale(X, config, where, notes, check=True):
         raise DataError(f"{where}: {problem}; choose another --layer, of raw counts or log-normalised values")
     scale = "counts" if config.counts or integer and not config.lognorm else "lognorm"
     if scale == "lognorm" and (low < 0 or high > math.log1p(1e4)):
-        notes.append(f"values from {min(low, 0):.3g} to {high:.4g}, while log1p CP10k lies between 0 and 9.21; they are "
-                     "taken as they are (--counts if they are counts)")
+        notes.append(f"values from {min(low, 0):.3g} to {high:.4g}, while log1p CP10k lies between 0 and 9.21; they "
+                     "are taken as they are (--counts if they are counts)")
     if integer and not declared and high < 10:
         notes.append(f"integers up to {high:.3g}, taken for counts, which seldom end so low; --lognorm if they are "
                      "logarithms that were cast to integers")
