@@ -102,9 +102,7 @@ class DataConfig:
 
 # ------------------------------------------------------------------------------------------------ reading AnnData
 
-PLUGINS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32013: "zfp", 32015: "zstd", 32026: "blosc2"}
-
-# what a file may be instead: by its first bytes, and by a name that an HDF5 file holds
+# what a file may be instead: by its first bytes, by a name that an HDF5 file holds, by what HDF5 says when it reads
 NOT_HDF5 = (
     (rb"\Z", "is empty (0 bytes); download it again"),
     (rb"(\xef\xbb\xbf)?\s*<(!|html|head|\?xml)", "is a web page; the link needs a login or has moved"),
@@ -114,6 +112,11 @@ NOT_ANNDATA = {
     "row_attrs": "is a loom file; convert it to .h5ad (anndata.read_loom, then write_h5ad)",
     "matrix": "is a 10x Cell Ranger matrix, without perturbations; join it with the guide calls and save it as .h5ad",
     "mod": "is a MuData file; save one modality alone (mdata['rna'].write_h5ad)"}
+HDF5_SAYS = {
+    "signature not found": "is not an HDF5 file; AnnData (.h5ad) is needed",
+    "lock file": "another program has it open for writing; close it there, or read a copy",
+    "plugin": "is compressed with a plugin that is not installed (zstd, blosc, ...); pip install hdf5plugin and set "
+              "HDF5_PLUGIN_PATH to its plugins, or write the file again with gzip"}
 
 
 def _listed(names, most=5):
@@ -122,14 +125,21 @@ def _listed(names, most=5):
     return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "none"
 
 
+def _damaged(node, why):
+    """The error for content that contradicts itself."""
+    return DataError(f"{node.file.filename}: {node.name.strip('/')}: {why}; the file is damaged: download it or write "
+                     "it again")
+
+
 @contextlib.contextmanager
 def _open(path):
-    """Open an AnnData file for reading; every way in which it is something else becomes one clear DataError."""
+    """An AnnData file, open for reading. What else the file may be, and whatever h5py raises within, is one clear
+    DataError; exceptions of other origin are our mistakes, and pass."""
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; give the .h5ad file inside it, or convert a zarr store with "
+                        "anndata.read_zarr and write_h5ad")
     try:
-        if path.is_dir():
-            raise DataError(f"{path}: is a directory; give the .h5ad file inside it, or convert a zarr store with "
-                            "anndata.read_zarr and write_h5ad")
         with open(path, "rb") as handle:
             head = handle.read(512)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -140,18 +150,26 @@ def _open(path):
     for pattern, message in NOT_HDF5:
         if re.match(pattern, head, re.I):
             raise DataError(f"{path}: {message}")
-    if not h5py.is_hdf5(path):
-        raise DataError(f"{path}: is not an HDF5 file; AnnData (.h5ad) is needed")
-    with _reading(path), h5py.File(path, "r") as file, _reading(path, file):
-        for name, message in NOT_ANNDATA.items():
-            if name in file and "X" not in file:
-                raise DataError(f"{path}: {message}")
-        if not {"obs", "var"} <= set(file):
-            raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(map(str, file)), 8)}): obs, "
-                            "var and X are expected; save it as .h5ad")
-        if not all(isinstance(file[name], h5py.Group) for name in ("obs", "var")):
-            raise DataError(f"{path}: was written by anndata before 0.7, or is damaged; write it with a newer anndata")
-        yield file
+    try:
+        with h5py.File(path, "r") as file:
+            for name, message in NOT_ANNDATA.items():
+                if name in file and "X" not in file:
+                    raise DataError(f"{path}: {message}")
+            if not {"obs", "var"} <= set(file):
+                raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(map(str, file)), 8)}): "
+                                "obs, var and X are expected; save it as .h5ad")
+            if not all(isinstance(file[name], h5py.Group) for name in ("obs", "var")):
+                raise DataError(f"{path}: was written by anndata before 0.7, or is damaged; write it with a newer "
+                                "anndata")
+            yield file
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, DataError) or not any("h5py" in Path(f.f_code.co_filename).parts for f in frames):
+            raise
+        reason = " ".join(str(error.args[-1] if error.args else error).split())
+        damage = f"cannot be read ({reason}); it is damaged, or not yet whole: download it or write it again"
+        problem = next((problem for sign, problem in HDF5_SAYS.items() if sign in reason), damage)
+        raise DataError(f"{path}: {problem}") from None
 
 
 def _check_heaps(path):
@@ -159,181 +177,27 @@ def _check_heaps(path):
     if os.path.getsize(path) > 2**32:             # it would take a while, and so large a file is hardly all text
         return
     with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        heap = content.find(b"GCOL\1\0\0\0")
-        while heap >= 0:
-            end = min(heap + int.from_bytes(content[heap + 8:heap + 16], "little"), len(content))
-            at = heap + 16
-            while at + 16 <= end:               # index (2 bytes), references (2), unused (4), size (8), content
+        for heap in re.finditer(b"GCOL\1\0\0\0", content):
+            at = heap.start() + 16
+            end = heap.start() + int.from_bytes(content[at - 8:at], "little")
+            while at + 16 <= min(end, len(content)):    # index (2 bytes), references (2), unused (4), size (8), content
                 index = int.from_bytes(content[at:at + 2], "little")
                 size = int.from_bytes(content[at + 8:at + 16], "little")
                 if index == 0 and size < 16:
                     raise DataError(f"{path}: byte {at}: has a hole in its text; the file is truncated or damaged: "
                                     "download it again")
                 at += size if index == 0 else 16 + -(-size // 8) * 8
-            heap = content.find(b"GCOL\1\0\0\0", heap + 8)
 
 
-@contextlib.contextmanager
-def _reading(path, file=None):
-    """Where whatever h5py raises on a bad file becomes a DataError; exceptions of other origin are ours and pass."""
-    try:
-        yield
-    except Exception as error:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if isinstance(error, DataError) or not any("h5py" in Path(f.f_code.co_filename).parts for f in frames):
-            raise
-        reason = " ".join(str(error.args[-1] if error.args else error).split())
-        problem = f"cannot be read ({reason}); it is damaged, or not yet whole: download it or write it again"
-        plugin = _missing_plugin(file)
-        if plugin:
-            problem = (f"is compressed with {plugin}, a plugin that is not installed; pip install hdf5plugin and set "
-                       "HDF5_PLUGIN_PATH to its plugins, or write the file again with gzip")
-        if "lock file" in reason:
-            problem = "another program has it open for writing; close it there, or read a copy"
-        raise DataError(f"{path}: {problem}") from None
-
-
-def _missing_plugin(file):
-    """Name of a compression that this installation cannot undo, or ''."""
-    missing = []
-
-    def look(_, node):
-        properties = node.id.get_create_plist() if isinstance(node, h5py.Dataset) else None
-        for i in range(properties.get_nfilters() if properties else 0):
-            code = properties.get_filter(i)[0]
-            if not h5py.h5z.filter_avail(code):
-                missing.append(PLUGINS.get(code, f"filter {code}"))
-    with contextlib.suppress(Exception):        # the file may be damaged too
-        file.visititems(look)
-    return missing[0] if missing else ""
-
-
-def _damaged(node, why):
-    """The error for content that contradicts itself."""
-    return DataError(f"{node.file.filename}: {node.name.strip('/')}: {why}; the file is damaged: download it or write "
-                     "it again")
-
-
-def _attr(node, name, default=""):
-    """A text attribute; R writes arrays of one element."""
-    kind = node.attrs.get_id(name).dtype if name in node.attrs else np.dtype("U")
+def _attr(node, name):
+    """A text attribute, '' without it; R writes arrays of one element."""
+    if name not in node.attrs:
+        return ""
+    kind = node.attrs.get_id(name).dtype
     if kind.hasobject and h5py.check_string_dtype(kind) is None:        # HDF5 may crash on reading it
         raise _damaged(node, f"its attribute {name} is no text")
-    value = node.attrs.get(name, default)
-    if isinstance(value, np.ndarray):
-        value = value.flat[0] if value.size else default
+    value = next(iter(np.ravel(node.attrs[name]).tolist()), "")
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _array(node):
-    """Entries of a column, of a list of categories or of a nullable group as a 1-D array; '' where one is missing."""
-    if isinstance(node, h5py.Group):
-        if not {"values", "mask"} <= set(node):
-            raise _damaged(node, f"holds {_listed(node)}, where values and mask are expected")
-        values, missing = _array(node["values"]).astype(object), _array(node["mask"])
-        if len(missing) != len(values) or missing.dtype.kind not in "biu":
-            raise _damaged(node, f"{len(values)} values have a mask of {len(missing)}")
-        values[missing.astype(bool)] = ""
-        return values
-    is_text = h5py.check_string_dtype(node.dtype) is not None
-    if not isinstance(node, h5py.Dataset) or node.shape is None or (node.dtype.kind not in "biuf" and not is_text):
-        raise _damaged(node, f"is {node}, where text or numbers are expected")
-    if sum(size != 1 for size in node.shape) > 1:
-        raise _damaged(node, f"has shape {node.shape}, where one column is expected")
-    if is_text:
-        return np.asarray(node.asstr(errors="replace")[...], dtype=object).reshape(-1)
-    values, levels = node[...].reshape(-1), h5py.check_enum_dtype(node.dtype)
-    if levels:                                  # R's factors, and its logicals: TRUE, FALSE, NA
-        names = {number: {"TRUE": "True", "FALSE": "False"}.get(name, name) for name, number in levels.items()}
-        values = np.array([names.get(v, "") for v in values.tolist()], dtype=object)
-    return values
-
-
-@dataclass
-class Column:
-    """A column of obs or var as text, by its distinct values: entry i is values[codes[i]]; '' is missing."""
-    values: list
-    codes: np.ndarray
-
-    def array(self):
-        """One str per entry."""
-        return np.array(self.values, dtype=object)[self.codes]
-
-
-def _numbered(entries):
-    """Entries as a list of the distinct ones, in order of appearance, and the number of each."""
-    index = {}
-    codes = np.fromiter((index.setdefault(entry, len(index)) for entry in entries), np.int64, len(entries))
-    return list(index), codes
-
-
-def _distinct(values, codes):
-    """values[codes] as a Column: only values that occur, each once."""
-    number, index = np.zeros(len(values), dtype=np.int64), {}
-    for i in np.flatnonzero(np.bincount(codes)):
-        number[i] = index.setdefault(values[i], len(index))
-    return Column(list(index), number[codes])
-
-
-def _column(frame, name):
-    """A column of obs or var in any layout of anndata 0.6 to 0.12, as long as the index says."""
-    node, legacy = frame[name], frame.get("__categories")
-    categories, codes = None, node
-    if isinstance(node, h5py.Group) and {"categories", "codes"} <= set(node):
-        categories, codes = _array(node["categories"]), node["codes"]
-    elif isinstance(legacy, h5py.Group) and name in legacy:
-        categories = _array(legacy[name])
-    elif "categories" in node.attrs:            # the names themselves, or a reference to them
-        categories = np.ravel(node.attrs["categories"])
-        if len(categories) and isinstance(categories[0], h5py.Reference):
-            categories = _array(frame.file[categories[0]])
-    stored = codes.get("values") if isinstance(codes, h5py.Group) else codes
-    n = _length(frame)
-    if isinstance(stored, h5py.Dataset) and (stored.size or 0) != n:
-        raise _damaged(node, f"has {stored.size or 0} entries for {n} in the index")
-    codes = _array(codes)
-    if categories is None:
-        values, codes = _numbered(codes)
-    else:
-        values = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in categories]
-        if codes.dtype.kind not in "iu" or n and (codes.min() < -1 or codes.max() >= len(values)):
-            raise _damaged(node, f"has codes beyond its {len(values)} categories")
-        codes = np.where(codes < 0, len(values), codes.astype(np.int64))
-    return _distinct([_text(v) for v in values] + [""], codes)
-
-
-def _text(value):
-    """10.0 as '10', and never an exponent."""
-    text = np.format_float_positional(value, trim="-") if isinstance(value, (float, np.floating)) else str(value)
-    return "" if text.strip() in MISSING else text.strip()
-
-
-def _combine(columns):
-    """Distinct rows of several columns, as tuples, and the number of each entry's tuple."""
-    keys, codes = [()], np.zeros(len(columns[0].codes), dtype=np.int64)
-    for column in columns:
-        size = len(column.values)
-        pairs, codes = np.unique(codes * size + column.codes, return_inverse=True)
-        keys = [(*keys[p // size], column.values[p % size]) for p in pairs]
-    return keys, codes
-
-
-def _index_name(frame):
-    """The column that names the cells (obs) or genes (var)."""
-    for name in (_attr(frame, "_index"), "_index", "index"):
-        if name and name in frame:
-            return name
-    raise _damaged(frame, "has no index")
-
-
-def _length(frame):
-    """Number of entries, without reading them."""
-    node = frame[_index_name(frame)]
-    if isinstance(node, h5py.Group):
-        node = node["codes"] if "codes" in node else node["values"]
-    if not isinstance(node, h5py.Dataset):
-        raise _damaged(node, "is no column")
-    return int(node.size or 0)
 
 
 def _leaves(group, depth=4):
@@ -341,25 +205,92 @@ def _leaves(group, depth=4):
     names = []
     for key in (key for key in group if isinstance(key, str)):     # h5py gives names that are no text as bytes
         node = group.get(key)
-        nested = isinstance(node, h5py.Group) and depth and not len(node.attrs)
-        if nested and not any(parts <= set(node) for parts in ({"codes", "categories"}, {"values", "mask"})):
+        if isinstance(node, h5py.Group) and depth and not node.attrs and not {"codes", "mask"} & set(node):
             names += [f"{key}/{rest}" for rest in _leaves(node, depth - 1)]
         elif getattr(node, "shape", ()) is not None:        # a null dataset is nothing
             names.append(key)
     return names
 
 
-def _columns(frame):
-    index = _index_name(frame)
-    return [name for name in _leaves(frame) if name != index and not name.startswith("__categories")]
+def _array(node):
+    """Entries of a dataset, or of a group of values and a mask, as a 1-D array; '' where one is missing."""
+    if isinstance(node, h5py.Group):
+        values, missing = _array(node["values"]).astype(object), _array(node["mask"]).astype(bool)
+        if len(missing) != len(values):
+            raise _damaged(node, f"{len(values)} values have a mask of {len(missing)}")
+        values[missing] = ""
+        return values
+    if not isinstance(node, h5py.Dataset) or not node.shape or node.size != max(node.shape):
+        raise _damaged(node, f"is {node}, where one column is expected")
+    if h5py.check_string_dtype(node.dtype):
+        return np.asarray(node.asstr(errors="replace")[...], dtype=object).reshape(-1)
+    if node.dtype.kind not in "biuf":
+        raise _damaged(node, f"is {node}, where text or numbers are expected")
+    values, levels = node[...].reshape(-1), h5py.check_enum_dtype(node.dtype)
+    if levels:                                  # R's factors, and its logicals: TRUE, FALSE, NA
+        names = {number: {"TRUE": "True", "FALSE": "False"}.get(name, name) for name, number in levels.items()}
+        values = np.array([names.get(v, "") for v in values.tolist()], dtype=object)
+    return values
 
 
-def _required_column(frame, name, flag, path):
-    columns = _columns(frame)
-    if name not in [*columns, _index_name(frame)]:
-        raise DataError(f"{path}: {frame.name.strip('/')} has no column '{name}' ({flag}); it has "
-                        f"{_listed(columns, 30)}")
-    return _column(frame, name)
+def _text(values):
+    """One str per entry, equal ones shared: 10.0 is '10', no exponents, and '' is what MISSING names."""
+    names, out = {}, np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        if value not in names:
+            text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+            if isinstance(value, (float, np.floating)):
+                text = np.format_float_positional(value, trim="-")
+            names[value] = "" if text.strip() in MISSING else text.strip()
+        out[i] = names[value]
+    return out
+
+
+class Frame:
+    """obs or var of an open file: frame[column] is one str per entry, '' where missing, in any layout of anndata 0.7 to
+    0.12 or of R, as long as the index says. n: entries; columns: their names, without the index."""
+
+    def __init__(self, node):
+        self.node, self.name = node, node.name.strip("/")
+        found = [name for name in (_attr(node, "_index"), "_index", "index")
+                 if isinstance(node, h5py.Group) and name and name in node]
+        if not found:
+            raise _damaged(node, "has no index")
+        self.index = found[0]
+        self.columns = [name for name in _leaves(node) if name != self.index and not name.startswith("__categories")]
+        entries = node[self.index]
+        if isinstance(entries, h5py.Group):
+            entries = entries["codes" if "codes" in entries else "values"]
+        if not isinstance(entries, h5py.Dataset):
+            raise _damaged(entries, "is no column")
+        self.n = int(entries.size or 0)
+
+    def __getitem__(self, name):
+        node, legacy = self.node[name], self.node.get("__categories")
+        codes, names = node, None
+        if isinstance(node, h5py.Group) and "codes" in node:
+            codes, names = node["codes"], _array(node["categories"])
+        elif isinstance(legacy, h5py.Group) and name in legacy:
+            names = _array(legacy[name])
+        elif "categories" in node.attrs:            # the names themselves, or a reference to them
+            names = np.ravel(node.attrs["categories"])
+            if len(names) and isinstance(names[0], h5py.Reference):
+                names = _array(self.node.file[names[0]])
+        codes = _array(codes)
+        if len(codes) != self.n:
+            raise _damaged(node, f"has {len(codes)} entries for {self.n} in the index")
+        if names is None:
+            return _text(codes)
+        if codes.dtype.kind not in "iu" or self.n and not -1 <= codes.min() <= codes.max() < len(names):
+            raise _damaged(node, f"has codes beyond its {len(names)} categories")
+        return np.append(_text(names), "")[codes]   # -1 is missing
+
+    def column(self, name, flag):
+        """The column that a flag names; an error if there is none."""
+        if name not in [*self.columns, self.index]:
+            raise DataError(f"{self.node.file.filename}: {self.name} has no column '{name}' ({flag}); it has "
+                            f"{_listed(self.columns, 30)}")
+        return self[name]
 
 
 def _matrix(node, shape, where, limit):
@@ -454,33 +385,28 @@ class Cells:
     path: str
     X: "sp.csr_matrix | StoredRows"  # (n, G) float32, in the unit that `scale` says
     genes: list
-    pairs: list                 # [(condition, covariate)]: ('A', ''), ('A+B', 'cov1,cov2'), ('control', 'cov1,cov2')
-    pair: np.ndarray            # (n,) which of them each cell is
+    condition: np.ndarray       # (n,) 'A', 'A+B' or 'control'
+    covariate: np.ndarray       # (n,) 'cov1,cov2', or '' without covariates
     scale: str                  # 'counts' or 'lognorm'
     uns: dict
-    canonical: typing.Callable  # label -> canonical condition, by the rules found for this file
+    rules: "LabelRules"         # found for this file: rules.canonical(label) is a condition
     spelling: dict              # canonical condition -> its first spelling in sorted order
     pert_key: str
-    controls: list              # labels that were taken for control
     kept: np.ndarray            # (n,) rows of the file that these cells are
     file_shape: tuple           # labelled cells and genes of the file, before anything is filtered
     notes: list = field(default_factory=list)  # what was dropped or renamed, to be printed
 
     @property
-    def condition(self):
-        """(n,) 'A', 'A+B' or 'control'."""
-        return np.array([c for c, _ in self.pairs], dtype=object)[self.pair]
-
-    @property
-    def covariate(self):
-        """(n,) 'cov1,cov2', or '' without covariates."""
-        return np.array([v for _, v in self.pairs], dtype=object)[self.pair]
+    def pairs(self):
+        """Every (condition, covariate) that has a cell, sorted."""
+        return sorted(set(zip(self.condition, self.covariate)))
 
     @property
     def names(self):
         """(n,) cell names, read when asked for."""
         with _open(self.path) as file:
-            return _column(file["obs"], _index_name(file["obs"])).array()[self.kept]
+            obs = Frame(file["obs"])
+            return obs[obs.index][self.kept]
 
     def take(self, keep):
         """Keep only these cells (boolean mask)."""
@@ -488,8 +414,8 @@ class Cells:
             self.X.take(keep)
         else:
             self.X = self.X[keep]
-        pair, self.kept = _distinct(self.pairs, self.pair[keep]), self.kept[keep]
-        self.pairs, self.pair = pair.values, pair.codes
+        self.condition, self.covariate = self.condition[keep], self.covariate[keep]
+        self.kept = self.kept[keep]
 
     def keep_genes(self, keep):
         """Keep only these genes (boolean mask)."""
@@ -499,7 +425,7 @@ class Cells:
     def obs(self, column, flag="--covariates"):
         """Another obs column of the file, as text, for these cells."""
         with _open(self.path) as file:
-            return _required_column(file["obs"], column, flag, self.path).array()[self.kept]
+            return Frame(file["obs"]).column(column, flag)[self.kept]
 
 
 def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True, genes=()):
@@ -515,25 +441,21 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     notes = []
     with _open(path) as file:
         _check_heaps(path)
-        obs = file["obs"]
         matrix, var, where = _choose_layer(file, config.layer, path)
-        n, G = _length(obs), _length(var)
-        if n == 0 or G == 0:
-            raise DataError(f"{path}: holds {n} cells and {G} genes; nothing to learn from, check how it was written")
+        obs, var = Frame(file["obs"]), Frame(var)
+        if obs.n == 0 or var.n == 0:
+            raise DataError(f"{path}: holds {obs.n} cells and {var.n} genes; nothing to learn from, check how it was "
+                            "written")
         expressed = _expressed(var, notes)
-        gene_keys = [_index_name(var), *(key for key in GENE_KEYS if key in _columns(var))]
+        gene_keys = [var.index, *(key for key in GENE_KEYS if key in var.columns)]
         if config.gene_key:
             gene_keys.append(config.gene_key)
-        names = {key: _required_column(var, key, "--gene-key", path).array()[expressed] for key in gene_keys}
-        doses = Column([""], np.zeros(n, dtype=np.int64))
-        if config.dose_key:
-            doses = _required_column(obs, config.dose_key, "--dose-key", path)
-        pert_key, labels, rules, condition, spelling = _find_labels(
-            obs, config, path, set().union(*names.values()), doses, control_required, perturbed_required, notes)
-        covariates = [_required_column(obs, key, "--covariates", path) for key in config.covariate_keys]
-        wanted = set(genes) or {piece for label in _values(labels) for piece in _pieces(label)}
+        names = {key: var.column(key, "--gene-key")[expressed] for key in gene_keys}
+        labels = _find_labels(obs, config, set().union(*names.values()), control_required, perturbed_required, notes)
+        covariates = [obs.column(key, "--covariates") for key in config.covariate_keys]
+        wanted = set(genes) or {piece for text in labels.texts for piece in _pieces(text)}
         genes = _gene_names(names, config.gene_key, wanted, notes)
-        X = _matrix(matrix, (n, G), where, -1 if config.backed else config.cache_gb * 2**30)
+        X = _matrix(matrix, (obs.n, var.n), where, -1 if config.backed else config.cache_gb * 2**30)
         uns = _uns(file.get("uns"))
     if isinstance(X, StoredRows):
         notes.append(X.note)
@@ -543,28 +465,30 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     if duplicated:
         notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...; --gene-key names "
                      "another column)")
-    ambiguous = sorted({p for c in spelling for p in c.split("+")} & duplicated)
+    ambiguous = sorted({p for c in labels.spelling for p in c.split("+")} & duplicated)
     if ambiguous:
         raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
                         "names with --gene-key, or remove the duplicates")
-    keys_of, pair = _combine([condition, *covariates])
-    pairs = _distinct([(c, covariate_name(v)) for c, *v in keys_of], pair)
-    controls = sorted(rules.seen_controls)
-    cells = Cells(str(path), X, genes, pairs.values, pairs.codes, "", uns, rules.canonical, spelling, pert_key,
-                  controls, np.arange(n), (), notes)
-    labelled = np.array(["" not in key for key in keys_of])[pair]
+    labelled = np.all([column != "" for column in [labels.condition, *covariates]], axis=0)
+    covariate = np.full(obs.n, "", dtype=object)
+    if covariates:
+        values = list(zip(*covariates))
+        known = {each: covariate_name(each) for each in set(values)}
+        covariate = np.array([known[each] for each in values], dtype=object)
+    cells = Cells(str(path), X, genes, labels.condition, covariate, "", uns, labels.rules, labels.spelling, labels.key,
+                  np.arange(obs.n), (), notes)
     if not labelled.all():
         notes.append(f"dropped {int((~labelled).sum()):,} cells without a label{' or covariate' if covariates else ''}")
         cells.take(labelled)
     cells.file_shape = cells.X.shape
-    if control_required and CONTROL not in dict(cells.pairs):
+    if control_required and CONTROL not in cells.condition:
         raise DataError(f"{path}: no control cell has a value of {config.covariates}; choose other --covariates")
     cells.scale = _scale(cells.X, config, where, notes, check)
     guesses = []
     if not config.pert_key:
-        guesses.append(f"labels in obs column {pert_key} (--pert-key)")
-    if not config.control_label and controls:
-        guesses.append(f"controls {_listed(controls)} (--control-label)")
+        guesses.append(f"labels in obs column {labels.key} (--pert-key)")
+    if not config.control_label and labels.rules.seen_controls:
+        guesses.append(f"controls {_listed(sorted(labels.rules.seen_controls))} (--control-label)")
     if not config.counts and not config.lognorm:
         guesses.append("raw counts (--lognorm)" if cells.scale == "counts" else "log-normalised values (--counts)")
     if guesses:
@@ -586,13 +510,12 @@ def covariate_values(name, n):
 
 
 def _choose_layer(file, layer, path):
-    """The matrix that --layer names, the var frame that belongs to it, and what to call it in messages."""
-    def names(group):
-        return _leaves(group) if isinstance(group, h5py.Group) else []
-    choices = {name: (f"layers/{name}", "var") for name in names(file.get("layers"))}
-    if "X" in names(file.get("raw")):
+    """The matrix that --layer names, the var group that belongs to it, and what to call it in messages."""
+    layers, raw = (node if isinstance(node, h5py.Group) else {} for node in (file.get("layers"), file.get("raw")))
+    choices = {name: (f"layers/{name}", "var") for name in _leaves(layers)}
+    if "X" in raw:
         choices["raw"] = "raw/X", "raw/var"
-    if "X" in names(file):
+    if "X" in file:
         choices[""] = "X", "var"
     if layer not in choices:
         raise DataError(f"{path}: has no {f'layer {layer!r}' if layer else 'X'}; choose another --layer (it has "
@@ -604,15 +527,13 @@ def _choose_layer(file, layer, path):
 def _expressed(var, notes):
     """(G,) bool: the features that are genes, where the file says that some are guides or antibodies."""
     for key in ("feature_types", "feature_type"):
-        if key in _columns(var):
-            column = _column(var, key)
-            genes = np.array([kind.lower() == "gene expression" for kind in column.values])[column.codes]
-            if genes.any() and not genes.all():
-                others = sorted(set(column.array()[~genes]))
-                notes.append(f"left out {int((~genes).sum()):,} features that are no genes: {_listed(others)} in var "
-                             f"column {key} (rename it to keep them)")
-                return genes
-    return np.ones(_length(var), dtype=bool)
+        kinds = var[key] if key in var.columns else []
+        genes = np.array([kind.lower() == "gene expression" for kind in kinds])
+        if genes.any() and not genes.all():
+            notes.append(f"left out {int((~genes).sum()):,} features that are no genes: "
+                         f"{_listed(sorted(set(kinds[~genes])))} in var column {key} (rename it to keep them)")
+            return genes
+    return np.ones(var.n, dtype=bool)
 
 
 # ------------------------------------------------------------------------------------------------ matrices on disk
@@ -812,13 +733,13 @@ class LabelRules:
                 self.known.add(text)
 
     def is_control(self, token):
-        if self.declared:
-            return token == CONTROL or self.is_declared(token)      # no perturbation can be called control
-        return token in CONTROL_LABELS or (token not in self.genes and is_control_label(token))
+        return token == CONTROL or self.is_asked(token)     # no perturbation can be called control
 
-    def is_declared(self, token):
-        """Does --control-label name it?"""
-        return any(pattern.fullmatch(token) for pattern in self.declared)
+    def is_asked(self, token):
+        """Does --control-label name it; without that flag, is it a usual name?"""
+        if self.declared:
+            return any(pattern.fullmatch(token) for pattern in self.declared)
+        return token in CONTROL_LABELS or (token not in self.genes and is_control_label(token))
 
     def _knows(self, token):
         return token in self.genes or token in self.known or self.is_control(token)
@@ -880,16 +801,6 @@ class LabelRules:
             self.split[labels[0]] = condition
         return condition
 
-    def apply(self, labels, doses):
-        """labels: k Columns, of which a cell's are joined; doses: a Column. Returns a Column of canonical conditions,
-        {canonical: first spelling in sorted order}."""
-        keys, codes = _combine([*labels, doses])
-        names = [self.canonical(*key[:-1], dose=key[-1]) for key in keys]
-        spelling = {}
-        for label, name in sorted(("+".join(t for t in key[:-1] if t), name) for key, name in zip(keys, names)):
-            spelling.setdefault(name, label)
-        return _distinct(names, codes), spelling
-
     def notes(self):
         """What these rules guessed about the labels they were applied to, and how to undo it."""
         notes, usual = [], {word.lower() for word in CONTROL_LABELS}
@@ -907,41 +818,58 @@ class LabelRules:
         return notes
 
 
-def _find_labels(obs, config, path, symbols, doses, control_required, perturbed_required, notes):
-    """The label column(s), --pert-key or the first usual one that holds what is required: name, Columns, LabelRules,
-    Column of conditions, spelling. Where no label is a control, another column may mark the controls."""
-    columns = _columns(obs)
-    keys = [[key] for key in PERT_KEYS if key in columns]
+class Labels:
+    """The label columns of one --pert-key, and what rules make of them: texts, the distinct labels; condition (n,);
+    spelling {condition: its first label in sorted order}."""
+
+    def __init__(self, key, columns, doses, symbols, config, control_label):
+        self.key, self.texts = key, sorted(set().union(*columns))
+        self.rules = LabelRules(self.texts, symbols, control_label, config.separator)
+        cells = list(zip(*columns, doses))
+        names = {cell: self.rules.canonical(*cell[:-1], dose=cell[-1]) for cell in set(cells)}
+        self.condition = np.array([names[cell] for cell in cells], dtype=object)
+        self.spelling = {}
+        for label, name in sorted(("+".join(filter(None, cell[:-1])), name) for cell, name in names.items()):
+            self.spelling.setdefault(name, label)
+
+    def lacks(self, config, control_required, perturbed_required):
+        """Why these cannot be the labels, or ''."""
+        has_control = CONTROL in self.spelling and any(map(self.rules.is_asked, self.rules.seen_controls))
+        if perturbed_required and set(self.spelling) - {""} == {CONTROL}:
+            return f"column {self.key} has only control cells; nothing is perturbed"
+        if control_required and not has_control:
+            usual = f"a usual label of controls: {', '.join(CONTROL_LABELS)}"
+            return (f"column {self.key} has no control cells: none of {_listed(self.texts, 4)} is "
+                    f"{config.control_label or usual}")
+        return ""
+
+
+def _find_labels(obs, config, symbols, control_required, perturbed_required, notes):
+    """Labels of --pert-key, or of the first usual column that holds what is required. Where no label is a control, a
+    column may mark the controls: that of --control-label COLUMN=VALUE, or a usual one."""
+    path = obs.node.file.filename
+    keys = [[key] for key in PERT_KEYS if key in obs.columns]
     if config.pert_key:
         keys = [[config.pert_key]]
-        if config.pert_key not in columns:
+        if config.pert_key not in obs.columns:
             keys = [[part.strip() for part in config.pert_key.split(",")]]
-    candidates = [(",".join(parts), [_required_column(obs, part, "--pert-key", path) for part in parts])
-                  for parts in keys]
-    if not candidates and not perturbed_required:
-        candidates = [("(no label column)", [Column([CONTROL], np.zeros(_length(obs), np.int64))])]
+    columns = {",".join(parts): [obs.column(part, "--pert-key") for part in parts] for parts in keys}
+    if not columns and not perturbed_required:
+        columns["(no label column)"] = [np.full(obs.n, CONTROL, dtype=object)]
         notes.append("took every cell for a control, since there is no label column (--pert-key)")
+    doses = obs.column(config.dose_key, "--dose-key") if config.dose_key else [""] * obs.n
 
     def usable(controls, marked=None):
-        """Of the candidates, those that hold what is required, read, and what the others lack."""
+        """Of the columns, those that hold what is required, read, and what the others lack."""
         found, lacks = [], []
-        for key, labels in candidates:
+        for key, labels in columns.items():
             if marked is not None:
-                labels = _mark(labels, marked)
-            rules = LabelRules(_values(labels), symbols, controls, config.separator)
-            conditions, spelling = rules.apply(labels, doses)
-            names = set(conditions.values) - {""}
-            has_control = CONTROL in names and (not controls or any(map(rules.is_declared, rules.seen_controls)))
-            if perturbed_required and names == {CONTROL}:
-                lacks.append(f"column {key} has only control cells; nothing is perturbed")
-            elif control_required and not has_control:
-                usual = f"a usual label of controls: {', '.join(CONTROL_LABELS)}"
-                lacks.append(f"column {key} has no control cells: none of {_listed(_values(labels), 4)} is "
-                             f"{config.control_label or usual}")
-            else:
-                found.append((key, labels, rules, conditions, spelling))
+                labels = [np.where(marked, CONTROL, labels[0]), *(np.where(marked, "", other) for other in labels[1:])]
+            labels = Labels(key, labels, doses, symbols, config, controls)
+            problem = labels.lacks(config, control_required, perturbed_required)
+            (lacks if problem else found).append(problem or labels)
         return found, lacks
-    marked, marker = _marked_controls(obs, columns, config, path)
+    marked, marker = _marked_controls(obs, config)
     if marker and config.control_label:
         found, lacks = usable(CONTROL, marked)
     else:
@@ -952,50 +880,36 @@ def _find_labels(obs, config, path, symbols, doses, control_required, perturbed_
                          f"(--control-label {marker}, or another)")
     if not found:
         problem = lacks[0] if lacks else f"no perturbation column (looked for {', '.join(PERT_KEYS)})"
-        listing = "; ".join(f"{key} ({_listed(_values([_column(obs, key)]), 4)})" for key in columns[:12])
+        listing = "; ".join(f"{key} ({_listed(sorted(set(obs[key])), 4)})" for key in obs.columns[:12])
         raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. Name the column of the perturbations "
                         "with --pert-key, and their controls with --control-label LABEL or COLUMN=VALUE")
-    key, labels, rules, conditions, _ = found[0]
-    for other, its_labels, _, its_conditions, _ in found[1:]:
-        if any(a != b for a, b in _combine([its_conditions, conditions])[0]):
-            raise DataError(f"{path}: obs columns {key} ({_listed(_values(labels), 4)}) and {other} "
-                            f"({_listed(_values(its_labels), 4)}) disagree; choose one with --pert-key")
-    notes += rules.notes()
-    return found[0]
+    chosen = found[0]
+    for other in found[1:]:
+        if np.any(other.condition != chosen.condition):
+            raise DataError(f"{path}: obs columns {chosen.key} ({_listed(chosen.texts, 4)}) and {other.key} "
+                            f"({_listed(other.texts, 4)}) disagree; choose one with --pert-key")
+    notes += chosen.rules.notes()
+    return chosen
 
 
-def _marked_controls(obs, columns, config, path):
+def _marked_controls(obs, config):
     """(n,) bool: the cells that an obs column marks as controls, and that column as COLUMN=VALUE, or ''. The column is
     the one of --control-label, or a usual one."""
-    asked = config.control_label.partition("=")[0] in columns and "=" in config.control_label
-    markers = [] if config.control_label else CONTROL_MARKERS
-    for marker in [config.control_label] if asked else markers:
+    asked = config.control_label.partition("=")[0] in obs.columns and "=" in config.control_label
+    usual = () if config.control_label else CONTROL_MARKERS
+    for marker in [config.control_label] if asked else usual:
         name, _, value = marker.partition("=")
-        if name not in columns:
+        if name not in obs.columns:
             continue
-        column = _column(obs, name)
-        values = [v.lower() for v in column.values]
-        marked = np.array([v == value.lower() for v in values])[column.codes]
+        values = np.array([v.lower() for v in obs[name]], dtype=object)
+        marked = values == value.lower()
         says_so = asked or value == "0" or {"true", "false", "1", "0", ""}.issuperset(values)
         if says_so and marked.any() and not marked.all():
             return marked, marker
         if asked:
-            raise DataError(f"{path}: --control-label {marker}: {int(marked.sum())} of {len(marked)} cells are "
-                            f"controls then; {name} holds {_listed(sorted(column.values))}: choose another value")
+            raise DataError(f"{obs.node.file.filename}: --control-label {marker}: {int(marked.sum())} of {obs.n} cells "
+                            f"are controls then; {name} holds {_listed(sorted(set(obs[name])))}: choose another value")
     return None, ""
-
-
-def _mark(labels, marked):
-    """The same label columns with these cells as controls."""
-    out = []
-    for column, value in zip(labels, [CONTROL] + [""] * len(labels)):
-        out.append(_distinct([*column.values, value], np.where(marked, len(column.values), column.codes)))
-    return out
-
-
-def _values(columns):
-    """The distinct values of some columns, sorted."""
-    return sorted({value for column in columns for value in column.values})
 
 
 def _gene_names(names, gene_key, wanted, notes):
@@ -1012,17 +926,14 @@ def _gene_names(names, gene_key, wanted, notes):
 def _unique(names):
     """Duplicates get -1, -2, ... in order of appearance, skipping names that exist, as anndata does.
     Returns the unique names and the set of names that were duplicated."""
-    taken = set(names)
-    counter, out = {}, []
+    taken, counter, out = set(names), {}, []
     for name in names:
         unique = name
-        if name in counter:
-            while unique in taken:
-                counter[name] += 1
-                unique = f"{name}-{counter[name]}"
-            taken.add(unique)
-        else:
-            counter[name] = 0
+        while name in counter and unique in taken:
+            counter[name] += 1
+            unique = f"{name}-{counter[name]}"
+        counter.setdefault(name, 0)
+        taken.add(unique)
         out.append(unique)
     return out, {name for name, n in counter.items() if n}
 
@@ -1349,11 +1260,11 @@ def _read_split(name, cells):
     if name == "combosciplex":
         return {"test": COMBOSCIPLEX}
     if name.startswith("obs:"):
-        pairs = sorted(set(zip(cells.pair.tolist(), cells.obs(name[4:], "--split"))))
         given = {}
-        for i, part in pairs:
-            if cells.pairs[i][0] != CONTROL:
-                given.setdefault(PART_ALIAS.get(part, part), []).append(group_name(*cells.pairs[i]))
+        parts = cells.obs(name[4:], "--split")
+        for condition, covariate, part in sorted(set(zip(cells.condition, cells.covariate, parts))):
+            if condition != CONTROL:
+                given.setdefault(PART_ALIAS.get(part, part), []).append(group_name(condition, covariate))
         if set(given) - set(PARTS):
             raise DataError(f"--split {name}: holds {_listed(sorted(given))}; the column must hold train, val and test")
         return given
@@ -1414,12 +1325,12 @@ class Dataset:
         self.source, self.split = cells, split
         self.config, self.device = config, torch.device(device)
         self.file_scale = cells.scale
-        pairs = cells.pairs
-        rank = sorted(range(len(pairs)), key=lambda i: (pairs[i][0] != CONTROL, pairs[i]))
-        self.groups = [group_name(*pairs[i]) for i in rank]
-        self.condition = [pairs[i][0] for i in rank]
-        self.covariate = [pairs[i][1] for i in rank]
-        group_of = np.argsort(rank)[cells.pair]
+        pairs = sorted(cells.pairs, key=lambda pair: pair[0] != CONTROL)
+        self.groups = [group_name(*pair) for pair in pairs]
+        self.condition = [condition for condition, _ in pairs]
+        self.covariate = [covariate for _, covariate in pairs]
+        number = {pair: i for i, pair in enumerate(pairs)}
+        group_of = np.array([number[pair] for pair in zip(cells.condition, cells.covariate)])
         by_group = np.argsort(group_of, kind="stable")
         self.rows = dict(zip(self.groups, np.split(by_group, np.cumsum(np.bincount(group_of))[:-1])))
         self.perturbations = sorted({p for c in self.condition if c != CONTROL for p in c.split("+")})
@@ -1654,10 +1565,11 @@ def read_controls(path, config, panel):
                         f"({_listed(panel.genes[i] for i in missing)}); genes are matched by name: choose the var "
                         "column that holds these names with --gene-key")
     controls = {}
-    for i, (condition, covariate) in sorted(enumerate(cells.pairs), key=lambda pair: pair[1]):
+    for condition, covariate in cells.pairs:
         if condition == CONTROL:
-            x = np.tile(np.array(panel.mean, dtype=np.float32), (int((cells.pair == i).sum()), 1))
-            x[:, column >= 0] = cells.X[np.flatnonzero(cells.pair == i)][:, column[column >= 0]].toarray()
+            rows = np.flatnonzero((cells.condition == CONTROL) & (cells.covariate == covariate))
+            x = np.tile(np.array(panel.mean, dtype=np.float32), (len(rows), 1))
+            x[:, column >= 0] = cells.X[rows][:, column[column >= 0]].toarray()
             controls[covariate] = x
     return controls, missing
 
@@ -1684,19 +1596,19 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
         notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
         cells.take(keep)
     with_control = {v for c, v in cells.pairs if c == CONTROL}
-    keep = np.array([v in with_control for _, v in cells.pairs], dtype=bool)[cells.pair]
+    keep = np.array([v in with_control for v in cells.covariate], dtype=bool)
     if not keep.all():
-        lost = sorted({v for _, v in cells.pairs} - with_control)
+        lost = sorted(set(cells.covariate) - with_control)
         notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control cells "
                      f"({_listed(lost, 4)})")
         cells.take(keep)
-    groups = sorted(pair for pair in cells.pairs if pair[0] != CONTROL)
+    groups = [pair for pair in cells.pairs if pair[0] != CONTROL]
     if not groups:
         raise DataError(f"{path}: no perturbed cells with controls beside them are left after quality control; lower "
                         "--min-genes, or match controls in fewer --covariates")
     spelling = {c: cells.spelling[c] for c, _ in groups}
     if split:
-        parts = make_split(split, groups, spelling, fold, folds, cells.canonical, _read_split(split, cells),
+        parts = make_split(split, groups, spelling, fold, folds, cells.rules.canonical, _read_split(split, cells),
                            train_on_val)
     else:
         parts = {"train": sorted(spelling), "val": [], "test": []}
@@ -1849,13 +1761,14 @@ def _write_frame(parent, name, index, columns):
         if values.dtype.kind not in "OU":
             _write(group, key, values)
             continue
-        names, codes = _numbered(values.tolist())
-        order = np.argsort(np.array(names, dtype=object))
+        names = sorted(set(values.tolist()))
+        number = {name: code for code, name in enumerate(names)}
         node = group.create_group(key)
         _encode(node, "categorical")
         node.attrs["ordered"] = False
-        _write(node, "codes", np.argsort(order)[codes].astype(np.int32 if len(names) > 127 else np.int8))
-        _write(node, "categories", np.array(names, dtype=object)[order])
+        codes = np.array([number[value] for value in values.tolist()])
+        _write(node, "codes", codes.astype(np.int32 if len(names) > 127 else np.int8))
+        _write(node, "categories", np.array(names, dtype=object))
 
 
 def write_h5ad(path, X, obs, genes, uns=None, names=None):
@@ -2771,7 +2684,7 @@ def describe(data, split=""):
     facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "scale": data.file_scale,
              "conditions": len(size), "singles": orders.count(1), "doubles": orders.count(2),
              "more": sum(n > 2 for n in orders), "pert_key": cells.pert_key, "controls": controls,
-             "control_labels": cells.controls,
+             "control_labels": sorted(cells.rules.seen_controls),
              "cells_per_condition": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
              "covariates": {key: len(set(cells.obs(key))) for key in data.config.covariate_keys},
              "panel_genes": len(data.genes), "perturbations": len(data.perturbations),

@@ -379,7 +379,7 @@ def test_files_that_need_something_else(tmp_path, capsys, monkeypatch):
     store.mkdir()
     assert "convert a zarr store" in refused(capsys, tmp_path, store)
     plugin(tmp_path / "plugin.h5ad")
-    assert "is compressed with zstd" in refused(capsys, tmp_path, tmp_path / "plugin.h5ad")
+    assert "is compressed with a plugin" in refused(capsys, tmp_path, tmp_path / "plugin.h5ad")
     path = write_file(tmp_path / "file.h5ad", make_counts(60), LABELS)
     hold = f"import h5py, sys; f = h5py.File({str(path)!r}, 'a'); print(1, flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
