@@ -1142,7 +1142,7 @@ def test_flags_come_from_the_fields():
     text_ = parser.format_help()
     for field in data.fields(data.DataConfig):
         assert "--" + field.name.replace("_", "-") in text_
-    assert "highly variable genes to keep" in text_                         # help is the comment beside the field
+    assert "genes to keep by --hvg-by" in text_                              # help is the comment beside the field
 
 
 # ------------------------------------------------------------------------------------------------ training
