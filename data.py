@@ -74,8 +74,8 @@ class DataError(Exception):
 
 
 @dataclass
-class DataConfig:
-    """How a file is read and prepared. The flags of data.py, and the data flags of every method."""
+class ReadConfig:
+    """How a file is read. Flags of data.py, metrics.py and every method."""
     layer: str = ""             # matrix to use: '' for X, a layer's name, or 'raw' for raw/X
     pert_key: str = ""          # obs column of the perturbation; two columns as Drug1,Drug2; '' to search
     control_label: str = ""     # labels of controls: a,b or 'NT_*', or COLUMN=VALUE (nperts=0); '' for the usual ones
@@ -85,6 +85,17 @@ class DataConfig:
     dose_key: str = ""          # obs column of the dose: each dose of a drug becomes a perturbation 'drug:dose'
     counts: bool = False        # declare the values raw counts
     lognorm: bool = False       # declare the values log-normalised
+    cache_gb: float = 4.0       # matrix dense on the device up to this size, else sparse in memory, else on disk
+    backed: bool = False        # leave the matrix on disk, whatever its size
+
+    @property
+    def covariate_keys(self):
+        return [key.strip() for key in self.covariates.split(",") if key.strip()]
+
+
+@dataclass
+class DataConfig(ReadConfig):
+    """How its cells are prepared. The flags of data.py, and the data flags of every method."""
     min_genes: int = 0          # drop cells with fewer detected genes
     min_cells: int = 10         # drop genes detected in fewer training and control cells (perturbed genes stay)
     hvg: int = 0                # genes to keep by --hvg-by, plus perturbed ones; 0 keeps all
@@ -92,12 +103,6 @@ class DataConfig:
     hvg_on: typing.Literal["train", "all"] = "train"  # cells that choose them; 'all' leaks the test, as papers do
     eval_genes: int = 1000      # genes that are evaluated: highest mean in training control cells; 0 takes all
     control_split: str = ""     # controls' shares in train,val,test (PerturBench: 0.5,0.25,0.25); '' shares them all
-    cache_gb: float = 4.0       # matrix dense on the device up to this size, else sparse in memory, else on disk
-    backed: bool = False        # leave the matrix on disk, whatever its size
-
-    @property
-    def covariate_keys(self):
-        return [key.strip() for key in self.covariates.split(",") if key.strip()]
 
 
 # ------------------------------------------------------------------------------------------------ reading AnnData
@@ -1457,7 +1462,7 @@ class Dataset:
 
     def populations(self, part, genes=None):
         """Lazy mapping {group: (n, G')} of the perturbed cells of a part, for metrics.evaluate."""
-        return _Populations(self, self.part(part), genes)
+        return Lazy(self.part(part), lambda group: self.cells(group, genes))
 
 
 class Rows:
@@ -1473,13 +1478,14 @@ class Rows:
         return self.X[self.rows[i]].toarray()
 
 
-class _Populations(Mapping):
-    def __init__(self, dataset, groups, genes):
-        self.dataset, self.names = dataset, groups
-        self.genes = genes
+class Lazy(Mapping):
+    """{name: read(name)} of what is too large to be held at once: read when asked for."""
 
-    def __getitem__(self, group):
-        return self.dataset.cells(group, self.genes)
+    def __init__(self, names, read):
+        self.names, self.read = names, read
+
+    def __getitem__(self, name):
+        return self.read(name)
 
     def __iter__(self):
         return iter(self.names)

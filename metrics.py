@@ -34,6 +34,7 @@ What to keep in mind when reading the numbers:
   with cell-eval 2 where both files hold counts: pds_cosine_panel pools them, and on log1p CP10k is another number (.700
   where the challenge's is .683). The challenge's sixth score, expr_mse_unbiased_capped_norm, is left to cell-eval 2.
 """
+import argparse
 import dataclasses
 import json
 import math
@@ -1369,44 +1370,36 @@ def validation(run, step, pred):
     return scores
 
 
-class _Groups(Mapping):
+class _Groups(data.Lazy):
     """{group: (cells, genes) CSR} of the perturbed cells of a file, cut out when asked for.
     controls: {covariate: CSR} of its control cells; totals and control_totals: how many counts each cell had, empty for
     a file of log-normalised values; notes: what was guessed, dropped and done to the values."""
 
     def __init__(self, cells, config, columns=slice(None)):
-        self.X, self.columns = cells.X, columns
-        self.rows, self.controls = {}, {}
+        super().__init__({}, lambda group: cut(self.names[group]))   # the rows of each group
+        self.columns, self.controls = columns, {}
         self.totals, self.control_totals = {}, {}
         self.notes = [f"{cells.path}: {note}" for note in cells.notes]
         totals = data.lognormalise(cells)
         if totals is not None:
             self.notes.append(f"{cells.path}: counts, normalised to log1p CP10k over its {len(cells.genes):,} genes, "
                               "which should be all that were measured")
+
+        def cut(rows):
+            return cells.X[rows][:, columns]
+
         rows_of = {}
         for row, pair in enumerate(zip(cells.condition, cells.covariate)):
             rows_of.setdefault(pair, []).append(row)
         for (condition, covariate), rows in sorted(rows_of.items()):
             group = covariate
             if condition == "control":
-                self.controls[group] = self.cut(rows)
+                self.controls[group] = cut(rows)
             else:
                 group = f"{condition}@{covariate}" if config.covariates else condition
-                self.rows[group] = rows
+                self.names[group] = rows
             if totals is not None:
                 (self.control_totals if condition == "control" else self.totals)[group] = totals[rows]
-
-    def cut(self, rows):
-        return self.X[rows][:, self.columns]
-
-    def __getitem__(self, group):
-        return self.cut(self.rows[group])
-
-    def __iter__(self):
-        return iter(self.rows)
-
-    def __len__(self):
-        return len(self.rows)
 
 
 def _listed(names, limit=5):
@@ -1428,7 +1421,7 @@ def _load(path, config, genes, **options):
 def read_prediction(path, config):
     """Any tool's prediction file: gene names, and {group: (cells, G)} of its predicted cells, log1p CP10k.
 
-    config: data.DataConfig, whose columns are used as far as the file has them, else searched for. Counts are
+    config: data.ReadConfig, whose columns are used as far as the file has them, else searched for. Counts are
     normalised; other values are taken as they are, even those that log1p CP10k does not have, which a note says."""
     named = dataclasses.replace(config, layer="", counts=False, lognorm=False)
     searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
@@ -1439,32 +1432,21 @@ def read_prediction(path, config):
     return list(cells.genes), _Groups(cells, config)
 
 
-def _parser():
-    parser = data.Parser(prog="metrics.py", description="Score predicted cells against real cells (AnnData files).")
-    add = parser.add_argument
-    add("pred", help="predicted cells, counts or log1p CP10k; obs names the condition")
-    add("real", help="real cells with their controls; counts are normalised over all genes of the file")
-    add("--reference", default="", help="training cells, for the Systema reference and the floors")
-    add("--pert-key", default="", help="obs column of the perturbation (default: searched for)")
-    add("--control", "--control-label", dest="control_label", default="", help="its value for control cells")
-    add("--covariates", default="", help="obs columns, comma-separated, within which controls are matched")
-    add("--dose-key", default="", help="obs column of the dose")
-    add("--gene-key", default="", help="var column of the gene names")
-    add("--layer", default="", help="matrix of the real file and the reference (default: X)")
-    add("--counts", action="store_true", help="declare real file and reference raw counts")
-    add("--lognorm", action="store_true", help="declare real file and reference log-normalised")
-    add("--keys", default="", help="metrics to compute and print, 'all', or 'vcc' (default: all but the MMD ranks)")
-    add("--no-floors", dest="floors", action="store_false", help="neither floors nor replicate")
-    add("--seed", type=int, default=0, help="of floors, replicate and bootstrap")
-    add("--out", default="", help="JSON file for every number")
-    return parser
+@dataclasses.dataclass
+class ScoreConfig(data.ReadConfig):
+    """The flags of metrics.py; those of data.ReadConfig describe the real file and the reference."""
+    reference: str = ""     # training cells, for the Systema reference and the floors
+    keys: str = ""          # metrics to compute and print, comma-separated, 'all' or 'vcc'; '' for all but MMD ranks
+    floors: bool = True     # floors and replicate, most of the time
+    seed: int = 0           # of floors, replicate and bootstrap
+    out: str = ""           # JSON file for every number
 
 
 def _reference(path, config, genes, pred, real, cells):
     """(training cells, mean of their perturbations' means), either may be None: --reference, or the real file's uns."""
     if path:
         train, _ = _load(path, config, genes, control_required=False)
-        train.rows = {g: rows for g, rows in train.rows.items() if g not in pred.rows}
+        train.names = {g: rows for g, rows in train.names.items() if g not in pred.names}
         if not train:
             raise data.DataError(f"{path}: holds only predicted conditions; give the training cells")
         return train, None
@@ -1479,31 +1461,35 @@ def _reference(path, config, genes, pred, real, cells):
 
 def main(argv=None):
     """Score a prediction file: print the table, write --out; 'error: ...' and exit code 2 for unusable input."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    asked = [k.strip() for k in args.keys.split(",") if k.strip()]
-    keys = {"all": list(KEYS), "vcc": list(VCC)}.get(args.keys, asked)
+    parser = data.Parser(prog="metrics.py", description=__doc__)
+    parser.add_argument("pred", help="predicted cells, counts or log1p CP10k; obs names the condition")
+    parser.add_argument("real", help="real cells with their controls; counts are normalised over all genes of the file")
+    parser.add_argument("--control", dest="control_label", default=argparse.SUPPRESS, help="short for --control-label")
+    data.add_flags(parser, ScoreConfig)
+    args = parser.parse(argv)
+    paths = args.pop("pred"), args.pop("real")
+    config = ScoreConfig(**args)
+    asked = [k.strip() for k in config.keys.split(",") if k.strip()]
+    keys = {"all": list(KEYS), "vcc": list(VCC)}.get(config.keys, asked)
     if set(keys) - set(KEYS):
         parser.error(f"--keys: unknown metrics {_listed(set(keys) - set(KEYS))}; the metrics are {' '.join(KEYS)}")
-    if args.seed < 0:
+    if config.seed < 0:
         parser.error("--seed must not be negative")
     with data.clean_errors():
-        fields = {field.name for field in dataclasses.fields(data.DataConfig)}
-        config = data.DataConfig(**{name: value for name, value in vars(args).items() if name in fields})
-        genes, pred = read_prediction(args.pred, config)
-        real, cells = _load(args.real, config, genes)
+        genes, pred = read_prediction(paths[0], config)
+        real, cells = _load(paths[1], config, genes)
         scored = set(pred) & set(real)
         if not scored:
-            raise data.DataError(f"{args.real}: has no cells of any predicted condition ({_listed(pred)}); it has "
+            raise data.DataError(f"{cells.path}: has no cells of any predicted condition ({_listed(pred)}); it has "
                                  f"{_listed(real)}. Check --pert-key and --covariates")
         lonely = {g.partition("@")[2] for g in scored} - set(real.controls) if config.covariates else ()
         if lonely:
-            raise data.DataError(f"{args.real}: has no control cells of {_listed(lonely)}; check --covariates, "
+            raise data.DataError(f"{cells.path}: has no control cells of {_listed(lonely)}; check --covariates, "
                                  "--control")
-        train, train_mean = _reference(args.reference, config, genes, pred, real, cells)
+        train, train_mean = _reference(config.reference, config, genes, pred, real, cells)
         control = real.controls if config.covariates else real.controls[""]
         totals = {"pred": pred.totals, "real": real.totals, "control": real.control_totals}
-        result = evaluate(pred, real, control, genes, train, keys or None, args.seed, args.floors,
+        result = evaluate(pred, real, control, genes, train, keys or None, config.seed, config.floors,
                           train_mean=train_mean, totals=totals if pred.totals and real.totals else None)
         info = result["info"]
         info["notes"] = [*pred.notes, *real.notes, *info["notes"]]
@@ -1519,13 +1505,13 @@ def main(argv=None):
               f"{info['cells_real']:,} real cells")
         for note in info["notes"]:
             print(f"note: {note}")
-        rest = args.out or "the file that --out FILE writes"
+        rest = config.out or "the file that --out FILE writes"
         print(format_table(result_rows(result, "prediction"), keys, result["ci95"], rest=rest))
         for note in cannot_tell(result, keys):
             print(f"note: {note}")
-        if args.out:
-            data.write_json(args.out, result)
-            print(f"wrote {args.out}")
+        if config.out:
+            data.write_json(config.out, result)
+            print(f"wrote {config.out}")
 
 
 if __name__ == "__main__":
