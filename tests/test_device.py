@@ -14,8 +14,7 @@ from conftest import METHODS, ROOT, TINY
 
 # flags of the ablations, and what else a checkpoint is for
 ABLATIONS = {
-    "scdfm": [["--mmd-weight", "0"], ["--knn", "0", "--no-differential"], ["--no-effect-readout", "--no-precondition"],
-              ["--ode", "euler"]],
+    "scdfm": [["--mmd-weight", "0"], ["--knn", "0", "--no-differential"], ["--no-effect-readout", "--no-precondition"]],
     "primeflow": [["--velocity", "unet", "--p-null", "0.2", "--guidance", "1", "3"],
                   ["--coupling", "independent", "--sigma", "0", "--no-standardise", "--no-effect-readout"],
                   ["--space", "pca", "--no-standardise", "--coupling", "ot", "--ot-cells", "8", "--path",
