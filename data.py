@@ -1842,8 +1842,9 @@ def write_prepared(path, data):
 INTERACTIONS = {"additive": 1.0, "synergistic": 1.6, "suppressing": 0.4, "epistatic": 1.0}  # factor on the effects
 
 
-def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
-    """Write a simulated Perturb-seq file of raw counts with a known truth.
+class Screen:
+    """What the simulator knows: conditions [C], controls first, and their kinds ("none", "single", or of INTERACTIONS),
+    shifts (C, genes) of log expression in a cell that responds; and how cells come of it.
 
     Regulators (TF1, TF2, ...) belong to modules; a module is a sparse set of target genes, and each regulator adds
     targets of its own. In every cell a regulator's activity varies and moves its own expression and its targets, so
@@ -1851,7 +1852,64 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     four cells (the others do not respond). Two regulators together act additively, more (synergistic), less
     (suppressing: same module) or only one counts (epistatic); which, depends on their modules alone, so that it can be
     learned from other doubles. Counts are negative binomial around library size x expression. With cell_types > 1 each
-    type has its own baseline and responds with its own strength (obs.cell_type).
+    type has its own baseline and responds with its own strength.
+    """
+
+    def __init__(self, genes=120, cell_types=1, seed=0):
+        self.genes, self.rng = genes, np.random.default_rng(seed)
+        rng = self.rng
+        P, n_doubles = (16, 24) if genes < 1000 else (100, 130)
+        modules = P // 4
+        self.names = [f"TF{i + 1}" for i in range(P)] + [f"GENE{i + 1}" for i in range(genes - P)]
+        module = np.arange(P) % modules
+
+        def sparse(shape, share, scale):
+            return rng.normal(0, scale, shape) * (rng.random(shape) < share)
+        self.effect = 0.8 * sparse((modules, genes), 0.25, 0.7)[module] + sparse((P, genes), 0.10, 0.5)
+        self.effect[:, :P] *= 0.3           # regulators are mostly moved by themselves
+        self.own = np.eye(P, genes)
+        self.baseline = rng.normal(0, 1.0 if genes < 1000 else 1.7, genes)
+        self.type_shift = np.concatenate([np.zeros((1, genes)), sparse((cell_types - 1, genes), 0.3, 0.8)])
+        self.type_strength = np.concatenate([[1.0], rng.uniform(0.6, 1.2, cell_types - 1)])
+
+        pairs = [(a, b) for a in range(P) for b in range(a + 1, P)]
+        pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_doubles, replace=False))]
+        self.conditions = [CONTROL, *self.names[:P]]
+        self.kinds = ["none"] + ["single"] * P
+        self.shifts = [np.zeros(genes), *(2.5 * (self.effect + self.own))]  # 2.5: five standard deviations of activity
+        for a, b in pairs:
+            kind = ("additive", "synergistic", "epistatic")[(module[a] + module[b]) % 3]
+            kind = "suppressing" if module[a] == module[b] else kind
+            self.conditions.append("+".join(sorted((self.names[a], self.names[b]))))
+            self.kinds.append(kind)
+            self.shifts.append(self.double(a, b, kind))
+        self.shifts = np.stack(self.shifts)
+
+    def double(self, a, b, kind):
+        """(genes,) shift of regulators a < b together, were their interaction of this kind."""
+        joint = self.effect[a] if kind == "epistatic" else self.effect[a] + self.effect[b]
+        return 2.5 * (INTERACTIONS[kind] * joint + self.own[a] + self.own[b])
+
+    def rates(self, shifts, types, rng):
+        """(n, genes) shares of the counts that n cells of these shifts (n, genes) and types (n,) have on average."""
+        activity = rng.normal(0, 0.5, (len(types), len(self.own)))
+        responds = (rng.random(len(types)) < 0.75) * self.type_strength[types]
+        rate = self.baseline + self.type_shift[types] + activity @ (self.effect + self.own) + responds[:, None] * shifts
+        rate = np.exp(rate - rate.max(axis=1, keepdims=True))
+        return rate / rate.sum(axis=1, keepdims=True)
+
+    def depths(self, n, rng):
+        """(n,) expected counts of n cells: large, since one value in ten is zero, as measured."""
+        return self.genes * (6 if self.genes < 1000 else 0.45) * rng.lognormal(0, 0.3, n)
+
+    def counts(self, rates, depths, rng):
+        """(n, genes): gamma-Poisson, dispersion 1/5."""
+        return rng.poisson(rates * (depths[:, None] * rng.gamma(5.0, 1 / 5.0, rates.shape)))
+
+
+def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
+    """Write a simulated Perturb-seq file of raw counts with a known truth: a Screen. With cell_types > 1 obs.cell_type
+    names them.
 
     cells: total, a part in eleven of it controls; 0 for 400 controls and 100 of each condition, per cell type. uns
     holds the truth, for tests only: truth_conditions, truth_means (noise-free mean log1p CP10k), truth_interactions.
@@ -1859,37 +1917,8 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     if genes < 40 or cell_types < 1 or seed < 0:
         raise DataError(f"demo: --genes {genes} --cell-types {cell_types} --seed {seed}: at least 40 genes, one cell "
                         "type and seed 0 are needed")
-    rng = np.random.default_rng(seed)
-    P, n_doubles = (16, 24) if genes < 1000 else (100, 130)
-    modules = P // 4
-    names = [f"TF{i + 1}" for i in range(P)] + [f"GENE{i + 1}" for i in range(genes - P)]
-    module = np.arange(P) % modules
-
-    def sparse(shape, share, scale):
-        return rng.normal(0, scale, shape) * (rng.random(shape) < share)
-    effect = 0.8 * sparse((modules, genes), 0.25, 0.7)[module] + sparse((P, genes), 0.10, 0.5)
-    effect[:, :P] *= 0.3                    # regulators are mostly moved by themselves
-    own = np.eye(P, genes)
-    baseline = rng.normal(0, 1.0 if genes < 1000 else 1.7, genes)
-    type_shift = np.concatenate([np.zeros((1, genes)), sparse((cell_types - 1, genes), 0.3, 0.8)])
-    type_strength = np.concatenate([[1.0], rng.uniform(0.6, 1.2, cell_types - 1)])
-
-    pairs = [(a, b) for a in range(P) for b in range(a + 1, P)]
-    pairs = [pairs[i] for i in sorted(rng.choice(len(pairs), n_doubles, replace=False))]
-    conditions, shifts, kinds = [CONTROL], [np.zeros(genes)], ["none"]
-    for a in range(P):
-        conditions.append(names[a])
-        shifts.append(effect[a] + own[a])
-        kinds.append("single")
-    for a, b in pairs:
-        kind = ("additive", "synergistic", "epistatic")[(module[a] + module[b]) % 3]
-        kind = "suppressing" if module[a] == module[b] else kind
-        joint = effect[a] if kind == "epistatic" else effect[a] + effect[b]
-        conditions.append("+".join(sorted((names[a], names[b]))))
-        shifts.append(INTERACTIONS[kind] * joint + own[a] + own[b])
-        kinds.append(kind)
-    shifts = 2.5 * np.stack(shifts)          # a perturbation is 2.5 units of activity: five standard deviations
-
+    screen = Screen(genes, cell_types, seed)
+    rng, conditions = screen.rng, np.array(screen.conditions, dtype=object)
     n_conditions = len(conditions) - 1
     total = cells or (400 + 100 * n_conditions) * cell_types
     n_control = total // 11 if cells else 400 * cell_types
@@ -1901,29 +1930,24 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     kind[:n_control] = np.arange(n_control) % cell_types
     shuffle = rng.permutation(total)
     label, kind = label[shuffle], kind[shuffle]
-    depth = genes * (6 if genes < 1000 else 0.45) * rng.lognormal(0, 0.3, total)  # large: one value in ten, as measured
+    depth = screen.depths(total, rng)
     truth = np.zeros((len(conditions), genes))
     step = max(1, BLOCK_NNZ // genes)
 
     def blocks():                           # written one by one, and nothing is kept but the sums of the truth
         for i in range(0, total, step):
-            c, k = label[i:i + step], kind[i:i + step]
-            activity = rng.normal(0, 0.5, (len(c), P))
-            responds = (rng.random(len(c)) < 0.75) * type_strength[k]
-            rate = baseline + type_shift[k] + activity @ (effect + own) + responds[:, None] * shifts[c]
-            rate = np.exp(rate - rate.max(axis=1, keepdims=True))
-            rate /= rate.sum(axis=1, keepdims=True)
-            np.add.at(truth, c, np.log1p(1e4 * rate))
-            rate *= depth[i:i + step, None] * rng.gamma(5.0, 1 / 5.0, rate.shape)  # gamma-Poisson: dispersion 1/5
-            yield sp.csr_matrix(rng.poisson(rate).astype(np.float32))
+            c = label[i:i + step]
+            rates = screen.rates(screen.shifts[c], kind[i:i + step], rng)
+            np.add.at(truth, c, np.log1p(1e4 * rates))
+            yield sp.csr_matrix(screen.counts(rates, depth[i:i + step], rng).astype(np.float32))
         truth[:] /= np.maximum(np.bincount(label, minlength=len(conditions)), 1)[:, None]
 
-    obs = {"condition": np.array(conditions, dtype=object)[label]}
+    obs = {"condition": conditions[label]}
     if cell_types > 1:
         obs["cell_type"] = np.array([f"type{i + 1}" for i in range(cell_types)], dtype=object)[kind]
-    uns = {"truth_conditions": np.array(conditions, dtype=object), "truth_interactions": np.array(kinds, dtype=object),
+    uns = {"truth_conditions": conditions, "truth_interactions": np.array(screen.kinds, dtype=object),
            "truth_means": truth, "simulator": "data.py demo", "seed": seed}
-    write_h5ad(path, blocks(), obs, names, uns)
+    write_h5ad(path, blocks(), obs, screen.names, uns)
 
 
 def demo_file(cell_types=1, folder="runs"):
