@@ -306,7 +306,8 @@ def _matrix(node, shape, where, limit):
             raise _damaged(node, f"has shape {node.shape}, but obs and var say {shape}")
         _check_numbers([node], 2)
         rows = max(1, BLOCK_NNZ // max(1, G))
-        blocks = (sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in range(0, n, rows))
+        starts = progress(range(0, n, rows), "reading the cells")
+        blocks = (sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in starts)
         return _spool(blocks, G, where) if 4 * n * G > limit else sp.vstack(list(blocks), format="csr")
     layout = (_attr(node, "encoding-type") or _attr(node, "h5sparse_format")).removesuffix("_matrix")
     arrays = set(node) if isinstance(node, h5py.Group) else set()
@@ -322,12 +323,11 @@ def _matrix(node, shape, where, limit):
     if (stored != [n, G] or len(indptr) != n_major + 1 or size != len(node["data"])
             or indptr[0] != 0 or indptr[-1] != size or np.any(np.diff(indptr) < 0)):
         raise _damaged(node, f"its {layout.upper()} arrays disagree with one another or with {n} cells and {G} genes")
-    if 8 * size > limit:
+    if 8 * size > limit and layout == "csr":
         flat = [_FlatArray.of(a) for a in arrays]
-        if layout == "csr" and all(flat):
+        if all(flat):
             return StoredRows(flat, indptr, G, where)
-        blocks = _stored_blocks(*arrays, indptr, n_minor, where)
-        return _spool(blocks if layout == "csr" else _transposed(blocks, size, shape), G, where)
+        return _spool(_stored_blocks(*arrays, indptr, G, where), G, where)
     data, indices = np.empty(size, dtype=np.float32), node["indices"].astype(np.int32)[...]
     _check_indices(indices, n_minor, where)
     if size:
@@ -335,13 +335,16 @@ def _matrix(node, shape, where, limit):
     if size < 2**31:                                # int32 pointers let scipy keep the int32 indices
         indptr = indptr.astype(np.int32)
     build = sp.csr_matrix if layout == "csr" else sp.csc_matrix
-    return _canonical(build((data, indices, indptr), shape=shape, copy=False).tocsr())
+    X = _canonical(build((data, indices, indptr), shape=shape, copy=False).tocsr())
+    if 8 * size > limit:                            # columns were turned to rows in memory, whatever the limit
+        return _spool((X[block] for block in row_blocks(X)), G, where)
+    return X
 
 
 def _stored_blocks(data, indices, indptr, width, where):
-    """The rows of a CSR matrix in a file, or the columns of a CSC one, in blocks as CSR."""
+    """The rows of a CSR matrix in a file, in blocks."""
     step = max(1, BLOCK_NNZ // max(1, width))
-    for first in range(0, len(indptr) - 1, step):
+    for first in progress(range(0, len(indptr) - 1, step), "reading the cells"):
         bounds = indptr[first:first + step + 1]
         piece = slice(bounds[0], bounds[-1])
         yield _csr(data[piece], indices[piece], bounds - bounds[0], width, where)
@@ -547,9 +550,9 @@ class StoredRows:
     """A matrix that stays in a file: X[rows] reads some rows as CSR float32, cut to the kept columns and normalised.
     Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow."""
 
-    def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
+    def __init__(self, arrays, indptr, width, where, note="streamed from the file", canonical=False):
         self.arrays, self.where = arrays, where
-        self.note = note
+        self.note, self.canonical = note, canonical             # a copy of our own needs no check
         self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
         self.keep = np.ones(width, dtype=bool)                  # columns
         self.factor = None                                      # per cell; counts times this are CP10k
@@ -569,12 +572,28 @@ class StoredRows:
         apart[1:-1] = start[1:] != stop[:-1]
         runs = list(zip(start[apart[:-1]].tolist(), stop[apart[1:]].tolist()))
         values, indices = (array.read(runs) for array in self.arrays)
-        X = _csr(values, indices, np.append(0, np.cumsum(size)), len(self.keep), self.where)
+        indptr, width = np.append(0, np.cumsum(size)), len(self.keep)
+        if self.canonical:
+            X = sp.csr_matrix((values, indices, indptr), shape=(len(size), width))
+        else:
+            X = _csr(values, indices, indptr, width, self.where)
         if not self.keep.all():
             X = keep_columns(X, self.keep)
         if self.factor is not None:
             _log_cp10k(X, self.factor[rows])
         return X
+
+    def in_memory(self):
+        """All rows, as CSR. Of the arrays that are made for them, only what is written to takes memory."""
+        most, end = int(self.size.sum()), 0
+        data, indices = np.empty(most, dtype=np.float32), np.empty(most, dtype=np.int32)
+        indptr = np.zeros(len(self.size) + 1, dtype=np.int64)
+        for block in progress(row_blocks(self), "taking the chosen genes into memory"):
+            part = self[block]
+            data[end:end + part.nnz], indices[end:end + part.nnz] = part.data, part.indices
+            indptr[block + 1] = end + part.indptr[1:]
+            end += part.nnz
+        return sp.csr_matrix((data[:end], indices[:end], indptr), shape=self.shape)
 
 
 class _FlatArray:
@@ -638,31 +657,9 @@ def _spool(blocks, width, where):
                         f"({error.strerror}); set TMPDIR to a larger folder") from None
     indptr = np.concatenate(indptr)
     arrays = [_FlatArray(file, dtype, [0]) for file, dtype in zip(files, (np.float32, np.int32))]
-    return StoredRows(arrays, indptr, width, where, f"streamed from a temporary copy of {indptr[-1] / 2**27:.1f} GB in "
-                      f"{folder}; a file prepared with data.py FILE --out needs none")
-
-
-def _transposed(blocks, size, shape):
-    """The rows of a matrix whose columns come in blocks, by way of a temporary file for each block of rows. size:
-    stored values."""
-    n, G = shape
-    step = -(-n // min(256, 1 + size // BLOCK_NNZ))
-    entry = np.dtype([("row", np.int32), ("column", np.int32), ("value", np.float32)])
-    files = [tempfile.TemporaryFile() for _ in range(0, n, step)]
-    first = 0
-    for block in blocks:
-        part = block.tocoo()
-        by_row, entries = np.argsort(part.col, kind="stable"), np.empty(part.nnz, dtype=entry)
-        for name, values in zip(entry.names, (part.col, first + part.row, part.data)):
-            entries[name] = values[by_row]
-        for file, piece in zip(files, np.split(entries, np.searchsorted(entries["row"], np.arange(step, n, step)))):
-            file.write(piece)
-        first += block.shape[0]
-    for first, file in zip(range(0, n, step), files):
-        file.seek(0)
-        entries = np.fromfile(file, dtype=entry)
-        yield sp.csr_matrix((entries["value"], (entries["row"] - first, entries["column"])),
-                            shape=(min(step, n - first), G))
+    note = (f"streamed from a temporary copy of {indptr[-1] / 2**27:.1f} GB in {folder}; a file prepared with data.py "
+            "FILE --out needs none")
+    return StoredRows(arrays, indptr, width, where, note, canonical=True)
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -952,7 +949,7 @@ def _scale(X, config, where, notes, check=True):
     low, high = np.inf, -np.inf
     integer = True
     stored = outside = 0
-    for block in row_blocks(X):
+    for block in progress(row_blocks(X), "looking at the values"):
         values = X[block].data
         if len(values):
             low, high = np.minimum(low, values.min()), np.maximum(high, values.max())  # NaN stays NaN
@@ -993,16 +990,27 @@ def row_blocks(X, rows=None):
 
 def gene_moments(X, rows, transform=None):
     """Sum and sum of squares of every gene over some rows, (G,) float64, of transform(values), transform(0) = 0."""
-    total, square = np.zeros(X.shape[1]), np.zeros(X.shape[1])
-    for block in row_blocks(X, rows):
+    sums = np.zeros((2, X.shape[1]))
+    for block in progress(row_blocks(X, rows), "adding up the genes"):
         part = X[block]
-        values = part.data if transform is None else transform(torch.from_numpy(part.data)).numpy()
-        values = values.astype(np.float64)
-        indices = part.indices.astype(np.int64)
-        total += np.bincount(indices, values, X.shape[1])
-        values *= values
-        square += np.bincount(indices, values, X.shape[1])
-    return total, square
+        _add(sums, part.indices, part.data if transform is None else transform(torch.from_numpy(part.data)).numpy())
+    return sums
+
+
+def _add(sums, indices, values):
+    """Values and their squares to the sums of their genes: (2, G) float64."""
+    values, indices = values.astype(np.float64), indices.astype(np.int64)
+    sums[0] += np.bincount(indices, values, sums.shape[1])
+    values *= values
+    sums[1] += np.bincount(indices, values, sums.shape[1])
+
+
+def detections(X, rows):
+    """In how many of some rows each gene is detected, (G,)."""
+    found = np.zeros(X.shape[1], dtype=np.int64)
+    for block in progress(row_blocks(X, rows), "counting the genes' cells"):
+        found += np.bincount(X[block].indices, minlength=len(found))
+    return found
 
 
 def gene_statistics(dataset, most=100_000):
@@ -1072,22 +1080,29 @@ def keep_columns(X, keep):
     return sp.csr_matrix((data, indices, indptr), shape=(X.shape[0], int(keep.sum())))
 
 
-def lognormalise(cells, target=1e4):
+def lognormalise(cells, rows=None, target=1e4):
     """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay.
-    Returns the counts that each cell had (n,), None of log-normalised data."""
+    rows: cells of which the same pass returns gene_moments of counts per 10,000, (2, G)."""
+    X, sums = cells.X, None if rows is None else np.zeros((2, cells.X.shape[1]))
     if cells.scale == "lognorm":
-        return None
-    X, total = cells.X, np.empty(cells.X.shape[0])
-    for block in row_blocks(X):
-        part = X[block]                             # each row summed by itself: no cell's value depends on another
-        total[block] = np.bincount(np.repeat(np.arange(len(block)), np.diff(part.indptr)), part.data, len(block))
-    factor = np.divide(target, total, out=np.zeros_like(total), where=total > 0).astype(np.float32)
+        return sums if rows is None else gene_moments(X, rows, torch.expm1)
+    factor, chosen = np.zeros(X.shape[0], dtype=np.float32), np.zeros(X.shape[0], dtype=bool)
+    chosen[rows if rows is not None else []] = True
+    for block in progress(row_blocks(X), "normalising"):
+        part = X[block]
+        row = np.repeat(block, np.diff(part.indptr))
+        # each row summed by itself: no cell's value depends on another
+        total = np.bincount(row - block[0], part.data, len(block))
+        factor[block] = np.divide(target, total, out=np.zeros_like(total), where=total > 0)
+        if rows is not None:
+            of = chosen[row]
+            _add(sums, part.indices[of], (part.data * factor[row])[of])
     if isinstance(X, StoredRows):
         X.factor = factor
     else:
         _log_cp10k(X, factor)
     cells.scale = "lognorm"
-    return total
+    return sums
 
 
 def _log_cp10k(X, factor):
@@ -1098,14 +1113,13 @@ def _log_cp10k(X, factor):
         torch.from_numpy(values).log1p_()
 
 
-def highly_variable(X, rows, n_top, bins=20):
-    """Boolean (G,): the n_top highly variable genes of log1p CP10k data by scanpy's 'seurat' flavour.
+def highly_variable(total, square, n, n_top, bins=20):
+    """Boolean (G,): the n_top highly variable genes by scanpy's 'seurat' flavour, from the sum and the sum of squares
+    of counts per 10,000 over n cells.
 
     Dispersion var/mean of the un-logged values, standardised within 20 equal-width bins of log1p(mean). As in scanpy,
     a gene alone in its bin scores 1, genes that tie with the last one are kept, and silent genes never are.
     """
-    n = len(rows)
-    total, square = gene_moments(X, rows, torch.expm1)
     mean = total / n
     variance = (square - n * mean ** 2) / max(n - 1, 1)
     mean[mean == 0] = 1e-12
@@ -1125,7 +1139,7 @@ def highly_variable(X, rows, n_top, bins=20):
         score = np.where(valid, (dispersion - average[which]) / spread[which], -np.inf)
     score[np.isnan(score)] = -np.inf
     ranked = np.sort(score[score > -np.inf])[::-1]
-    return score >= ranked[min(n_top, len(ranked)) - 1] if len(ranked) else np.zeros(X.shape[1], bool)
+    return score >= ranked[min(n_top, len(ranked)) - 1] if len(ranked) else np.zeros(len(total), bool)
 
 
 # ------------------------------------------------------------------------------------------------ splits
@@ -1384,7 +1398,7 @@ class Dataset:
         if not self.config.backed and n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
             self.where = self.device
             self.dense = torch.empty((n, G), dtype=dtype, device=self.device)
-            for block in row_blocks(self.X):
+            for block in progress(row_blocks(self.X), "moving the cells to the device"):
                 self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)
         rows = [self.control_rows["train"][self.covariate[i]] if c == CONTROL else self.rows[g]
                 for i, (g, c) in enumerate(zip(self.groups, self.condition))]
@@ -1453,10 +1467,12 @@ class Dataset:
         keys = self.config.covariate_keys
         values = zip(*(covariate_values(name, len(keys)) for name in set(self.covariate)))
         covariates = {key: sorted(set(of_key)) for key, of_key in zip(keys, values)}
-        mean = gene_moments(self.X, self.fit_rows)[0] / len(self.fit_rows)
-        highest = np.zeros(len(self.genes), dtype=np.float32)
-        for block in row_blocks(self.X, self.fit_rows):
-            highest = np.maximum(highest, self.X[block].max(axis=0).toarray()[0])
+        sums, highest = np.zeros((2, len(self.genes))), np.zeros(len(self.genes), dtype=np.float32)
+        for block in progress(row_blocks(self.X, self.fit_rows), "adding up the genes"):
+            part = self.X[block]
+            _add(sums, part.indices, part.data)
+            highest = np.maximum(highest, part.max(axis=0).toarray()[0])
+        mean = sums[0] / len(self.fit_rows)
         return Panel(list(self.genes), self.eval_genes.tolist(), list(self.perturbations), self.pert_gene.tolist(),
                      trained, mean.tolist(), highest.tolist(), covariates, detected_medians(self.X, self.fit_rows))
 
@@ -1623,7 +1639,7 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
     data = Dataset(cells, parts, config, device)
 
     perturbed = list({q for p in data.perturbations for q in (p, split_dose(p)[0])})
-    detected = gene_moments(cells.X, data.fit_rows, torch.sign)[0]          # number of cells
+    detected = detections(cells.X, data.fit_rows)
     keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
         raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells; lower "
@@ -1635,18 +1651,24 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
         notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: perturbed, or detected in at least "
                      f"{config.min_cells} {of}")
         cells.keep_genes(keep)
-    lognormalise(cells)
-    if 0 < config.hvg < len(cells.genes):
+        detected = detected[keep]
+    choosing = 0 < config.hvg < len(cells.genes)
+    chosen_on = data.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
+    sums = lognormalise(cells, chosen_on if choosing and config.hvg_by == "variance" else None)
+    if choosing:
         keep = np.isin(cells.genes, perturbed)
         if config.hvg_by == "mean":
             chosen = "of the highest mean in training controls"
             keep[data.most_expressed(config.hvg)] = True
         else:
-            rows = data.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
             chosen = f"highly variable in {'training and control' if config.hvg_on == 'train' else 'ALL'} cells"
-            keep |= highly_variable(cells.X, rows, config.hvg)
+            keep |= highly_variable(*sums, len(chosen_on), config.hvg)
         notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} {chosen}, and the perturbed")
         cells.keep_genes(keep)
+        detected = detected[keep]
+    stored = detected.sum() / len(data.fit_rows) * cells.X.shape[0]         # values of the panel, as near as matters
+    if isinstance(cells.X, StoredRows) and not config.backed and 8 * stored <= config.cache_gb * 2**30:
+        cells.X = cells.X.in_memory()
     data.choose_genes()
     return data
 
@@ -1829,7 +1851,7 @@ def write_prepared(path, data):
     rows = np.concatenate([data.rows[g] for g in data.groups])
     obs = {"condition": cells.condition[rows]}
     obs |= {key: cells.obs(key)[rows] for key in data.config.covariate_keys}
-    notes = [n for n in cells.notes if n != getattr(cells.X, "note", "")]  # where the matrix lay is no fact of the data
+    notes = [note for note in cells.notes if not note.startswith("streamed")]  # where cells lay is no fact of the data
     uns = {"preprocessing": {"scale": "log1p CP10k", "source": Path(cells.path).name,
                              "notes": np.array(notes, dtype=object), "min_genes": data.config.min_genes,
                              "min_cells": data.config.min_cells, "hvg": data.config.hvg}}

@@ -450,6 +450,10 @@ def test_quality_control(tmp_path):
         data.load(path, data.DataConfig(min_genes=9))
 
 
+def highly_variable(X, rows, n_top):
+    return data.highly_variable(*data.gene_moments(X, rows, torch.expm1), len(rows), n_top)
+
+
 def slow_highly_variable(X, n_top, bins=20):
     """scanpy's 'seurat' flavour from its definition, gene by gene. X (n, G) log1p CP10k."""
     n, G = X.shape
@@ -486,7 +490,7 @@ def test_highly_variable_genes_by_the_definition(n_top):
     X[:, 7] = 0                                                             # a silent gene is never chosen
     X[:, 8] = 9.2 - 0.1 * (np.arange(80) == 20)                             # the highest, alone in its bin: scores 1
     rows = np.arange(10, 75)
-    chosen = data.highly_variable(sp.csr_matrix(X), rows, n_top)
+    chosen = highly_variable(sp.csr_matrix(X), rows, n_top)
     assert list(chosen) == slow_highly_variable(X[rows], n_top)
     assert chosen.sum() >= n_top and not chosen[7]
 
@@ -504,7 +508,7 @@ def test_scanpy_reference(name, file, flags):
     values = loaded.X.data.astype(np.float64)
     assert values.sum() / np.prod(loaded.X.shape) == pytest.approx(wanted["mean_of_lognorm"], rel=1e-5)
     assert (values ** 2).sum() == pytest.approx(wanted["sum_of_squares"], rel=1e-5)
-    chosen = data.highly_variable(loaded.X, rows, wanted["n_top"])
+    chosen = highly_variable(loaded.X, rows, wanted["n_top"])
     assert {g for g, c in zip(loaded.genes, chosen) if c} == set(wanted["hvg"])
 
 
@@ -513,7 +517,7 @@ def test_perturbed_genes_survive_every_filter(demo, tmp_path):
     assert {f"TF{i}" for i in range(1, 17)} <= set(loaded.genes) and 20 <= len(loaded.genes) <= 36
     chosen = [g for g in loaded.genes if not g.startswith("TF")]
     full = data.load(demo, split="additive")
-    mask = data.highly_variable(full.X, full.fit_rows, 20)
+    mask = highly_variable(full.X, full.fit_rows, 20)
     assert chosen == [g for g, m in zip(full.genes, mask) if m and not g.startswith("TF")] and chosen
     assert all(p == loaded.genes[i] for p, i in zip(loaded.perturbations, loaded.pert_gene))
     X = make_counts(60)
@@ -653,7 +657,7 @@ def fitted(loaded):
     fit = loaded.X[loaded.fit_rows]
     return {"split": loaded.split, "rows": loaded.fit_rows.tolist(), "genes": loaded.genes,
             "eval": loaded.eval_genes.tolist(), "pert_gene": loaded.pert_gene.tolist(),
-            "hvg": data.highly_variable(loaded.X, loaded.fit_rows, 10).tolist(),
+            "hvg": highly_variable(loaded.X, loaded.fit_rows, 10).tolist(),
             "mean": (total / len(loaded.fit_rows)).tobytes(), "square": square.tobytes(),
             "values": fit.data.tobytes(), "indices": fit.indices.tobytes()}
 
@@ -724,6 +728,22 @@ def test_streaming_equals_memory(two_types, tmp_path, monkeypatch, form, split):
     for out, loaded in (("disk.h5", disk), ("memory.h5", memory)):
         data.write_prepared(tmp_path / out, loaded)
     assert (tmp_path / "disk.h5").read_bytes() == (tmp_path / "memory.h5").read_bytes()
+
+
+def test_a_panel_that_fits_moves_into_memory(two_types, tmp_path, monkeypatch):
+    """Of a file that does not fit, whatever its layout; what does not fit, and what is --backed, stays on disk."""
+    path = copy_as(two_types, tmp_path / "file.h5ad", sparse(compression="gzip"))
+    monkeypatch.setattr(data, "BLOCK_NNZ", 5000)                            # many blocks
+    most = 4 * data.read_cells(path).X.nnz / 2**30                          # half of the file, in GB
+
+    def load(**flags):
+        return data.load(path, data.DataConfig(covariates="cell_type", **flags), "additive")
+    memory, moved = load(hvg=20), load(hvg=20, cache_gb=most)
+    assert any(note.startswith("streamed") for note in moved.source.notes)
+    assert sp.issparse(moved.X) and moved.X.has_canonical_format and fitted(moved) == fitted(memory)
+    assert (moved.X != memory.X).nnz == 0 and moved.panel() == memory.panel()
+    for stays in (load(cache_gb=most), load(hvg=20, cache_gb=most, backed=True)):
+        assert isinstance(stays.X, data.StoredRows)
 
 
 def test_streaming_takes_a_block_of_memory(tmp_path, monkeypatch):
