@@ -48,7 +48,6 @@ Deviations (numbers that back them: README, experiments):
 import copy
 import datetime
 import math
-import re
 import sys
 import time
 import typing
@@ -180,7 +179,7 @@ def gene_vectors(run, corr, width=128, effects=64):
     """Vector of every gene (G, p): from --gene-embeddings, or own: from corr (G, G), the correlation of the genes, and
     the effects of the training conditions. Genes that the file lacks are fitted to their own by ridge."""
     def principal_rows(matrix, rank, power):                             # U S^power of a truncated SVD: (G, rank)
-        u, s, _ = torch.svd_lowrank(matrix, q=min(rank, *matrix.shape), niter=6)
+        u, s = torch.svd_lowrank(matrix, q=min(rank, *matrix.shape), niter=6)[:2]
         return F.normalize(u * s ** power, dim=1)
     delta = torch.from_numpy(data.training_effects(run.dataset)[1].T.astype(np.float32))           # (G, n)
     own = torch.cat([principal_rows(corr, width, 0.5), principal_rows(delta, effects, 1.0)], dim=1)
@@ -233,8 +232,8 @@ def perturbation_vectors(run, vectors):
     --pert-embeddings or the gene's own; pert_learned (N,), the row of a learned table where there is no vector, else
     FIXED, or UNKNOWN for what was not trained either; pert_trained, the tokens of training conditions."""
     config, panel = run.config, run.panel
-    names, tokens, _ = token_table(panel, config)
-    N, asked = len(names), {p: tokens[p] for p in panel.perturbations}
+    names, table = token_table(panel, config)
+    N, asked = len(names), {p: table[p][0] for p in panel.perturbations}
     if config.pert_embeddings:
         out, fixed = data.aligned_vectors(config.pert_embeddings, "--pert-embeddings", names)
         data.coverage(run.say, "--pert-embeddings", fixed[sorted(set(asked.values()))], "perturbations")
@@ -260,13 +259,14 @@ def sinkhorn(cost, epsilon, iterations, columns=None):
     """Entropic transport plans, in the log domain, fp32 or better: cost (..., n, m) -> plan (..., n, m). Rows are
     uniform and met exactly, columns uniform or as given (m,). epsilon: number or (..., 1, 1)."""
     with torch.autocast(cost.device.type, enabled=False):
-        log_plan = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon            # of n times the plan
-        for _ in range(iterations):
-            log_plan = log_plan.log_softmax(-2)                          # the columns are met
+        score = -cost.to(torch.promote_types(cost.dtype, torch.float32)) / epsilon
+        f = torch.zeros_like(score[..., :1])                             # potentials of the rows, g of the columns
+        for _ in range(iterations):                                      # nothing as large as the cost is written
+            g = (score - f).logsumexp(-2, keepdim=True)                  # the columns are met
             if columns is not None:                                      # uniform ones cancel in the next line
-                log_plan = log_plan + columns.log()
-            log_plan = log_plan.log_softmax(-1)                          # the rows are met
-        return log_plan.exp() / log_plan.shape[-2]
+                g = g - columns.log()
+            f = (score - g).logsumexp(-1, keepdim=True)                  # the rows are met
+        return (score - g).softmax(-1) / score.shape[-2]
 
 
 def kmeans(x, K, seed=42, restarts=10):
@@ -576,6 +576,37 @@ def ot_partners(z0, z1, u, epsilon):
         return z1.gather(1, partner.expand(-1, -1, z1.shape[2]))
 
 
+class Objective(nn.Module):
+    """The losses of a step of stage 2, from partners to pathways: one module, so that compiled it is one graph."""
+
+    def __init__(self, model, config):
+        super().__init__()
+        self.config, self.flow = config, model.flow
+        self.autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
+        member = F.one_hot(model.autoencoder.module_of).float()
+        self.register_buffer("member", F.normalize(member, p=1, dim=0))  # (G, K): mean of a module's genes
+        self.register_buffer("pathways", model.pathways)
+
+    def forward(self, z0, z1, condition, keep, start, real, control, chosen):
+        """z0, z1 (C, b, D) latents of control and perturbed cells, not yet paired; condition, keep, chosen: see Flow;
+        for the structure losses start (S, n, D), latents of the control cells (S n, G) or None, and real (S, n, G).
+        Returns the loss (eq. 9) and its terms."""
+        config = self.config
+        # pairs of control and perturbed latents, a point between them, and the velocity to learn (eq. 6)
+        t, u = torch.rand(2, *z0.shape[:2], device=z0.device)
+        z1 = ot_partners(z0, z1, u, config.ot_epsilon)
+        z_t = torch.lerp(z0, z1, t[..., None]).add(torch.randn_like(z0), alpha=config.sigma)
+        v, end = self.flow(z_t, t, condition, keep, start, chosen)
+        flow = F.mse_loss(v, z1 - z0)
+        pred = decode(self.autoencoder, start.flatten(0, 1), end.flatten(0, 1), control).view_as(real)
+        corr = path = torch.zeros_like(flow)
+        if config.corr_weight:
+            corr = correlation_loss(pred, real, self.member)
+        if config.path_weight:
+            path = pathway_loss(pred, real, self.pathways, 0.1, config.path_iterations)
+        return flow + config.corr_weight * corr + config.path_weight * path, flow, corr, path
+
+
 # -------------------------------------------------------------------------------- sampling
 
 def decode(autoencoder, start, end, control=None):
@@ -598,34 +629,35 @@ def sample(integrate, model, control, condition, residual):
 
 def token_table(panel, config):
     """Names [N] of what can have an embedding, genes first, then the other perturbations without their dose; and of all
-    that can be predicted {name: token}, and {name: dose}, log(1 + dose) over the highest, where there is one."""
+    that can be predicted {name: (token, dose)}, the dose log(1 + dose) over the highest, or 1 where there is none."""
     names, doses = list(panel.genes), {}
     tokens = {name: i for i, name in enumerate(names)}
     for p, gene in zip(panel.perturbations, panel.pert_gene):
-        found = config.dose_key and re.fullmatch(r"(.+):((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", p)
-        if found:
-            doses[p] = math.log1p(float(found[2]))
-        base = found[1] if found else p
-        if gene < 0 and base not in tokens:
-            tokens[base] = len(names)
-            names.append(base)
-        tokens[p] = tokens[base] if gene < 0 else gene
+        drug, dose = data.split_dose(p) if config.dose_key else (p, "")
+        try:
+            doses[p] = math.log1p(float(dose))
+        except ValueError:                                               # no dose, or one in words
+            drug = p
+        if gene < 0 and drug not in tokens:
+            tokens[drug] = len(names)
+            names.append(drug)
+        tokens[p] = tokens[drug] if gene < 0 else gene
     highest = max(doses.values(), default=1.0) or 1.0
-    return names, tokens, {p: dose / highest for p, dose in doses.items()}
+    return names, {name: (token, doses.get(name, highest) / highest) for name, token in tokens.items()}
 
 
 def slots(groups, panel, config):
     """What the flow is told of groups (CONDITION or CONDITION@COVARIATE): tokens, mask, dose (C, slots), 1 where there
     is none, and covariates (C, V) one-hot. A covariate value that the training file did not have is all zeros."""
-    _, tokens, doses = token_table(panel, config)
-    parts = [group.partition("@")[0].split("+") for group in groups]
+    table = token_table(panel, config)[1]
+    parts = [data.split_group(group)[0].split("+") for group in groups]
     shape = len(parts), max(2, max(map(len, parts)))
     token, dose = torch.zeros(shape, dtype=torch.long), torch.ones(shape)
     mask = torch.zeros(shape, dtype=torch.bool)
     for i, names in enumerate(parts):
         for j, name in enumerate(names):
-            mask[i, j], token[i, j] = True, tokens[name]
-            dose[i, j] = doses.get(name, 1.0)
+            mask[i, j] = True
+            token[i, j], dose[i, j] = table[name]
     return token, mask, dose, panel.one_hot(groups, strict=False)
 
 
@@ -666,7 +698,8 @@ def learning_rates(optimizer, config, steps):
 def pretrain(run, state, model):
     """Stage 1: model.autoencoder learns to reconstruct training and control cells (eq. 5). state: a checkpoint of this
     stage, or None."""
-    config, dataset, B = run.config, run.dataset, run.config.pretrain_batch_size
+    config, dataset = run.config, run.dataset
+    B = config.pretrain_batch_size
     optimizer = torch.optim.Adam(model.autoencoder.parameters(), lr=config.pretrain_lr, fused=True)
     schedule = learning_rates(optimizer, config, config.pretrain_steps)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -687,7 +720,8 @@ def pretrain(run, state, model):
 
 def train(run, state):
     """Train both stages and return the model that predicts."""
-    config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
+    config, dataset = run.config, run.dataset
+    panel, device = run.panel, run.device
     C, b = config.conditions_per_batch, config.batch_size // config.conditions_per_batch     # conditions, cells of each
     S, n = config.structure_conditions, config.structure_cells
     if config.modules > len(panel.genes):
@@ -707,23 +741,22 @@ def train(run, state):
     schedule = learning_rates(optimizer, config, config.steps)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
     begin = run.resume(second, parts)
-    net = run.wrap(model.flow)
-    autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
+    objective = Objective(model, config)
+    net = run.wrap(objective)
 
     # latents of all training and control cells, once; training conditions: number of their group, and slots() of it
     latents = torch.zeros(dataset.X.shape[0], config.latent, device=device)
     with torch.no_grad():
         for rows in torch.from_numpy(dataset.fit_rows).to(device).split(4096):
-            latents[rows] = autoencoder.encode(dataset.gather(rows))
+            latents[rows] = objective.autoencoder.encode(dataset.gather(rows))
     names = dataset.part("train")
     group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
     conditions = [a.to(device) for a in slots(names, panel, config)]
-    member = F.normalize(F.one_hot(autoencoder.module_of).float(), p=1, dim=0)     # (G, K): mean of a module's genes
     spread = torch.arange(S, device=dataset.where) * C // S              # of the C, those for the structure losses
-    zero = torch.zeros((), device=device)
+    among = spread.to(device)
     run.say(f"{sum(p.numel() for p in model.autoencoder.parameters()):,} parameters in the autoencoder, "
             f"{sum(p.numel() for p in model.flow.parameters()):,} in the flow; {len(names)} training conditions, "
-            f"{len(panel.genes):,} genes, {member.shape[1]} modules, {len(model.pathways):,} pathways; "
+            f"{len(panel.genes):,} genes, {config.modules} modules, {len(model.pathways):,} pathways; "
             f"latents have a standard deviation of {latents[dataset.fit_rows].std(0).mean():.2f}")
 
     for step in range(begin + 1, config.steps + 1):
@@ -732,28 +765,18 @@ def train(run, state):
         pick = torch.randint(len(group), (C,), device=dataset.where)
         both = torch.cat([group[pick], dataset.controls_for(group[pick])])
         z1, z0 = latents[dataset.draw(both, b)].unflatten(0, (2, C, b))
+        told = [a[pick.to(device)] for a in conditions]
         keep = (torch.rand(C, 256, device=device) >= config.condition_dropout) / (1 - config.condition_dropout)
 
         # for the structure losses, of S of the conditions: latents of n controls, and n real cells
         chosen = group[pick[spread]]
         rows = dataset.draw(dataset.controls_for(chosen), n)
-        start = latents[rows]                                                                # (S n, D)
+        start = latents[rows].unflatten(0, (S, n))                                           # (S, n, D)
         real = dataset.gather(dataset.draw(chosen, n)).unflatten(0, (S, n))                  # (S, n, G)
+        control = dataset.gather(rows) if config.residual else None                          # (S n, G)
 
-        # pairs of control and perturbed latents, a point between them, and the velocity to learn (eq. 6)
-        t, u = torch.rand(2, C, b, device=device)
-        z1 = ot_partners(z0, z1, u, config.ot_epsilon)
-        z_t = torch.lerp(z0, z1, t[..., None]).add(torch.randn_like(z0), alpha=config.sigma)
-        which = pick.to(device)
-        told = [a[which] for a in conditions]
         with run.autocast():
-            v, end = net(z_t, t, told, keep, start.unflatten(0, (S, n)), spread.to(device))
-            control = dataset.gather(rows) if config.residual else None
-            pred = decode(autoencoder, start, end.flatten(0, 1), control).unflatten(0, (S, n))
-        flow = F.mse_loss(v, z1 - z0)
-        corr = correlation_loss(pred, real, member) if config.corr_weight else zero
-        path = pathway_loss(pred, real, model.pathways, 0.1, config.path_iterations) if config.path_weight else zero
-        loss = flow + config.corr_weight * corr + config.path_weight * path                  # eq. 9
+            loss, flow, corr, path = net(z0, z1, told, keep, start, real, control, among)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
