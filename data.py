@@ -1278,25 +1278,32 @@ def _read_split(name, cells):
     or of the paper's for one file. None for the split of another name."""
     if name == "combosciplex":
         return {"test": COMBOSCIPLEX}
-    if name.startswith("obs:"):
-        given = {}
-        parts = cells.obs(name[4:], "--split")
-        for condition, covariate, part in sorted(set(zip(cells.condition, cells.covariate, parts))):
-            if condition != CONTROL:
-                given.setdefault(PART_ALIAS.get(part, part), []).append(group_name(condition, covariate))
-        if set(given) - set(PARTS):
-            raise DataError(f"--split {name}: holds {_listed(sorted(given))}; the column must hold train, val and test")
-        return given
-    if not name.endswith(".json"):
+    if not name.startswith("obs:") and not name.endswith(".json"):
         return None
     try:
-        content = json.loads(Path(name).read_text(encoding="utf-8-sig"))
-        given = {PART_ALIAS.get(part, part): names for part, names in content.items()}
-        if not isinstance(given.get("test"), list) or not all(isinstance(given.get(part, []), list) for part in PARTS):
+        if name.endswith(".json"):
+            pairs = json.loads(Path(name).read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+        else:
+            members = {}
+            labels = zip(cells.condition, cells.covariate, cells.obs(name[4:], "--split"))
+            for condition, covariate, part in sorted(set(labels)):
+                if condition != CONTROL:
+                    members.setdefault(part, []).append(group_name(condition, covariate))
+            pairs = members.items()
+        given = {}
+        for spelling, names in pairs:
+            part = PART_ALIAS.get(spelling, spelling)
+            if part not in PARTS or part in given:
+                raise ValueError(f"'{spelling}' is no part" if part not in PARTS else f"'{part}' is there twice")
+            if not isinstance(names, list):
+                raise ValueError(f"no list of condition names under '{spelling}'")
+            given[part] = names
+        if "test" not in given:
             raise ValueError("no list of condition names under 'test'")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"--split {name}: cannot be read as a split ({error}); it needs "
-                        '{"train": [...], "val": [...], "test": [...]} or {"test": [...]}') from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"--split {name}: cannot be read as a split ({error}); a file needs "
+                        '{"train": [...], "val": [...], "test": [...]} or {"test": [...]}, a column train, val and '
+                        "test") from None
     return given
 
 
@@ -2098,14 +2105,13 @@ def aligned_vectors(path, flag, names):
 def gene_graph(path, info, genes, say):
     """Which of the genes interact by read_edges: (G, G) float32, 0 or 1, symmetric, nothing on the diagonal."""
     column = {gene.upper(): i for i, gene in enumerate(genes)}
-    edges = read_edges(path, info)
-    named = {gene for edge in edges for gene in edge}
-    coverage(say, "--ppi", torch.tensor([gene in named for gene in column]), "genes of the panel")
     graph = torch.zeros(len(genes), len(genes))
-    for a, b in edges:
+    for a, b in read_edges(path, info):
         if a in column and b in column:
             graph[column[a], column[b]] = 1
-    return graph.maximum(graph.T).fill_diagonal_(0)
+    graph = graph.maximum(graph.T).fill_diagonal_(0)
+    coverage(say, "--ppi", graph.any(0), "genes of the panel (by an edge to another)")
+    return graph
 
 
 def gene_sets(path, genes, say):

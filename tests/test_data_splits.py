@@ -200,7 +200,8 @@ def six(tmp_path):
     column = [part[label.replace("+ctrl", "").replace("ctrl+", "")] for label in labels]
     return write_file(tmp_path / "six.h5ad", make_counts(45), labels, ["A", "B", "C"] + GENES[3:],
                       obs={"part": column, "wrong": ["train", "test"] * 22 + ["dev"],
-                           "mixed": ["train", "test"] * 22 + ["val"]})
+                           "mixed": ["train", "test"] * 22 + ["val"],
+                           "twice": ["val" if part == "train" else part for part in column]})
 
 
 def split_of(path, content, covariates=""):
@@ -227,12 +228,15 @@ def test_split_file_with_another_control_spelling(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("{not json", "cannot be read as a split .* it needs"), ("[1, 2]", "cannot be read as a split"),
+    ("{not json", "cannot be read as a split .* needs"), ("[1, 2]", "cannot be read as a split"),
     ({"train": ["A"]}, "no list of condition names under 'test'"), ({"test": "A"}, "cannot be read as a split"),
     ({"test": [1]}, "'1' has no cells"), ("\x00", "cannot be read as a split"),
     ({"test": ["A+ctrl"], "train": ["A"]}, "'A.*' is in both (test|train) and (test|train); a split is by condition"),
     ({"test": ["A", "D"]}, "test condition 'D' has no cells in the data; remove it"),
     ({"test": ["A"], "train": ["B"]}, r"4 conditions of the data are in no part \(A\+B, A\+B\+C, B\+C, C\); list them"),
+    ({"test": ["A"], "ood": ["B"]}, "'ood' is no part"), ({"test": ["A"], "Val": ["B"]}, "'Val' is no part"),
+    ({"test": ["A"], "val": ["B"], "valid": ["C"]}, "'val' is there twice"),
+    ('{"test": ["A"], "test": ["B"]}', "'test' is there twice"), ("[" * 100_000, "cannot be read as a split"),
     ({"test": []}, "no test condition"), ({"test": SIX}, "no train condition"),
     ({"test": ["A@x"]}, "test condition 'A@x' has no cells")])
 def test_bad_split_files(six, content, message):
@@ -242,7 +246,8 @@ def test_bad_split_files(six, content, message):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("obs:wrong", "holds dev, .*; the column must hold train, val and test"),
+    ("obs:wrong", r"cannot be read as a split \('dev' is no part\); .* a column train, val and test"),
+    ("obs:twice", r"cannot be read as a split \('val' is there twice\)"),
     ("obs:mixed", "is in both .* a split is by condition, never by cell"),
     ("obs:absent", "obs has no column 'absent' .--split.; it has .*part"),
     ("absent.json", "--split absent.json: cannot be read as a split")])

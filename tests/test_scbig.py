@@ -520,6 +520,9 @@ def test_interactions_in_every_format(tmp_path):
         assert data.read_edges(str(tmp_path / "edges.txt")) == expected
 
 
+NAMES = [f"TF{i}" for i in range(1, 17)] + [f"GENE{i}" for i in range(1, 25)]      # the demo's genes
+
+
 @pytest.mark.parametrize("flag, name, content, words", [
     ("--gene-embeddings", "v.tsv", "gene\tx\ty\nA\t1\t2\nB\t1\n", ["v.tsv", "line 3", "numbers"]),
     ("--gene-embeddings", "v.tsv", "A\t1\t2\nB\t1\tx\n", ["line 2"]),
@@ -537,6 +540,8 @@ def test_interactions_in_every_format(tmp_path):
     ("--pert-embeddings", "v.tsv", "TF1\t1\t2\nTF2\t1\t3\n", ["knows only 2 of 16 perturbations"]),
     ("--ppi", "p.txt", "9606.P1 9606.P2 900\n", ["knows only 0 of 40 genes", "--ppi-info"]),
     ("--ppi", "p.txt", "", ["knows only 0 of 40 genes"]),
+    ("--ppi", "p.txt", "".join(f"{g} {g} 900\n" for g in NAMES), ["knows only 0 of 40 genes"]),
+    ("--ppi", "p.txt", "".join(f"9606.{a} {b} 900\n" for a, b in zip(NAMES, NAMES[1:])), ["knows only 0 of 40 genes"]),
     ("--pathways", "p.gmt", "", ["knows only 0 of 40 genes"]),
     ("--pert-embeddings", "v.tsv", "TF1\t0\t0\n", ["knows only 0 of 16 perturbations"]),
 ])
