@@ -403,6 +403,7 @@ class Cells:
     kept: np.ndarray            # (n,) rows of the file that these cells are
     file_shape: tuple           # labelled cells and genes of the file, before anything is filtered
     notes: list = field(default_factory=list)  # what was dropped or renamed, to be printed
+    totals: "np.ndarray | None" = None         # (n,) counts of each cell, where lognormalise() has found counts
 
     @property
     def pairs(self):
@@ -958,12 +959,13 @@ def _scale(X, config, where, notes, check=True):
             outside += int((values >= LOG_MAX).sum())
     above = f"{outside:,} of {stored:,} values are above {LOG_MAX:g}, the highest {high:.6g}"
     declared = config.counts or config.lognorm
+    scale = "counts" if config.counts or integer and not config.lognorm else "lognorm"
     problem = ""
     if low > high:
         problem = "every value is zero"
     elif not np.isfinite([low, high]).all():
         problem = "holds NaN or infinite values"
-    elif low < 0 and check:
+    elif low < 0 and (check or scale == "counts"):
         problem = f"holds negative values (lowest {low:.3g}), as scaled or centred data do"
     elif not declared and not integer and outside > (0 if check else MOST_OUTSIDE * stored):
         problem = f"{above}, and not all are integers: neither counts nor log-normalised; declare --counts or --lognorm"
@@ -971,7 +973,6 @@ def _scale(X, config, where, notes, check=True):
         problem = f"values end at {high:.3g}: log1p was applied twice, or data are scaled; declare --lognorm if not"
     if problem:
         raise DataError(f"{where}: {problem}; choose another --layer, of raw counts or log-normalised values")
-    scale = "counts" if config.counts or integer and not config.lognorm else "lognorm"
     if scale == "lognorm" and (low < 0 or high > math.log1p(1e4)):
         notes.append(f"values from {min(low, 0):.3g} to {high:.4g}, while log1p CP10k lies between 0 and 9.21; they "
                      "are taken as they are (--counts if they are counts)")
@@ -1087,12 +1088,14 @@ def lognormalise(cells, rows=None, target=1e4):
     if cells.scale == "lognorm":
         return sums if rows is None else gene_moments(X, rows, torch.expm1)
     factor, chosen = np.zeros(X.shape[0], dtype=np.float32), np.zeros(X.shape[0], dtype=bool)
+    cells.totals = np.zeros(X.shape[0])
     chosen[rows if rows is not None else []] = True
     for block in progress(row_blocks(X), "normalising"):
         part = X[block]
         row = np.repeat(block, np.diff(part.indptr))
         # each row summed by itself: no cell's value depends on another
         total = np.bincount(row - block[0], part.data, len(block))
+        cells.totals[block] = total
         factor[block] = np.divide(target, total, out=np.zeros_like(total), where=total > 0)
         if rows is not None:
             of = chosen[row]
@@ -1704,6 +1707,8 @@ def atomic(path):
     """Write to a temporary file beside `path` and rename: a reader, a crash or a full disk never sees half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not path.is_file():            # renaming would put a file in the place of /dev/null
+        raise DataError(f"{path}: cannot be written (it is a folder or a device); name a file with --out")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1344,8 +1344,8 @@ class _Groups(data.Lazy):
         self.columns, self.controls = columns, {}
         self.totals = {}
         self.notes = [f"{cells.path}: {note}" for note in cells.notes]
-        totals = data.lognormalise(cells)
-        if totals is not None:
+        data.lognormalise(cells)
+        if cells.totals is not None:
             self.notes.append(f"{cells.path}: counts, normalised to log1p CP10k over its {len(cells.genes):,} genes, "
                               "which should be all that were measured")
 
@@ -1361,8 +1361,8 @@ class _Groups(data.Lazy):
                 self.controls[name] = cut(rows)
             else:
                 self.names[name] = rows
-            if totals is not None:
-                self.totals[name] = totals[rows]
+            if cells.totals is not None:
+                self.totals[name] = cells.totals[rows]
 
 
 def _listed(names, limit=5):
@@ -1416,9 +1416,9 @@ def _reference(path, config, genes, pred, real, cells):
     if "train_pert_mean" not in cells.uns:
         return None, None
     mean = np.ravel(cells.uns["train_pert_mean"])
-    if len(mean) != len(cells.genes):
-        raise data.DataError(f"{cells.path}: uns['train_pert_mean'] has {len(mean)} values for {len(cells.genes)} "
-                             "genes; it needs one per gene, or give --reference")
+    if len(mean) != len(cells.genes) or mean.dtype.kind not in "fiu" or not np.isfinite(mean).all():
+        raise data.DataError(f"{cells.path}: uns['train_pert_mean'] must hold a number for each of the "
+                             f"{len(cells.genes)} genes; mend it, or give --reference")
     return None, mean[real.columns]
 
 

@@ -874,6 +874,11 @@ def test_a_path_that_cannot_be_written(tmp_path):
     for path in (tmp_path / "file" / "x.h5ad", tmp_path):                   # below a file; a directory
         with pytest.raises(data.DataError, match="cannot be written .*--out"):
             data.write_h5ad(path, make_counts(60), {"condition": LABELS}, GENES)
+    os.mkfifo(tmp_path / "pipe")                                            # stands for /dev/null: not to be replaced
+    with pytest.raises(data.DataError, match="folder or a device"):
+        data.write_json(tmp_path / "pipe", {})
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "pipe").unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
 
 

@@ -467,6 +467,9 @@ def test_predictions_in_other_units(tmp_path):
     assert data.read_cells(path, check=False).scale == "counts"
     write_file(path, np.log1p(make_counts(60)) - 0.1, LABELS)
     noted(data.read_cells(path, check=False), "values from -0.1 to")
+    write_file(path, make_counts(60) - 1, LABELS)
+    with pytest.raises(data.DataError, match="negative"):                   # integers below 0 have no logarithm
+        data.read_cells(path, check=False)
     write_file(path, make_counts(60) * 97.3, LABELS)                        # normalised, not logged
     with pytest.raises(data.DataError, match="--counts .* --lognorm"):
         data.read_cells(path, check=False)

@@ -1203,10 +1203,11 @@ def test_unusable_input_is_refused(files, case, score, tmp_path):
     renamed = write(tmp_path / "renamed.h5ad", case["pred"], [*genes[:-1], "nowhere"])
     alone = write(tmp_path / "alone.h5ad", case["real"], genes)
     short = write(tmp_path / "short.h5ad", real, genes, uns={"train_pert_mean": np.ones(7)})
+    hole = write(tmp_path / "hole.h5ad", real, genes, uns={"train_pert_mean": np.full(90, np.nan)})
     pred, good = files / "pred.h5ad", files / "real.h5ad"
     for flags, message in (((holes, good), "NaN"), ((other, good), "no cells of any predicted condition (g98)"),
                            ((renamed, good), "lacks 1 of the 90 genes of the prediction (nowhere)"),
-                           ((pred, alone), "control"), ((pred, short), "train_pert_mean"),
+                           ((pred, alone), "control"), ((pred, short), "train_pert_mean"), ((pred, hole), "a number"),
                            ((pred, good, "--reference", alone), "holds only predicted conditions"),
                            ((tmp_path / "none.h5ad", good), "error: "), ((pred, good, "--keys", "l2,l3"), "l3"),
                            ((pred, good, "--frobnicate"), "--frobnicate"), ((pred, good, "--seed", -1), "--seed")):
