@@ -14,17 +14,19 @@ Every method runs as a user runs it, python METHOD.py, in a process of its own, 
 and seed; a second call runs only what is missing, and continues what was interrupted. Results are in the folder --out:
 bench.json, bench.csv (a line per condition), bench.md and the runs themselves. Values are mean and standard deviation
 over seeds and folds; the best of a column is **so** and the second best *so*, floors and baselines included; rows that
-print the same value share the mark. The replicate and published rows do not compete.
+print the same value share the mark. Ceilings (the replicate) and published rows do not compete.
 
 Baselines, fitted to the mean effects (mean of cells minus mean of their controls) of the training conditions and added
 to control cells. Their hyper-parameters are chosen by five-fold cross-validation over training conditions of the kind
 that is tested (doubles for doubles).
   linear            Y ~ b + G W P': genes G and perturbations P in the space of a gene embedding, W by ridge
                     (Ahlmann-Eltze, Huber, Anders 2025). The embedding is the PCA of the training means, or --embedding
-  latent_additive   sum of the effects of its singles, projected on principal components of the training effects
   ridge             ridge regression on perturbation indicators, singles and combinations together
   kernel            weighted mean of training effects: of the same perturbation in other covariates, by the distance of
                     their control means; of other perturbations, by the distance of their genes' embeddings
+  pairs             effects of the singles, each times a factor learned from training doubles of similar singles (Norman
+                    et al. 2019), tuned by leaving one double out; ridge where a single was not measured
+Simulated data have two ceilings: fresh cells of the truth, and of an oracle that knows all but the interactions.
 """
 import csv
 import hashlib
@@ -119,7 +121,7 @@ class Config(data.DataConfig):
     n_folds: int = 10               # number of folds of --split cv
     seeds: tuple[int, ...] = (0,)   # seeds to run
     methods: tuple[str, ...] = ("all",)  # all, none, names of METHODS, paths of scripts, or 'NAME FLAGS' in quotes
-    baselines: bool = True          # score linear, latent_additive, ridge and kernel
+    baselines: bool = True          # score linear, ridge, kernel and pairs
     zeros: typing.Literal["none", "clamp", "detect"] = "none"  # the methods' zero rule for the baselines' cells too
     embedding: str = ""             # gene vectors for linear and kernel: .npz (names, emb), .pt, .tsv or .csv
     pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
@@ -141,12 +143,12 @@ class Config(data.DataConfig):
 
 def perturbations(group):
     """'A+B@cov' -> ('A', 'B')"""
-    return tuple(group.partition("@")[0].split("+"))
+    return tuple(data.split_group(group)[0].split("+"))
 
 
 def covariate(group):
     """'A+B@cov' -> 'cov'"""
-    return group.partition("@")[2]
+    return data.split_group(group)[1]
 
 
 def indicators(groups, names):
@@ -163,23 +165,55 @@ def ridge(train, Y, test, lam):
     return indicators(test, names) @ B + unknown[:, None] * B.mean(0)
 
 
-def latent_additive(train, Y, test, k):
-    """Sum of the effects of single perturbations, in the space of the first k right singular vectors of the training
-    effects: (n, G) -> (m, G). A perturbation without a single gets the mean of the singles."""
-    V = np.linalg.svd(Y, full_matrices=False)[2][:k]                                 # (k, G)
-    single = {}
-    for g, y in zip(train, Y):
-        if len(perturbations(g)) == 1:
-            single.setdefault(perturbations(g)[0], []).append(y)
-    single = {p: np.mean(y, axis=0) for p, y in single.items()}
-    mean = np.mean(list(single.values()), axis=0) if single else Y.mean(0)
-    sums = np.stack([sum(single.get(p, mean) for p in perturbations(g)) for g in test])
-    return sums @ V.T @ V
+def singles_of(group, effects):
+    """The two singles of a double, in its covariate, where both have an effect; else None."""
+    names = [data.group_name(p, covariate(group)) for p in perturbations(group)]
+    return names if len(names) == 2 and all(name in effects for name in names) else None
+
+
+def pairs(train, Y, test, amp, a0, noise, lam):
+    """Interactions of doubles, after Norman et al. 2019: (n, G) -> (m, G).
+
+    The effect of (a, b) is (1 + f(a, b)) d_a + (1 + f(b, a)) d_b, d the effects of singles, f a Gaussian process over
+    ordered pairs, K((a, b), (c, d)) = amp^2 C[a, c] C[b, d] + a0^2, C the cosine of d in 16 components; noise: sd of a
+    gene's effect. A group that is no double of two measured singles is as ridge has it; all are where fewer than three
+    such doubles train."""
+    effect, out = dict(zip(train, Y)), np.zeros((len(test), Y.shape[1]))
+    known = [g for g in train if singles_of(g, effect)]
+    asked = [i for i, g in enumerate(test) if len(known) > 2 and singles_of(g, effect)]
+    others = [i for i in range(len(test)) if i not in asked]
+    if others:
+        out[others] = ridge(train, Y, [test[i] for i in others], lam)
+    if not asked:
+        return out
+    singles = [g for g in train if len(perturbations(g)) == 1]
+    S = np.stack([effect[g] for g in singles])                                       # (P, G)
+    gram = S @ S.T
+    value, vector = np.linalg.eigh(gram)
+    Z = vector[:, -16:] * np.sqrt(np.maximum(value[-16:], 0))
+    Z /= np.linalg.norm(Z, axis=1, keepdims=True) + 1e-12
+    C = Z @ Z.T
+
+    def ordered(groups):                        # (2n, 2): (a, b), (b, a) of each double
+        both = np.array([[singles.index(single) for single in singles_of(g, effect)] for g in groups])
+        return np.stack([both, both[:, ::-1]], axis=1).reshape(-1, 2)
+
+    def covariance(x, y):
+        return amp ** 2 * C[np.ix_(x[:, 0], y[:, 0])] * C[np.ix_(x[:, 1], y[:, 1])] + a0 ** 2
+    x, new = ordered(known), ordered([test[i] for i in asked])
+    d = S[x[:, 0]]                                                                   # (2n, G)
+    rest = np.stack([effect[g] for g in known]) - d[::2] - d[1::2]                   # (n, G)
+    own = np.kron(np.eye(len(known)), np.ones((2, 2))) * gram[np.ix_(x[:, 0], x[:, 0])] / noise ** 2
+    right = (d * rest.repeat(2, axis=0)).sum(1) / noise ** 2
+    f = covariance(new, x) @ np.linalg.solve(np.eye(len(x)) + own @ covariance(x, x), right)
+    d = (1 + f[:, None]) * S[new[:, 0]]
+    out[asked] = d[::2] + d[1::2]
+    return out
 
 
 def vector_of(perturbation, vectors):
     """The embedding of a perturbation, of 'DRUG' for 'DRUG:dose', or None."""
-    return vectors.get(perturbation, vectors.get(perturbation.partition(":")[0]))
+    return vectors.get(perturbation, vectors.get(data.split_dose(perturbation)[0]))
 
 
 def embed(groups, vectors, width):
@@ -257,15 +291,17 @@ def kernel(train, Y, test, k, control, genes, controls, embedding=None):
 
 GRIDS = {
     "linear": (linear, [dict(lam=lam, k=k) for k in (2, 5, 10, 20, 50) for lam in (1e-3, 0.1, 1.0, 10.0, 100.0)]),
-    "latent_additive": (latent_additive, [dict(k=k) for k in (1, 2, 4, 8, 16, 32, 64, 128, 10_000)]),
     "ridge": (ridge, [dict(lam=lam) for lam in (1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, 10.0)]),
     "kernel": (kernel, [dict(k=k) for k in (2, 5, 10, 20, 50)]),
+    "pairs": (pairs, [dict(amp=a, a0=b, noise=c) for a in (0.5, 1.0, 2.0) for b in (0.1, 0.3) for c in (0.1, 0.2)]),
 }
 
 
 def tune(function, grid, train, Y, test, n_folds=5):
     """The options of a grid with the least squared error in cross-validation over the training groups with as many
     perturbations as the test groups have (over all when there are fewer than five of them)."""
+    if len(train) == 1:
+        return grid[0]
     orders = {len(perturbations(g)) for g in test}
     like = [i for i, g in enumerate(train) if len(perturbations(g)) in orders]
     like = np.random.default_rng(0).permutation(like if len(like) >= 5 else len(train))
@@ -292,12 +328,17 @@ def fit_baseline(name, dataset, embedding=None):
     if name == "kernel":
         rows = dataset.control_rows["train"]
         given["controls"] = {v: data.gene_moments(dataset.X, r)[0] / len(r) for v, r in rows.items()}
+    if name == "pairs":
+        given["lam"] = tune(ridge, GRIDS["ridge"][1], train, Y, test)["lam"]
     grid = [options | given for options in grid]
-    options = tune(function, grid, train, Y, test) if len(train) > 1 else grid[0]
+    options = tune(function, grid, train, Y, test, len(train) if name == "pairs" else 5)
     effects = function(train, Y, test, **options)
     if name == "kernel" and not effects.any(axis=1).all():
         return None
-    return effects[:, dataset.eval_genes].astype(np.float32), {k: options[k] for k in options if k not in given}
+    chosen = {k: options[k] for k in options if k not in given}
+    if name == "pairs":
+        chosen["as ridge"] = int((effects == ridge(train, Y, test, given["lam"])).all(axis=1).sum())
+    return effects[:, dataset.eval_genes].astype(np.float32), chosen
 
 
 def baseline_populations(name, dataset, effects, sizes, seed, zeros="none"):
@@ -481,7 +522,7 @@ def read_pred(text, dataset, config):
 
 def known_vectors(embedding, dataset, flag):
     """The given gene vectors, by the names of genes and perturbations of this data set."""
-    of = {*dataset.genes, *dataset.perturbations, *(p.partition(":")[0] for p in dataset.perturbations)}
+    of = {*dataset.genes, *dataset.perturbations, *(data.split_dose(p)[0] for p in dataset.perturbations)}
     found = {name: embedding[name.upper()].astype(float) for name in sorted(of) if name.upper() in embedding}
     if len(found) < 0.2 * len(of):
         raise DataError(f"--embedding {flag}: knows only {len(found):,} of {len(of):,} genes; give a file of the same "
@@ -489,8 +530,31 @@ def known_vectors(embedding, dataset, flag):
     return found
 
 
+def ceilings(dataset, sizes, seed):
+    """{row name: {group: (n, E) fresh cells}} of simulated data, {} of others: of the truth, and of an oracle that
+    knows every single effect and takes the interaction of two for that of any two."""
+    uns, of = dataset.source.uns, dataset.config.covariates
+    if "simulator" not in uns or of not in ("", "cell_type"):
+        return {}
+    kind = {v: int(v.removeprefix("type") or 1) - 1 for v in dataset.covariate}      # of cells
+    screen = data.Screen(uns["truth_means"].shape[1], max(kind.values()) + 1, int(uns["seed"]))
+    if screen.conditions != list(uns["truth_conditions"]):                           # of types that were not asked for
+        return {}
+    columns = [screen.names.index(dataset.genes[i]) for i in dataset.eval_genes]
+    out = {"truth": {}, "oracle, no interaction": {}}
+    for group, n in sizes.items():
+        rng, condition = np.random.default_rng(data.seed_of("truth", group, seed)), data.split_group(group)[0]
+        shifts = screen.shifts[screen.conditions.index(condition)][None].repeat(n, axis=0)
+        for name in out:
+            if name != "truth" and "+" in condition:
+                shifts = screen.any_double(condition, n, rng)
+            cells = screen.cells(shifts, np.full(n, kind[covariate(group)]), rng)
+            out[name][group] = cells[:, columns].astype(np.float32)
+    return out
+
+
 def score_fold(config, fold, embedding):
-    """Floors, replicate, baselines and other tools' predictions of one fold, for every seed.
+    """Floors, replicate, baselines, ceilings and other tools' predictions of one fold, for every seed.
 
     Returns the dataset and [(row name, kind, result of metrics.evaluate)].
     """
@@ -514,7 +578,9 @@ def score_fold(config, fold, embedding):
                 runs.append((name, "baseline", score(dataset, cells, seed, keys) | {"options": fit[1]}))
         for name, cells in others.items():
             runs.append((name, "prediction", score(dataset, cells, seed, keys)))
-        runs.append(("replicate", "replicate", {"aggregate": first["replicate"], "per_condition": {}}))
+        for name, cells in ceilings(dataset, sizes, seed).items():
+            runs.append((name, "ceiling", score(dataset, cells, seed, keys)))
+        runs.append(("replicate", "ceiling", {"aggregate": first["replicate"], "per_condition": {}}))
     return dataset, runs
 
 
@@ -556,7 +622,7 @@ def collect(runs):
     def mean(values):
         return float(np.mean(values)) if values and None not in values else None
     rows, results = {}, {}
-    order = ("floor", "baseline", "prediction", "method", "replicate")
+    order = ("floor", "baseline", "prediction", "method", "ceiling")
     for name, kind, result in sorted(runs, key=lambda run: order.index(run[1])):
         rows[name] = {"kind": kind, "mean": {}, "sd": {}, "per_condition": {}}
         results.setdefault(name, []).append(result)
@@ -581,10 +647,10 @@ def arrow(key):
 
 
 def competing(rows, key):
-    """{row name: value} of a column, smaller being better, without the replicate and published rows."""
+    """{row name: value} of a column, smaller being better, without ceilings and published rows."""
     sign = -1 if arrow(key) == "↑" else 1
     return {name: sign * row["mean"][key] for name, row in rows.items()
-            if row["mean"].get(key) is not None and row["kind"] not in ("replicate", "published")}
+            if row["mean"].get(key) is not None and row["kind"] not in ("ceiling", "published")}
 
 
 def marks(rows, key):
@@ -700,6 +766,10 @@ def bench(config):
     tests, lines = against_baselines(rows, keys)
     if "l2" in keys:
         keys.insert(keys.index("l2") + 1, "l2/control")
+    as_ridge = rows["pairs"]["options"][0]["as ridge"] if "pairs" in rows else 0
+    if as_ridge:
+        lines.append(f"pairs is ridge in {as_ridge} of {every} test conditions: they are no double of two measured "
+                     "singles, or fewer than three such doubles train")
     if published:
         lines.append("published rows are of other genes and cells, where control itself has another l2 ("
                      + ", ".join(f"{r['control_l2']:g}" for r in published.values())
@@ -751,9 +821,12 @@ FIT = 1.5       # an error of up to so many times the noise is taken for noise
 
 
 def stages(config, runs, dataset, rows):
-    """Where the error of each run enters, as lines of a table: l2 of five training conditions beside the sampling noise
-    (one half of their real cells against the other, as many cells), l2 of the test beside the replicate."""
-    groups = sorted(dataset.part("train"), key=lambda g: -len(dataset.rows[g]))[:5]
+    """Where the error of each run enters, as lines of a table: l2 of five training conditions, of singles of the tested
+    doubles where there are such, beside the sampling noise (one half of their real cells against the other, as many
+    cells), l2 of the test beside the replicate."""
+    doubles = [singles_of(g, dataset.part("train")) for g in dataset.part("test")]
+    singles = {single for both in doubles if both for single in both}
+    groups = sorted(dataset.part("train"), key=lambda g: (g not in singles, -len(dataset.rows[g])))[:5]
     n = min(config.eval_cells, len(dataset.rows[groups[-1]]) // 2)
     real = {g: data.pick_rows(dataset.cells(g, dataset.eval_genes), 2 * n, data.seed_of("stages", g)) for g in groups}
     noise = np.mean([metrics.l2(real[g][:n].mean(0), real[g][n:].mean(0)) for g in groups])
@@ -774,7 +847,7 @@ def stages(config, runs, dataset, rows):
         if training > FIT * noise:
             where = "underfits"
         elif test > FIT * replicate:
-            where = "does not transfer"
+            where = "interaction not predicted" if all(doubles) else "does not transfer"
         lines.append([job.name, number(training), number(noise), number(test), number(replicate), where])
     return lines
 

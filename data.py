@@ -1893,13 +1893,11 @@ class Screen:
         self.genes, self.rng = genes, np.random.default_rng(seed)
         rng = self.rng
         P, n_doubles = (16, 24) if genes < 1000 else (100, 130)
-        modules = P // 4
         self.names = [f"TF{i + 1}" for i in range(P)] + [f"GENE{i + 1}" for i in range(genes - P)]
-        module = np.arange(P) % modules
 
         def sparse(shape, share, scale):
             return rng.normal(0, scale, shape) * (rng.random(shape) < share)
-        self.effect = 0.8 * sparse((modules, genes), 0.25, 0.7)[module] + sparse((P, genes), 0.10, 0.5)
+        self.effect = 0.8 * sparse((P // 4, genes), 0.25, 0.7)[np.arange(P) % (P // 4)] + sparse((P, genes), 0.10, 0.5)
         self.effect[:, :P] *= 0.3           # regulators are mostly moved by themselves
         self.own = np.eye(P, genes)
         self.baseline = rng.normal(0, 1.0 if genes < 1000 else 1.7, genes)
@@ -1912,17 +1910,36 @@ class Screen:
         self.kinds = ["none"] + ["single"] * P
         self.shifts = [np.zeros(genes), *(2.5 * (self.effect + self.own))]  # 2.5: five standard deviations of activity
         for a, b in pairs:
-            kind = ("additive", "synergistic", "epistatic")[(module[a] + module[b]) % 3]
-            kind = "suppressing" if module[a] == module[b] else kind
             self.conditions.append("+".join(sorted((self.names[a], self.names[b]))))
-            self.kinds.append(kind)
-            self.shifts.append(self.double(a, b, kind))
+            self.kinds.append(self.kind(a, b))
+            self.shifts.append(self.double(a, b, self.kind(a, b)))
         self.shifts = np.stack(self.shifts)
 
     def double(self, a, b, kind):
-        """(genes,) shift of regulators a < b together, were their interaction of this kind."""
+        """(genes,) shift of two regulators together, were their interaction of this kind; epistatic: a alone counts."""
         joint = self.effect[a] if kind == "epistatic" else self.effect[a] + self.effect[b]
         return 2.5 * (INTERACTIONS[kind] * joint + self.own[a] + self.own[b])
+
+    def any_double(self, condition, n, rng):
+        """(n, genes) shifts of a double whose interaction is not known: in each cell it is that of two at random."""
+        a, b = sorted(self.names.index(name) for name in condition.split("+"))
+        out = []
+        for _ in range(n):
+            c, d = rng.choice(len(self.own), 2, replace=False)
+            out.append(self.double(a, b, self.kind(c, d)) if c < d else self.double(b, a, self.kind(c, d)))
+        return np.stack(out)
+
+    def cells(self, shifts, types, rng):
+        """(n, genes) log1p CP10k of fresh cells of these shifts (n, genes) and types (n,)."""
+        counts = self.counts(self.rates(shifts, types, rng), self.depths(len(types), rng), rng)
+        return np.log1p(1e4 * counts / counts.sum(axis=1, keepdims=True))
+
+    def kind(self, a, b):
+        """Of the interaction of two regulators."""
+        modules = len(self.own) // 4
+        if a % modules == b % modules:
+            return "suppressing"
+        return ("additive", "synergistic", "epistatic")[(a % modules + b % modules) % 3]
 
     def rates(self, shifts, types, rng):
         """(n, genes) shares of the counts that n cells of these shifts (n, genes) and types (n,) have on average."""

@@ -25,6 +25,7 @@ from conftest import ROOT
 
 NAMES = [f"P{i}" for i in range(8)]
 PAIRS = ["+".join(pair) for pair in itertools.combinations(NAMES, 2)]
+CEILINGS = ["truth", "oracle, no interaction", "replicate"]                          # of simulated data
 
 STUB = """
 import json, shutil, signal, sys, time
@@ -125,18 +126,52 @@ def additive():
     return train, np.array([effect[g] for g in train]), test, np.array([effect[g] for g in test])
 
 
-def test_ridge_and_latent_additive_are_exact_on_additive_data(additive):
+def test_ridge_is_exact_on_additive_data(additive):
     train, Y, test, truth = additive
     np.testing.assert_allclose(bench.ridge(train, Y, test, 1e-9), truth, atol=1e-6)
-    np.testing.assert_allclose(bench.latent_additive(train, Y, test, 8), truth, atol=1e-8)
-    assert np.abs(bench.latent_additive(train, Y, test, 2) - truth).max() > 0.5      # too few components
     assert np.abs(bench.ridge(train, Y, test, 100.0) - truth).max() > 0.5            # too much shrinkage
 
 
 def test_unseen_perturbations_get_the_mean_effect(additive):
     effect = additive[1][:8]
-    for predicted in (bench.ridge(NAMES, effect, ["NEW"], 1e-9), bench.latent_additive(NAMES, effect, ["NEW"], 8)):
-        np.testing.assert_allclose(predicted[0], effect.mean(0), atol=1e-6)
+    np.testing.assert_allclose(bench.ridge(NAMES, effect, ["NEW"], 1e-9)[0], effect.mean(0), atol=1e-6)
+
+
+def interacting(kind):
+    """Singles P0 to P7 of two modules, even and odd, and their doubles: within a module kind[0] of the sum, else
+    kind[1] of the first's effect and kind[2] of the second's, even first. (train, Y, test, truth)"""
+    rng = np.random.default_rng(0)
+    module = rng.normal(size=(2, 60))
+    effect = {p: module[i % 2] + rng.normal(0, 0.3, 60) for i, p in enumerate(NAMES)}
+    for pair in PAIRS:
+        a, b = sorted(pair.split("+"), key=lambda p: int(p[1:]) % 2)
+        same = int(a[1:]) % 2 == int(b[1:]) % 2
+        effect[pair] = (kind[0] if same else kind[1]) * effect[a] + (kind[0] if same else kind[2]) * effect[b]
+    train, test = NAMES + PAIRS[::2], PAIRS[1::2]
+    return train, np.array([effect[g] for g in train]), test, np.array([effect[g] for g in test])
+
+
+def test_pairs_learns_interactions_from_doubles_of_similar_singles_and_their_order():
+    train, Y, test, truth = interacting((0.4, 1.5, 0.5))
+    options = {"amp": 1.0, "a0": 0.3, "noise": 0.05, "lam": 1.0}
+    error = np.square(bench.pairs(train, Y, test, **options) - truth).mean()
+    additive = np.square(sum(Y[[NAMES.index(g.split("+")[i]) for g in test]] for i in (0, 1)) - truth).mean()
+    assert error < 0.02 * additive
+    swapped = ["+".join(reversed(g.split("+"))) for g in test]                       # the order of a name says nothing
+    np.testing.assert_allclose(bench.pairs(train, Y, swapped, **options), bench.pairs(train, Y, test, **options))
+    there = bench.pairs([f"{g}@T" for g in train], Y, [f"{g}@T" for g in test], **options)
+    np.testing.assert_allclose(there, bench.pairs(train, Y, test, **options))
+
+
+def test_pairs_is_ridge_where_a_single_was_not_measured_or_few_doubles_train(additive):
+    train, Y, _, _ = additive
+    options = {"amp": 1.0, "a0": 0.3, "noise": 0.1, "lam": 1.0}
+    test = ["P6+P7", "NEW+P1", "P1", "P1+P2+P3"]
+    ridge = bench.ridge(train, Y, test, 1.0)
+    same = (bench.pairs(train, Y, test, **options) == ridge).all(axis=1)
+    assert same.tolist() == [False, True, True, True]
+    few = bench.pairs(train[:10], Y[:10], test, **options)                           # two doubles
+    np.testing.assert_array_equal(few, bench.ridge(train[:10], Y[:10], test, 1.0))
 
 
 def test_cross_validation_finds_the_right_hyperparameters(additive):
@@ -146,7 +181,6 @@ def test_cross_validation_finds_the_right_hyperparameters(additive):
     options = bench.tune(bench.ridge, grid, train, noisy, test)
     errors = [np.square(bench.ridge(train, noisy, test, **o) - truth).sum() for o in grid]
     assert errors[grid.index(options)] < 1.5 * min(errors) < max(errors) / 10
-    assert bench.tune(bench.latent_additive, bench.GRIDS["latent_additive"][1], train, Y, test)["k"] >= 8
 
 
 def test_tuning_holds_out_conditions_of_the_tested_kind_and_never_trains_on_them(additive):
@@ -243,7 +277,7 @@ def test_what_is_not_defined_for_all_conditions_is_left_out(demo, capsys, monkey
     effects = np.array([[1.0], [0.0]]) * np.ones(40)
     monkeypatch.setitem(bench.GRIDS, "kernel", (lambda train, Y, test, **_: np.resize(effects, (len(test), 40)), [{}]))
     out = ok(main(capsys, *flags_of(demo, tmp_path / "b", "none"), "--split", tmp_path / "split.json"))
-    assert list(written(tmp_path / "b")) == ["control", "mean", "mean_cells", *list(bench.GRIDS)[:3], "replicate"]
+    assert list(written(tmp_path / "b")) == ["control", "mean", "mean_cells", "linear", "ridge", "pairs", *CEILINGS]
     assert "left out, since not defined for all test conditions: additive, kernel" in out
 
 
@@ -274,6 +308,38 @@ def test_baselines_never_see_test_cells(tmp_path):
         assert np.array_equal(before[name], bench.fit_baseline(name, dataset)[0]), name
 
 
+def test_ceilings_are_fresh_cells_of_the_simulators_truth(tmp_path):
+    """With cell types, and none where the data are not simulated or their types were not asked for."""
+    data.simulate(tmp_path / "a.h5ad", cells=900, genes=40, cell_types=2)
+    dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(covariates="cell_type"), "transfer")
+    sizes = dict.fromkeys(dataset.part("test"), 400)
+    cells, again, other = (bench.ceilings(dataset, sizes, seed)["truth"] for seed in (0, 0, 1))
+    for group in sizes:
+        assert np.array_equal(cells[group], again[group]) and not np.array_equal(cells[group], other[group])
+        real = np.concatenate([dataset.cells(g, dataset.eval_genes) for g in dataset.groups if g == group])
+        noise = real.std(0).mean() * (1 / len(real) + 1 / 400) ** 0.5
+        assert np.abs(cells[group].mean(0) - real.mean(0)).mean() < 1.5 * noise
+        other_type = cells[next(g for g in sizes if bench.covariate(g) != bench.covariate(group))]
+        assert np.abs(other_type.mean(0) - real.mean(0)).mean() > 1.5 * noise
+    assert not bench.ceilings(data.load(tmp_path / "a.h5ad", data.DataConfig(), "additive"), sizes, 0)
+    dataset.source.uns.pop("simulator")
+    assert not bench.ceilings(dataset, sizes, 0)
+
+
+def test_the_oracle_knows_singles_and_takes_interactions_at_random():
+    screen = data.Screen(seed=0)
+    singles = dict(zip(screen.conditions, screen.shifts))
+    i = screen.kinds.index("synergistic")
+    a, b = sorted(int(name[2:]) - 1 for name in screen.conditions[i].split("+"))
+    shifts = screen.any_double(screen.conditions[i], 2000, np.random.default_rng(0))
+    known = np.stack([screen.double(a, b, kind) for kind in data.INTERACTIONS] + [screen.double(b, a, "epistatic")])
+    which = np.abs(shifts[:, None] - known).sum(2)
+    share = np.bincount(which.argmin(1), minlength=5) / 2000                         # of 120 pairs: 32, 32, 24, 16, 16
+    np.testing.assert_allclose(which.min(1), 0, atol=1e-9)
+    np.testing.assert_allclose(share, np.array([32, 32, 24, 16, 16]) / 120, atol=0.03)
+    np.testing.assert_allclose(known[0], singles[f"TF{a + 1}"] + singles[f"TF{b + 1}"])
+
+
 # ------------------------------------------------------------------------------------------------ the table
 
 def row(kind, l2, n=2):
@@ -295,7 +361,7 @@ def test_a_row_is_the_mean_and_the_sd_over_its_runs():
 
 def test_rows_that_print_the_same_share_a_mark_and_replicate_and_published_rows_do_not_compete():
     rows = {"a": row("floor", 1.00004), "b": row("baseline", 1.0), "c": row("method", 2.0), "d": row("prediction", 2.0),
-            "e": row("method", 3.0), "replicate": row("replicate", 0.5, 0), "paper": row("published", 4.0, 0)}
+            "e": row("method", 3.0), "replicate": row("ceiling", 0.5, 0), "paper": row("published", 4.0, 0)}
     assert bench.marks(rows, "l2") == {"a": 0, "b": 0, "c": 1, "d": 1}
     for r in rows.values():
         r["mean"] = {"pds": r["mean"]["l2"]}
@@ -307,7 +373,7 @@ def test_rows_that_print_the_same_share_a_mark_and_replicate_and_published_rows_
 def test_a_method_is_compared_with_the_best_floor_or_baseline():
     rows = {"control": row("floor", 3.0), "additive": row("floor", 1.5), "ridge": row("baseline", 2.0),
             "good": row("method", 1.0), "fair": row("method", 2.9), "bad": row("method", 4.0),
-            "replicate": row("replicate", 0.5, 0)}
+            "replicate": row("ceiling", 0.5, 0)}
     tests, lines = bench.against_baselines(rows, ["l2"])
     assert {name: (of["l2"]["against"], of["l2"]["better"]) for name, of in tests.items()} == {
         "good": ("additive", True), "fair": ("additive", False), "bad": ("additive", False)}
@@ -448,7 +514,7 @@ def test_the_table_holds_what_the_runs_printed(demo, stub, capsys, tmp_path):
     out = ok(main(capsys, *flags_of(demo, tmp_path / "b", stub), "--seeds", 1, "--folds", 0, 1))
     rows = written(tmp_path / "b")
     fork = str(stub)
-    assert list(rows) == [*metrics.FLOORS, *bench.GRIDS, fork, f"{fork} w=3", "replicate"]
+    assert list(rows) == [*metrics.FLOORS, *bench.GRIDS, fork, f"{fork} w=3", *CEILINGS]
     results = [json.loads(path.read_text()) for path in stub.parent.glob("f*-s1/metrics.json")]
     assert (rows[fork]["runs"], rows[fork]["seconds"], rows[fork]["peak_memory_mb"]) == (2, 10.5, 100.5)
     for key in metrics.TABLE_KEYS:
@@ -489,7 +555,7 @@ def test_stages_tell_what_underfits_from_what_does_not_transfer(demo, stub, caps
     for folder in (tmp_path / "b").glob("stub-*"):
         (folder / "ckpt.pt").touch()
     rows = written(tmp_path / "b")
-    for fit, verdict in ((0.8, "does not transfer"), (1.0, "within the noise")):
+    for fit, verdict in ((0.8, "interaction not predicted"), (1.0, "within the noise")):
         monkeypatch.setattr(bench, "FIT", fit)
         out = ok(main(capsys, *flags, "--stages"))
         lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in out.partition("| l2 ")[2].splitlines()]
