@@ -38,6 +38,7 @@ import traceback
 import typing
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -49,14 +50,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 CONTROL = "control"
-PERT_KEYS = ("condition", "perturbation", "target", "perturbation_name", "pert", "gene", "target_gene",
-             "guide_identity", "guide_ids", "perturbations", "drug", "treatment", "cov_drug")
+# usual columns, in any case and with any separator: gene_target is also Gene Target
+PERT_KEYS = ("condition", "perturbation", "target", "perturbation_name", "pert", "gene", "target_gene", "gene_target",
+             "guide_identity", "guide_ids", "perturbations", "drug", "treatment", "cov_drug", "cytokine", "compound")
 CONTROL_LABELS = ("control", "ctrl", "non-targeting", "non_targeting", "NT", "NegCtrl", "DMSO", "vehicle",
                   "unperturbed", "PBS", "NTC", "non-target", "safe-targeting", "intergenic", "scramble", "scrambled",
-                  "neg-ctrl", "neg-control", "negative-control")
+                  "neg-ctrl", "neg-control", "negative-control", "no-target", "no-guide", "no-sgRNA",
+                  "no-gRNA")
 CONTROL_MARKERS = ("is_control=True", "is_control=1", "control=True", "control=1", "is_ctrl=True", "is_ctrl=1",
                    "vehicle=True", "vehicle=1", "nperts=0", "n_perts=0")     # obs columns that mark controls
-GENE_KEYS = ("gene_name", "gene_symbol", "gene_symbols", "feature_name", "symbol")
+GENE_KEYS = ("gene_name", "gene_names", "gene_symbol", "gene_symbols", "feature_name", "symbol", "symbols")
 MISSING = {"", "nan", "NaN", "<NA>", "NA", "None"}
 PARTS = ("train", "val", "test")
 # test conditions of scDFM's table 3 (official code); two are single drugs, though the paper says that all of them train
@@ -82,7 +85,7 @@ class ReadConfig:
     separator: str = ""         # what joins the perturbations of a label (+ or _ ...), or none; '' for what is evident
     gene_key: str = ""          # var column with gene names; '' for the index, or the column with the perturbed genes
     covariates: str = ""        # obs columns, comma-separated, within which controls are matched (cell_type,...)
-    dose_key: str = ""          # obs column of the dose: each dose of a drug becomes a perturbation 'drug:dose'
+    dose_key: str = ""          # obs column of the dose, or one per --pert-key: a drug becomes 'drug:dose'
     counts: bool = False        # declare the values raw counts
     lognorm: bool = False       # declare the values log-normalised
     cache_gb: float = 4.0       # matrix dense on the device up to this size, else sparse in memory, else on disk
@@ -290,6 +293,12 @@ class Frame:
             raise _damaged(node, f"has codes beyond its {len(names)} categories")
         return np.append(_text(names), "")[codes]   # -1 is missing
 
+    def usual(self, keys):
+        """The columns that go by usual names, whatever their case and separators, in the order of the names."""
+        def plain(name):
+            return re.sub(r"[\W_]", "", name).lower()
+        return [name for key in keys for name in self.columns if plain(name) == plain(key)]
+
     def column(self, name, flag):
         """The column that a flag names; an error if there is none."""
         if name not in [*self.columns, self.index]:
@@ -456,7 +465,7 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
             raise DataError(f"{path}: holds {obs.n} cells and {var.n} genes; nothing to learn from, check how it was "
                             "written")
         expressed = _expressed(var, notes)
-        gene_keys = [var.index, *(key for key in GENE_KEYS if key in var.columns)]
+        gene_keys = [var.index, *var.usual(GENE_KEYS)]
         if config.gene_key:
             gene_keys.append(config.gene_key)
         names = {key: var.column(key, "--gene-key")[expressed] for key in gene_keys}
@@ -673,12 +682,24 @@ _PLUS = re.compile(r"(?<=[^\s+_/])(?: \+ |(?:(?<!\d[eE])|(?=\+\D))\+)(?=[^\s+_/\
 _MARK = r"[-_. #:]*(?:replicate|rep|sgrna|grna|guide|sg|batch|lane|day|[rgdt])?[-_. #:]*\d+(?!\d)" \
         r"(?: ?(?:hours|hour|hrs|hr|h|days|day|d|mins|min|[nuµm]M|%))?"
 _MARKS = re.compile(f"(?:{_MARK}){{1,4}}", re.I)
-_CONTROL_WORDS = "|".join(re.sub("[-_]", "[-_ ]?", word) for word in CONTROL_LABELS)
-_CONTROL = re.compile(f"(?:sg[-_ ]?)?(?:{_CONTROL_WORDS})(?:{_MARK}){{0,4}}", re.I)
+_WORDS = "|".join(re.sub("[-_]", "[-_ ]?", word) for word in CONTROL_LABELS)
+_UNIT = (f"(?:sg[-_ ]?)?(?:{_WORDS})(?:[-_ ]?(?:control|ctrl|guide|sgrna|grna|for|human|mouse|pool|cell)s?){{0,4}}"
+         f"(?:{_MARK}){{0,4}}")
+# Non-Targeting Control 3, NT-1-NT-2, 10753_non-targeting_non-targeting
+_CONTROL = re.compile(rf"(?:\d+[-_ ])?{_UNIT}(?:[-_ .:/|;,&]{{1,3}}{_UNIT}){{0,3}}", re.I)
+# NT-3 and NT157 are a protein and a drug too
+_SHORT = re.compile(r"NT[- ]?[1-9]\d*", re.I)
+# what guide calls and tables say of a cell that has no label
+_NO_LABEL = re.compile(r"#?n/a|none|null|negatives?|unknown|undetermined|undefined|ambiguous|no[-_ ]?call|"
+                       r"(?:un|not[-_ ]?)(?:assigned|mapped|matched|called|labell?ed)|"
+                       r"(?:multiple|multiplet|doublet)s?(?:[-_ ]?(?:guide|sgrna|grna)s?)?", re.I)
+# a guide of a gene: KLF1-2, sgKLF1_1, KLF1g2, KLF1_+_53715438.23-P1P2
+_GUIDE = re.compile(r"(?:sg)?(.+?)(?:(?:[-_. ](?:guide|sg|g)?|sg|g)[-_. ]?\d{1,2}|_[-+]_\d[\d.]*(?:-P\d(?:P\d)?)?)")
 
 
 def is_control_label(token):
-    """Is this one of the usual names for a control, in any case, alone or numbered (NegCtrl0, NT_1, DMSO_24hr)?"""
+    """Is this one of the usual names for a control, in any case, alone, numbered (NegCtrl0, NT_1, DMSO_24hr) or a pair
+    of them?"""
     return _CONTROL.fullmatch(token) is not None
 
 
@@ -703,9 +724,9 @@ def perturbation_name(token):
 class LabelRules:
     """Turns every spelling of a condition into its canonical name: perturbations sorted, joined by '+', no controls.
 
-    A label is several perturbations where there is evidence for each of them: a gene of the file, a label that stands
-    alone or beside a control, or a control; whatever else has a separator in it is one name. A plus between two words,
-    as this program writes it, needs no evidence. separator: the only one there is, or 'none'.
+    A label is several perturbations where there is evidence for each of them: a gene of the file or a guide of one, a
+    label that stands alone or beside a control, or a control; whatever else has a separator in it is one name. A plus
+    between two words, as this program writes it, needs no evidence. separator: the only one there is, or 'none'.
     """
 
     def __init__(self, labels, genes=(), control_label="", separator=""):
@@ -713,20 +734,27 @@ class LabelRules:
         patterns = [p.strip() for p in (control_label, *control_label.split(",")) if p.strip()]
         self.declared = [re.compile(re.escape(p).replace(r"\*", ".*")) for p in patterns]
         self.known = set()                      # perturbations by evidence, genes apart
-        self.seen_controls = set()
-        self.split = {}                         # label -> condition, where one label names several perturbations
-        texts = {self._bare(label) for label in labels} - {""}
         self.control_genes = set()              # names of genes that are the control, since no other label is
-        if not self.declared and not any(map(self.is_control, texts)):
-            self.control_genes = {text for text in texts if is_control_label(text)}
-            self.genes -= self.control_genes
+        self.remarks = set()                    # controls with a word for what they are: DMSO_TF
+        self.short = set()                      # perturbations that look like a numbered control: NT157
+        self.seen_controls = set()
+        self.unlabelled = set()                 # labels that name no perturbation, such as a doublet
+        self.split = {}                         # label -> condition, where one label names several perturbations
+        self.whole = set()                      # names with a | or ; in them
+        texts = {self._bare(label) for label in labels} - {""}
+        if not self.declared:
+            controls = {text for text in texts if self.is_control(text)}
+            if not controls:
+                self.control_genes = {text for text in texts if is_control_label(text)}
+                self.genes -= self.control_genes
+            short = {text for text in controls if _SHORT.fullmatch(text)}
+            if len(short) < 3 and any(not text.lower().startswith("nt") for text in controls):
+                self.short = short
+        self._find_remarks(texts)
         todo = list(texts)                      # what stands beside a plus or a control counts as if it stood alone
         while todo:
             text = todo.pop()
-            sides = {side for cut in _cuts(text, _PLUS) for side in cut}
-            after = [right for left, right in _cuts(text) if self.is_control(left)]
-            before = [left for left, right in _cuts(text) if self.is_control(right)]
-            sides.update(after[-1:], before[:1])                        # the longest control
+            sides = {side for cut in _cuts(text, _PLUS) for side in cut} | self._beside_control(text)
             if not self.is_control(text):
                 found = {side for side in sides if side and not _MARKS.fullmatch(side)} - texts
                 texts |= found
@@ -735,6 +763,25 @@ class LabelRules:
             if self.tokens(text) == [text]:
                 self.known.add(text)
 
+    def _beside_control(self, text):
+        """What stands beside a control in a label, the longest there is: {'A'} of A_NT_1."""
+        if text in self.remarks:
+            return set()
+        after = [right for left, right in _cuts(text) if self.is_control(left)]
+        before = [left for left, right in _cuts(text) if self.is_control(right)]
+        return {*after[-1:], *before[:1]} - {""}
+
+    def _find_remarks(self, texts):
+        """TF of DMSO_TF is no perturbation where DMSO stands alone and TF is found nowhere else, unless this file's
+        labels put perturbations beside controls."""
+        beside = {text: self._beside_control(text) for text in texts if not self.is_control(text)}
+        alone = texts | self.genes
+        pieces = Counter(piece for text in texts for piece in _pieces(text))
+        if any(map(self.is_control, texts)) and not any(sides & alone for sides in beside.values()):
+            found = {text for text, sides in beside.items() if sides and not _PLUS.search(text)
+                     and all(pieces[side] == 1 and not self._is_guide(side) for side in sides)}
+            self.remarks = found if len(found) < len(beside) else set()
+
     def is_control(self, token):
         return token == CONTROL or self.is_asked(token)     # no perturbation can be called control
 
@@ -742,10 +789,20 @@ class LabelRules:
         """Does --control-label name it; without that flag, is it a usual name?"""
         if self.declared:
             return any(pattern.fullmatch(token) for pattern in self.declared)
-        return token in CONTROL_LABELS or (token not in self.genes and is_control_label(token))
+        if token in CONTROL_LABELS or token in self.remarks:
+            return True
+        return is_control_label(token) and token not in self.genes and token not in self.short
+
+    def is_missing(self, token):
+        """Does it say that a cell has no label?"""
+        return _NO_LABEL.fullmatch(token) is not None and token not in self.genes and not self.is_control(token)
+
+    def _is_guide(self, token):
+        guide = _GUIDE.fullmatch(token)
+        return guide is not None and guide[1] in self.genes
 
     def _knows(self, token):
-        return token in self.genes or token in self.known or self.is_control(token)
+        return token in self.genes or token in self.known or self.is_control(token) or self._is_guide(token)
 
     def _bare(self, label):
         """Without separators at its ends, and once where it is written twice (A_B__A_B)."""
@@ -782,26 +839,29 @@ class LabelRules:
                 parts = [label]                 # 05 is no name
         return [part for part in parts if part]
 
-    def canonical(self, *labels, dose=""):
+    def canonical(self, *labels, doses=("",)):
         """'ctrl+B_A' -> 'A+B', and of a cell with several labels all of them; 'control' when only controls are named;
-        '' for a missing label. A dose belongs to every perturbation: 'A:10+B:10'."""
-        labels = [label for label in labels if label not in MISSING]
-        tokens = [token for label in labels for token in self.tokens(label) if token not in MISSING]
-        if not tokens:
-            return ""
-        dose = re.sub(r"(?<=\d[eE])\+", "", dose)  # 1e+06 is one number, 1+1 (GEARS) one dose for each token
-        doses = dose.split("+")
-        if len(doses) != len(tokens):
-            doses = [dose.replace("+", "/")] * len(tokens)
+        '' for a missing label. A dose belongs to every perturbation: 'A:10+B:10'; doses: one, or one for each label."""
+        of_label = [[token for token in self.tokens(label) if token not in MISSING] for label in labels]
+        self.unlabelled.update(token for tokens in of_label for token in tokens if self.is_missing(token))
+        of_label = [[token for token in tokens if not self.is_missing(token)] for tokens in of_label]
+        if len(doses) == 1:
+            of_label = [sum(of_label, [])]
         perturbations = set()
-        for token, d in zip(tokens, doses):
-            if self.is_control(token):
-                self.seen_controls.add(token)
-            else:
-                perturbations.add(perturbation_name(token) + (f":{d}" if d else ""))
+        for tokens, dose in zip(of_label, doses):
+            dose = re.sub(r"(?<=\d[eE])\+", "", dose)      # 1e+06 is one number, 1+1 (GEARS) one dose for each token
+            each = dose.split("+") if dose.count("+") == len(tokens) - 1 else [dose.replace("+", "/")] * len(tokens)
+            for token, its_dose in zip(tokens, each):
+                if self.is_control(token):
+                    self.seen_controls.add(token)
+                else:
+                    perturbations.add(perturbation_name(token) + (f":{its_dose}" if its_dose else ""))
+                    self.whole.update([token] if re.search(r"[|;]", token) else [])
+        if not any(of_label):
+            return ""
         condition = "+".join(sorted(perturbations)) or CONTROL
-        if len(labels) == 1 and len(perturbations) > 1:
-            self.split[labels[0]] = condition
+        if len(perturbations) > 1 and sum(map(bool, labels)) == 1:
+            self.split["".join(labels)] = condition
         return condition
 
     def notes(self):
@@ -809,8 +869,14 @@ class LabelRules:
         notes, usual = [], {word.lower() for word in CONTROL_LABELS}
         marked = sorted(token for token in self.seen_controls if token.lower() not in usual)
         if marked and not self.declared:
-            notes.append(f"took {len(marked)} numbered labels for controls: {_listed(marked)} (--control-label NAME "
+            notes.append(f"took {len(marked)} labels for controls: {_listed(marked)} (--control-label NAME "
                          "takes that label alone, 'NAME*' all that begin so)")
+        if self.short:
+            notes.append(f"took {_listed(sorted(self.short))} for perturbations, not for numbered controls, since "
+                         "there is another control (--control-label A,B names all of them)")
+        if self.unlabelled:
+            notes.append(f"took {len(self.unlabelled)} labels for cells without a label: "
+                         f"{_listed(sorted(self.unlabelled), 9)} (--control-label, if one is the control)")
         if self.seen_controls & self.control_genes:
             notes.append("took a label for the control that is a gene's name too, since no other label is one "
                          "(--control-label names another)")
@@ -818,6 +884,9 @@ class LabelRules:
             label, name = min(self.split.items(), key=lambda item: (item[0] == item[1], item))
             notes.append(f"read {len(self.split):,} labels as several perturbations, such as {label} as "
                          f"{' and '.join(name.split('+'))} (--separator none takes each label whole)")
+        if self.whole and not self.separator:
+            notes.append(f"took {len(self.whole):,} labels with | or ; as one name each, such as {min(self.whole)} "
+                         "(--separator '|' takes them apart)")
         return notes
 
 
@@ -828,11 +897,13 @@ class Labels:
     def __init__(self, key, columns, doses, symbols, config, control_label):
         self.key, self.texts = key, sorted(set().union(*columns))
         self.rules = LabelRules(self.texts, symbols, control_label, config.separator)
-        cells = list(zip(*columns, doses))
-        names = {cell: self.rules.canonical(*cell[:-1], dose=cell[-1]) for cell in set(cells)}
+        self.genes = {text for text in self.texts if symbols & _pieces(text)}   # labels that name genes
+        cells = list(zip(*columns, *doses))
+        k = len(columns)
+        names = {cell: self.rules.canonical(*cell[:k], doses=cell[k:] or ("",)) for cell in set(cells)}
         self.condition = np.array([names[cell] for cell in cells], dtype=object)
         self.spelling = {}
-        for label, name in sorted(("+".join(filter(None, cell[:-1])), name) for cell, name in names.items()):
+        for label, name in sorted(("+".join(filter(None, cell[:k])), name) for cell, name in names.items()):
             self.spelling.setdefault(name, label)
 
     def lacks(self, config, control_required, perturbed_required):
@@ -842,8 +913,10 @@ class Labels:
             return f"column {self.key} has only control cells; nothing is perturbed"
         if control_required and not has_control:
             usual = f"a usual label of controls: {', '.join(CONTROL_LABELS)}"
+            others = sorted(set(self.texts) - self.genes - {""})
+            hint = f" (only {_listed(others)} are no gene)" if len(others) < 4 else ""
             return (f"column {self.key} has no control cells: none of {_listed(self.texts, 4)} is "
-                    f"{config.control_label or usual}")
+                    f"{config.control_label or usual}{hint if self.genes and others else ''}")
         return ""
 
 
@@ -851,26 +924,33 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
     """Labels of --pert-key, or of the first usual column that holds what is required. Where no label is a control, a
     column may mark the controls: that of --control-label COLUMN=VALUE, or a usual one."""
     path = obs.node.file.filename
-    keys = [[key] for key in PERT_KEYS if key in obs.columns]
-    if config.pert_key:
-        keys = [[config.pert_key]]
-        if config.pert_key not in obs.columns:
-            keys = [[part.strip() for part in config.pert_key.split(",")]]
-    columns = {",".join(parts): [obs.column(part, "--pert-key") for part in parts] for parts in keys}
+
+    def named(keys, flag):
+        """The columns of a flag: one, or several with commas between them."""
+        keys = [keys] if keys in obs.columns else [key.strip() for key in keys.split(",")]
+        return [obs.column(key, flag) for key in keys]
+    keys = [config.pert_key] if config.pert_key else obs.usual(PERT_KEYS)
+    columns = {key: named(key, "--pert-key") for key in keys}
     if not columns and not perturbed_required:
         columns["(no label column)"] = [np.full(obs.n, CONTROL, dtype=object)]
         notes.append("took every cell for a control, since there is no label column (--pert-key)")
-    doses = obs.column(config.dose_key, "--dose-key") if config.dose_key else [""] * obs.n
+    doses = named(config.dose_key, "--dose-key") if config.dose_key else []
+    if len(doses) > 1 and any(len(labels) != len(doses) for labels in columns.values()):
+        raise DataError(f"{path}: --dose-key {config.dose_key}: {len(doses)} columns; give one, or one for each column "
+                        "of --pert-key A,B")
 
     def usable(controls, marked=None):
-        """Of the columns, those that hold what is required, read, and what the others lack."""
-        found, lacks = [], []
+        """Labels of the columns: those that hold what is required, and what the others lack."""
+        found, lacks = [], {}
         for key, labels in columns.items():
             if marked is not None:
                 labels = [np.where(marked, CONTROL, labels[0]), *(np.where(marked, "", other) for other in labels[1:])]
             labels = Labels(key, labels, doses, symbols, config, controls)
             problem = labels.lacks(config, control_required, perturbed_required)
-            (lacks if problem else found).append(problem or labels)
+            if problem:
+                lacks[problem] = labels
+            else:
+                found.append(labels)
         return found, lacks
     marked, marker = _marked_controls(obs, config)
     if marker and config.control_label:
@@ -881,16 +961,28 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
             found, _ = usable("", marked)
             notes.append(f"took the {int(marked.sum()):,} cells with {marker} for controls, since no label is one "
                          f"(--control-label {marker}, or another)")
+    how = ("Name the column of the perturbations with --pert-key, and their controls with --control-label LABEL or "
+           "COLUMN=VALUE")
     if not found:
-        problem = lacks[0] if lacks else f"no perturbation column (looked for {', '.join(PERT_KEYS)})"
-        listing = "; ".join(f"{key} ({_listed(sorted(set(obs[key])), 4)})" for key in obs.columns[:12])
-        raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. Name the column of the perturbations "
-                        "with --pert-key, and their controls with --control-label LABEL or COLUMN=VALUE")
+        problem = next(iter(lacks), f"no perturbation column (looked for {', '.join(PERT_KEYS)})")
+        values = {key: sorted(set(obs[key])) for key in obs.columns[:12]}
+        listing = "; ".join(f"{key} ({_listed(of_key, 4)})" for key, of_key in values.items())
+        hints = [f"--pert-key {key}, which holds {label}" for key, of_key in values.items() if key not in columns
+                 for label in of_key if is_control_label(label)]
+        raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. {how}"
+                        + (f", perhaps {hints[0]}" if hints else ""))
     chosen = found[0]
     for other in found[1:]:
         if np.any(other.condition != chosen.condition):
             raise DataError(f"{path}: obs columns {chosen.key} ({_listed(chosen.texts, 4)}) and {other.key} "
                             f"({_listed(other.texts, 4)}) disagree; choose one with --pert-key")
+    for problem, other in lacks.items():
+        if len(other.genes) > 1 and not chosen.genes:
+            raise DataError(f"{path}: obs column {chosen.key} ({_listed(chosen.texts, 4)}) names no gene, and "
+                            f"{problem}. {how}")
+    if len(doses) == 1 and "," in chosen.key:
+        notes.append(f"took the dose of {config.dose_key} for each perturbation of {chosen.key} (--dose-key A,B gives "
+                     "each column its own)")
     notes += chosen.rules.notes()
     return chosen
 
@@ -1627,7 +1719,7 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
         keep = detected >= config.min_genes
         notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
         cells.take(keep)
-    with_control = {v for c, v in cells.pairs if c == CONTROL}
+    with_control = set(cells.covariate[cells.condition == CONTROL])
     keep = np.array([v in with_control for v in cells.covariate], dtype=bool)
     if not keep.all():
         lost = sorted(set(cells.covariate) - with_control)

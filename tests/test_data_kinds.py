@@ -40,7 +40,7 @@ def test_numbered_controls_are_controls(tmp_path, label):
     for others in ([], ["control"]):            # alone and beside an ordinary one
         cells = read(column_file(tmp_path / "file.h5ad", {"condition": labels + others}))
         assert list(cells.condition) == wanted + others
-        assert "--control-label" in noted(cells, "numbered labels for controls")
+        assert "--control-label" in noted(cells, "labels for controls")
 
 
 @pytest.mark.parametrize("label", ["NTRK1_1", "NT5M", "NT5E", "PBX1", "controlled_1", "KLF1_24hr", "CTRL9X"])
@@ -84,6 +84,108 @@ def test_a_control_label_that_is_a_gene_too(tmp_path):
     assert conditions(path) == ["CTRL", "control", "KLF1"]
 
 
+@pytest.mark.parametrize("label", [
+    "Non-Targeting Control", "Safe-Targeting Control", "ctrl_guide", "DMSO control", "no-guide", "No sgRNA",
+    "NO-TARGET", "NonTargetingControlGuideForHuman_0001", "10753_non-targeting_non-targeting_non-targeting",
+    "non-targeting_00025|non-targeting_00734", "NT-1|NT-2", "NT_1-NT_2", "neg_ctrl_1/neg_ctrl_2"])
+def test_controls_with_more_words_and_pairs_of_them(tmp_path, label):
+    for others in ([], ["control"]):
+        labels = [label, "KLF1", "MAP2K6", *others]
+        path = column_file(tmp_path / "file.h5ad", {"condition": labels})
+        assert conditions(path) == ["control", "KLF1", "MAP2K6", *others]
+
+
+@pytest.mark.parametrize("label, more, wanted", [
+    ("DMSO_TF", [], "control"), ("DMSO_plate B", [], "control"), ("DMSO_TF", ["TF"], "TF"),
+    ("DMSO_TF", ["DMSO_KLF1"], "TF"), ("DMSO_TF", ["TF_drugX"], "TF"), ("DMSO+TF", [], "TF"),
+    ("DMSO_KLF1-1", [], "KLF1-1")])
+def test_a_remark_on_a_control_is_no_perturbation(tmp_path, label, more, wanted):
+    """Unless it stands alone or with others, or the file's labels put perturbations beside controls."""
+    cells = read(column_file(tmp_path / "file.h5ad", {"condition": ["DMSO", "drugX", "drug Y", label, *more]}))
+    assert cells.condition[3] == wanted and list(cells.condition[:3]) == ["control", "drugX", "drug Y"]
+    if wanted == "control":
+        noted(cells, "for controls", label)
+        assert conditions(cells.path, control_label="DMSO")[3] == label
+
+
+def test_where_all_labels_stand_beside_a_control_they_are_perturbations(tmp_path):
+    path = column_file(tmp_path / "file.h5ad", {"condition": ["DMSO", "drugX_DMSO", "DMSO_drugY"]})
+    assert conditions(path) == ["control", "drugX", "drugY"]
+
+
+@pytest.mark.parametrize("labels, controls", [
+    (["DMSO", "NT157", "JQ1"], 1), (["PBS", "NT-3", "NT-4", "IL-4"], 1),    # a drug, proteins
+    (["NT-1", "NT-2", "KLF1"], 2), (["control", "NT1", "NT2", "NT3", "KLF1"], 4), (["NT", "NT-1", "KLF1"], 2)])
+def test_two_letters_and_a_number_are_a_control_only_without_another_or_with_many(tmp_path, labels, controls):
+    cells = read(column_file(tmp_path / "file.h5ad", {"drug": labels}))
+    assert list(cells.condition) == ["control"] * controls + labels[controls:]
+    if controls == 1:
+        noted(cells, labels[1], "not for numbered controls", "--control-label")
+
+
+@pytest.mark.parametrize("label", ["unassigned", "Negative", "Doublet", "multiplet", "ambiguous", "not assigned",
+                                   "none", "N/A", "null", "unknown", "Multiple guides"])
+def test_what_a_guide_call_says_of_a_cell_without_one_is_no_label(tmp_path, label):
+    path = column_file(tmp_path / "file.h5ad", {"condition": ["control", label, "KLF1"]})
+    cells = read(path)
+    assert list(cells.condition) == ["control", "KLF1"]
+    noted(cells, "cells without a label", label, "--control-label")
+    assert conditions(path, control_label=label) == ["control", "control", "KLF1"]  # 'control' always is one
+
+
+@pytest.mark.parametrize("label", ["Negative", "none"])
+def test_a_gene_is_no_status(tmp_path, label):
+    path = column_file(tmp_path / "file.h5ad", {"condition": ["control", label]}, genes=GENES[:-1] + [label])
+    assert conditions(path) == ["control", label]
+
+
+# ------------------------------------------------------------------------------------------------ which columns
+
+@pytest.mark.parametrize("key", ["gene_target", "cytokine", "Gene Target", "target.gene", "Perturbation"])
+def test_usual_columns_in_any_spelling(tmp_path, key):
+    assert conditions(column_file(tmp_path / "file.h5ad", {key: ["control", "KLF1"]})) == ["control", "KLF1"]
+
+
+@pytest.mark.parametrize("key", ["Symbol", "GeneSymbol", "gene_names"])
+def test_gene_names_in_columns_of_any_spelling(tmp_path, key):
+    ensembl = [f"ENSG{i}" for i in range(len(GENES))]
+    path = column_file(tmp_path / "file.h5ad", {"gene": ["control", "KLF1"]}, index=ensembl, var={key: GENES})
+    assert read(path).genes == GENES
+
+
+def test_a_column_that_may_hold_the_labels_is_suggested(tmp_path):
+    path = column_file(tmp_path / "file.h5ad", {"stim": ["CTRL", "STIM"], "batch": ["1", "2"]})
+    with pytest.raises(data.DataError, match="no perturbation column .*perhaps --pert-key stim, which holds CTRL"):
+        read(path)
+
+
+def test_a_column_of_genes_is_not_passed_over_for_a_clinical_one(tmp_path):
+    """For want of a usual control; a column without genes is, and one that names genes itself wins."""
+    columns = {"condition": ["ctrl", "AD", "AD"], "perturbation": ["wild type", "KLF1", "CEBPA"]}
+    path = column_file(tmp_path / "file.h5ad", columns)
+    with pytest.raises(data.DataError, match=r"condition .AD, ctrl. names no gene, and column perturbation has no "
+                                             r"control cells.*\(only wild type are no gene\).*--pert-key"):
+        read(path)
+    assert conditions(path, pert_key="condition") == ["control", "AD", "AD"]
+    column_file(path, {**columns, "perturbation": ["x", "y", "z"]})
+    assert conditions(path) == ["control", "AD", "AD"]
+    column_file(path, {**columns, "condition": ["ctrl", "KLF1", "CEBPA"]})
+    assert conditions(path) == ["control", "KLF1", "CEBPA"]
+
+
+def test_each_of_two_drugs_has_its_dose(tmp_path):
+    path = column_file(tmp_path / "file.h5ad", {
+        "drug1": ["DMSO", "A", "A", "B"], "drug2": ["DMSO", "DMSO", "B", "A"],
+        "dose1": ["0", "1", "1", "10"], "dose2": ["0", "0", "10", "1"], "dose3": ["0"] * 4})
+    own = conditions(path, pert_key="drug1,drug2", dose_key="dose1,dose2")
+    assert own == ["control", "A:1", "A:1+B:10", "A:1+B:10"]
+    cells = read(path, pert_key="drug1,drug2", dose_key="dose1")
+    assert list(cells.condition[1:]) == ["A:1", "A:1+B:1", "A:10+B:10"]
+    noted(cells, "the dose of dose1 for each perturbation of drug1,drug2", "--dose-key A,B")
+    with pytest.raises(data.DataError, match="--dose-key dose1,dose2,dose3: 3 columns; give one, or one for each"):
+        read(path, pert_key="drug1,drug2", dose_key="dose1,dose2,dose3")
+
+
 # ------------------------------------------------------------------------------------------------ one or several
 
 ONE = ["1S,3R-RSL-3", "N,N-Dimethyltryptamine", "(+)-JQ1", "JQ1_1e+05 nM", "Trifluridine; Tipiracil", "STAT1_1",
@@ -122,6 +224,23 @@ def test_no_label_takes_long(label):
     began = time.process_time()
     assert data.LabelRules([label, "A"], {"A"}).tokens(label)
     assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("label, wanted", [
+    ("KLF1-1|CEBPA-2", "CEBPA-2+KLF1-1"), ("sgKLF1_1;sgCEBPA_2", "sgCEBPA_2+sgKLF1_1"),
+    ("KLF1g1_CEBPAg2", "CEBPAg2+KLF1g1"),
+    ("KLF1_+_5.23-P1P2|CEBPA_-_7.2-P1", "CEBPA_-_7.2-P1+KLF1_plus_5.23-P1P2"), ("HLA-A-1|NT-2", "HLA-A-1")])
+def test_guides_of_genes_need_not_stand_alone(tmp_path, label, wanted):
+    cells = read(column_file(tmp_path / "file.h5ad", {"condition": ["NT-1", "KLF1-3", label]}))
+    assert list(cells.condition) == ["control", "KLF1-3", wanted]
+
+
+def test_a_pair_that_is_taken_whole_is_noted(tmp_path):
+    path = column_file(tmp_path / "file.h5ad", {"condition": ["NT-1", "KLF1-3", "one-1|two-2"]})
+    cells = read(path)
+    assert cells.condition[2] == "one-1|two-2"
+    noted(cells, "took 1 labels with | or ; as one name each", "one-1|two-2", "--separator '|'")
+    assert conditions(path, separator="|")[2] == "one-1+two-2"
 
 
 def test_a_flag_fixes_the_separator(tmp_path):
