@@ -542,7 +542,7 @@ def train(run, state):
 
     # training conditions: index of their group, what the model is told of them, once
     names = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.index_device)
     number = np.unique([data.split_group(g)[0] for g in names], return_inverse=True)[1]
     condition = torch.tensor(number, device=device)
     c = multi_hot(names, panel).to(device)
@@ -555,7 +555,7 @@ def train(run, state):
     for step in range(begin + 1, config.steps + 1):
         # batch: m cells of each of n conditions, dealt as from shuffled decks: none comes twice while there are enough
         run.start(step)
-        deck = torch.rand(math.ceil(n / len(group)), len(group), device=dataset.where).argsort(dim=1)
+        deck = torch.rand(math.ceil(n / len(group)), len(group), device=dataset.index_device).argsort(dim=1)
         pick = deck.flatten()[:n]
         x = dataset.gather(dataset.draw(group[pick], m)).view(n, m, G)
         clean = dataset.gather(dataset.draw(dataset.controls_for(group[pick]), 1))           # (n, G)

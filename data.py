@@ -1493,28 +1493,30 @@ class Dataset:
 
     def prepare_sampling(self):
         """Index of every group, training controls only, and the dense matrix when it fits --cache-gb, on the device.
-        Where the matrix is not resident the index is on the CPU (`where`), so that drawing rows waits for nothing."""
+        Where the matrix is not resident the index (`index_device`) is on the CPU, so that drawing rows waits for
+        nothing."""
         n, G = self.X.shape
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32  # log1p CP10k in fp16: 3 decimal digits
-        self.dense, self.where = None, torch.device("cpu")
+        self.dense, self.index_device = None, torch.device("cpu")
         if not self.config.backed and n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
-            self.where = self.device
+            self.index_device = self.device
             self.dense = torch.empty((n, G), dtype=dtype, device=self.device)
             for block in progress(row_blocks(self.X), "moving the cells to the device"):
                 self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)
         rows = [self.control_rows["train"][self.covariate[i]] if c == CONTROL else self.rows[g]
                 for i, (g, c) in enumerate(zip(self.groups, self.condition))]
         size = np.array([len(r) for r in rows])
-        self._index = torch.from_numpy(np.concatenate(rows)).to(self.where)
-        self._size = torch.from_numpy(size).to(self.where)
-        self._start = torch.from_numpy(np.cumsum(size) - size).to(self.where)
+        self._index = torch.from_numpy(np.concatenate(rows)).to(self.index_device)
+        self._size = torch.from_numpy(size).to(self.index_device)
+        self._start = torch.from_numpy(np.cumsum(size) - size).to(self.index_device)
         control = {self.covariate[i]: i for i, c in enumerate(self.condition) if c == CONTROL}
-        self._control = torch.tensor([control[v] for v in self.covariate], device=self.where)
+        self._control = torch.tensor([control[v] for v in self.covariate], device=self.index_device)
 
     def draw(self, groups, n, generator=None):
-        """Rows of n cells, with replacement, from each group: groups (C,) long -> (C * n,) long, both on `where`."""
-        groups = groups.to(self.where)
-        u = torch.rand(len(groups), n, generator=generator, device=self.where, dtype=torch.float64)
+        """Rows of n cells, with replacement, from each group, of training controls where it is one: groups (C,) long ->
+        (C * n,) long, both on `index_device`, where a generator has to be."""
+        groups = groups.to(self.index_device)
+        u = torch.rand(len(groups), n, generator=generator, device=self.index_device, dtype=torch.float64)
         offset = (u * self._size[groups, None]).long()
         return self._index[self._start[groups, None] + offset].flatten()
 
@@ -1529,18 +1531,9 @@ class Dataset:
             x = x.to(self.device, non_blocking=True)
         return (x if genes is None else x.index_select(1, genes)).float()
 
-    def sample(self, groups, n, generator=None, genes=None):
-        """n cells of each group (index, or (C,) long), uniformly with replacement: rows (C * n,), values (C * n, G').
-
-        Deterministic under a seeded torch.Generator on `where`. Control groups give training controls.
-        """
-        groups = torch.as_tensor(groups, device=self.where).reshape(-1)
-        rows = self.draw(groups, n, generator)
-        return rows, self.gather(rows, genes)
-
     def controls_for(self, groups):
-        """Index of the control group (same covariates) of each group: (C,) long -> (C,) long on `where`."""
-        return self._control[groups.to(self.where)]
+        """Index of the control group (same covariates) of each group: (C,) long -> (C,) long on `index_device`."""
+        return self._control[groups.to(self.index_device)]
 
     def cells(self, group, genes=None):
         """All real cells of a group as float32 (n, G'), genes: column indices or None for all."""
@@ -1738,10 +1731,10 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
         parts = {"train": sorted(spelling), "val": [], "test": []}
         if config.hvg and config.hvg_by == "variance" and config.hvg_on == "train":
             raise DataError("--hvg chooses genes on the training cells of a split: add --split NAME, or --hvg-on all")
-    data = Dataset(cells, parts, config, device)
+    dataset = Dataset(cells, parts, config, device)
 
-    perturbed = list({q for p in data.perturbations for q in (p, split_dose(p)[0])})
-    detected = detections(cells.X, data.fit_rows)
+    perturbed = list({q for p in dataset.perturbations for q in (p, split_dose(p)[0])})
+    detected = detections(cells.X, dataset.fit_rows)
     keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
         raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells; lower "
@@ -1755,24 +1748,24 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
         cells.keep_genes(keep)
         detected = detected[keep]
     choosing = 0 < config.hvg < len(cells.genes)
-    chosen_on = data.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
+    chosen_on = dataset.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
     sums = lognormalise(cells, chosen_on if choosing and config.hvg_by == "variance" else None)
     if choosing:
         keep = np.isin(cells.genes, perturbed)
         if config.hvg_by == "mean":
             chosen = "of the highest mean in training controls"
-            keep[data.most_expressed(config.hvg)] = True
+            keep[dataset.most_expressed(config.hvg)] = True
         else:
             chosen = f"highly variable in {'training and control' if config.hvg_on == 'train' else 'ALL'} cells"
             keep |= highly_variable(*sums, len(chosen_on), config.hvg)
         notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} {chosen}, and the perturbed")
         cells.keep_genes(keep)
         detected = detected[keep]
-    stored = detected.sum() / len(data.fit_rows) * cells.X.shape[0]         # values of the panel, as near as matters
+    stored = detected.sum() / len(dataset.fit_rows) * cells.X.shape[0]      # values of the panel, as near as matters
     if isinstance(cells.X, StoredRows) and not config.backed and 8 * stored <= config.cache_gb * 2**30:
         cells.X = cells.X.in_memory()
-    data.choose_genes()
-    return data
+    dataset.choose_genes()
+    return dataset
 
 
 def path_of(config):
@@ -1949,16 +1942,16 @@ def write_populations(path, pred, controls, panel, columns, covariates, method):
     write_h5ad(path, X, obs, [panel.genes[i] for i in columns], {"method": method, "scale": "log1p CP10k"})
 
 
-def write_prepared(path, data):
+def write_prepared(path, dataset):
     """The data set as a plain AnnData file: log1p CP10k CSR, cells grouped by condition, one range each."""
-    cells = data.source
-    rows = np.concatenate([data.rows[g] for g in data.groups])
+    cells = dataset.source
+    rows = np.concatenate([dataset.rows[g] for g in dataset.groups])
     obs = {"condition": cells.condition[rows]}
-    obs |= {key: cells.obs(key)[rows] for key in data.config.covariate_keys}
+    obs |= {key: cells.obs(key)[rows] for key in dataset.config.covariate_keys}
     notes = [note for note in cells.notes if not note.startswith("streamed")]  # where cells lay is no fact of the data
     uns = {"preprocessing": {"scale": "log1p CP10k", "source": Path(cells.path).name,
-                             "notes": np.array(notes, dtype=object), "min_genes": data.config.min_genes,
-                             "min_cells": data.config.min_cells, "hvg": data.config.hvg}}
+                             "notes": np.array(notes, dtype=object), "min_genes": dataset.config.min_genes,
+                             "min_cells": dataset.config.min_cells, "hvg": dataset.config.hvg}}
     blocks = (cells.X[block] for block in row_blocks(cells.X, rows))
     write_h5ad(path, blocks, obs, cells.genes, uns, _unique(cells.names[rows])[0])
 
@@ -2845,25 +2838,26 @@ def clean_errors():
             _claims.pop().close()
 
 
-def describe(data, split=""):
+def describe(dataset, split=""):
     """What `python data.py FILE` prints, as one JSON-serialisable object. cells and genes are those of the file, before
     quality control; conditions, controls and parts are counted after it."""
-    cells, size = data.source, {}
-    for group, condition in zip(data.groups, data.condition):
-        size[condition] = size.get(condition, 0) + len(data.rows[group])
+    cells, size = dataset.source, {}
+    for group, condition in zip(dataset.groups, dataset.condition):
+        size[condition] = size.get(condition, 0) + len(dataset.rows[group])
     controls = size.pop(CONTROL)
     orders, sizes = [order(condition) for condition in size], list(size.values())
-    facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1], "scale": data.file_scale,
+    facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1],
+             "scale": dataset.file_scale,
              "conditions": len(size), "singles": orders.count(1), "doubles": orders.count(2),
              "more": sum(n > 2 for n in orders), "pert_key": cells.pert_key, "controls": controls,
              "control_labels": sorted(cells.rules.seen_controls),
              "cells_per_condition": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
-             "covariates": {key: len(set(cells.obs(key))) for key in data.config.covariate_keys},
-             "panel_genes": len(data.genes), "perturbations": len(data.perturbations),
-             "perturbed_genes_in_panel": int((data.pert_gene >= 0).sum())}
+             "covariates": {key: len(set(cells.obs(key))) for key in dataset.config.covariate_keys},
+             "panel_genes": len(dataset.genes), "perturbations": len(dataset.perturbations),
+             "perturbed_genes_in_panel": int((dataset.pert_gene >= 0).sum())}
     if split:
-        facts["split"] = {part: {"conditions": len(data.split[part]),
-                                 "cells": sum(len(data.rows[g]) for g in data.part(part))} for part in PARTS}
+        facts["split"] = {part: {"conditions": len(dataset.split[part]),
+                                 "cells": sum(len(dataset.rows[g]) for g in dataset.part(part))} for part in PARTS}
     return facts | {"notes": cells.notes}
 
 
@@ -2900,8 +2894,8 @@ def main(argv=None):
         if config.out and Path(config.out).resolve() == Path(file).resolve():
             raise DataError(f"--out {file}: is the input itself and would be lost; choose another name")
         with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):     # how far it is, is no JSON
-            data = load(file, config, config.split, config.fold, config.folds)
-        facts = describe(data, config.split)
+            dataset = load(file, config, config.split, config.fold, config.folds)
+        facts = describe(dataset, config.split)
         if config.json:
             print(json.dumps(facts))
         else:
@@ -2917,7 +2911,7 @@ def main(argv=None):
             for note in notes:
                 print(f"note: {note}")
         if config.out:
-            write_prepared(config.out, data)
+            write_prepared(config.out, dataset)
             print(f"wrote {config.out}: log1p CP10k, grouped by condition", file=sys.stderr if config.json else None)
 
 

@@ -530,7 +530,7 @@ def train(run, state):
     cells = {g: len(dataset.rows[g]) for g in dataset.part("train")}
     if config.coupling == "independent":
         cells |= {data.group_name(data.CONTROL, v): len(rows) for v, rows in dataset.control_rows["train"].items()}
-    share = torch.tensor([float(cells.get(g, 0)) for g in dataset.groups], device=dataset.where)
+    share = torch.tensor([float(cells.get(g, 0)) for g in dataset.groups], device=dataset.index_device)
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {sum(cells.values()):,} training cells, "
             f"{len(panel.genes):,} genes")
 

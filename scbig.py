@@ -705,7 +705,7 @@ def pretrain(run, state, model):
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     begin = run.resume(state, parts, stage="pretraining", steps=config.pretrain_steps, cells=B)
     net = run.wrap(model.autoencoder)
-    rows = torch.from_numpy(dataset.fit_rows).to(dataset.where)
+    rows = torch.from_numpy(dataset.fit_rows).to(dataset.index_device)
     for step in range(begin + 1, config.pretrain_steps + 1):
         run.start(step)
         x = dataset.gather(rows[torch.randint(len(rows), (B,), device=rows.device)])         # (B, G)
@@ -750,9 +750,9 @@ def train(run, state):
         for rows in torch.from_numpy(dataset.fit_rows).to(device).split(4096):
             latents[rows] = objective.autoencoder.encode(dataset.gather(rows))
     names = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.index_device)
     conditions = [a.to(device) for a in slots(names, panel, config)]
-    spread = torch.arange(S, device=dataset.where) * C // S              # of the C, those for the structure losses
+    spread = torch.arange(S, device=dataset.index_device) * C // S          # of the C, those for the structure losses
     among = spread.to(device)
     run.say(f"{sum(p.numel() for p in model.autoencoder.parameters()):,} parameters in the autoencoder, "
             f"{sum(p.numel() for p in model.flow.parameters()):,} in the flow; {len(names)} training conditions, "
@@ -762,7 +762,7 @@ def train(run, state):
     for step in range(begin + 1, config.steps + 1):
         run.start(step)
         # batch: latents of b cells of each of C conditions and of their controls; dropout of the condition
-        pick = torch.randint(len(group), (C,), device=dataset.where)
+        pick = torch.randint(len(group), (C,), device=dataset.index_device)
         both = torch.cat([group[pick], dataset.controls_for(group[pick])])
         z1, z0 = latents[dataset.draw(both, b)].unflatten(0, (2, C, b))
         told = [a[pick.to(device)] for a in conditions]

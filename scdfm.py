@@ -448,7 +448,7 @@ def train(run, state):
 
     # training conditions: index of their group, and their slots, once
     names = dataset.part("train")
-    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.where)
+    group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.index_device)
     tokens, weight = (a.to(device) for a in slots([data.split_group(g)[0] for g in names], panel))
     run.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(names)} training conditions, {G:,} genes "
             f"({S:,} per step)")
@@ -456,7 +456,7 @@ def train(run, state):
     for step in range(begin + 1, config.steps + 1):
         # batch: b cells of each of C conditions, their controls, a gene subset, times and noise
         run.start(step)
-        pick = torch.randint(len(group), (C,), device=dataset.where)
+        pick = torch.randint(len(group), (C,), device=dataset.index_device)
         genes = torch.randperm(G, device=device)[:S]
         x1 = dataset.gather(dataset.draw(group[pick], b), genes)                             # (B, S)
         control = dataset.gather(dataset.draw(dataset.controls_for(group[pick]), b), genes)

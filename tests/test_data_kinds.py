@@ -12,8 +12,8 @@ import torch
 
 import data
 from test_data import (GENES, LABELS, TEXT, ascii_bytes, categorical, column_file, conditions, edit, fixed_bytes,
-                       log_cp10k, make_counts, nullable, old_categorical, panel_of, refused, sparse, text, write_file,
-                       write_frame)
+                       log_cp10k, make_counts, nullable, old_categorical, panel_of, refused, sample, sparse, text,
+                       write_file, write_frame)
 
 
 def read(path, **flags):
@@ -614,8 +614,8 @@ def test_a_streamed_batch_is_drawn_on_the_host(tmp_path):
     loaded = data.load(write_file(tmp_path / "file.h5ad", make_counts(60), LABELS), data.DataConfig(backed=True))
     loaded.device = torch.device("meta")
     loaded.prepare_sampling()
-    rows, values = loaded.sample(torch.tensor([0, 1]), 3, torch.Generator().manual_seed(0))
-    assert rows.device.type == loaded.where.type == loaded.controls_for(torch.tensor([1])).device.type == "cpu"
+    rows, values = sample(loaded, torch.tensor([0, 1]), 3, torch.Generator().manual_seed(0))
+    assert rows.device.type == loaded.index_device.type == loaded.controls_for(torch.tensor([1])).device.type == "cpu"
     assert values.device.type == "meta" and values.shape == (6, len(loaded.genes))
 
 
