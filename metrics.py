@@ -1306,6 +1306,8 @@ def _write_genes(path, per_gene):
 def show(out):
     """Print the table of a finished run from its metrics.json, as wide as the terminal."""
     result = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or not {"method", "info", "seconds", "aggregate"} <= result.keys():
+        raise data.DataError(f"{out / 'metrics.json'}: is not the result of a run; delete it and --resume scores again")
     method = result["method"]
     rows = []
     for name, values in result_rows(result, method):

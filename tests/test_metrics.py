@@ -1004,6 +1004,13 @@ def test_report_writes_scores_and_prints_the_table(case, result, reported, capsy
     assert capsys.readouterr().out == text
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "null"])
+def test_a_result_that_is_none_is_not_shown(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(data.DataError, match="metrics.json: is not the result of a run"):
+        metrics.show(tmp_path)
+
+
 def test_validation_scores_its_conditions_and_logs_them(case, tmp_path, capsys):
     result = metrics.evaluate(case["pred"], case["real"], case["control"], case["genes"], floors=False)["aggregate"]
     run = SimpleNamespace(config=data.RunConfig(), dataset=Dataset(case, "val"), out=tmp_path, rank=0, trained=2.0,
