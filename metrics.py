@@ -823,7 +823,7 @@ class _Population:
         Means below 0, as of an additive floor, count as 0."""
         if not self.world.pooled:
             return self.mean
-        share = self.totals @ np.expm1(self.cells) / max(self.totals.sum(), 1) / 1e4
+        share = np.einsum("i,ij", self.totals, np.expm1(self.cells)) / max(self.totals.sum(), 1) / 1e4
         return np.log1p(POOLED_DEPTH * np.maximum(share, 0))
 
     @property
