@@ -40,10 +40,8 @@ Deviations (numbers that back them: README, experiments):
     the training conditions, which the likelihood of few cells alone misses.
 """
 import copy
-import datetime
 import math
 import sys
-import time
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +49,6 @@ from pathlib import Path
 import numpy as np
 import scipy.cluster.hierarchy as hierarchy
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -443,36 +440,27 @@ def sample(model, z, control, c, config, step=FlowBlock.step):
     return torch.where(x.abs() < 2 * config.dequantise, 0, x)
 
 
-def load_model(config, panel, saved):
-    """The model that predicts, from what a checkpoint has saved."""
-    model = CellTARNet(config, panel)
-    model.load_state_dict(saved["ema"])
-    return model
+def build(config, panel, weights):
+    """The model of a checkpoint, to be given its weights."""
+    return CellTARNet(config, panel)
 
 
-def cells_at_once(run):
-    """How many cells fit into memory, each with a context of its own: kv of one block, activations of a layer."""
-    config = run.config
-    G = len(run.panel.genes)
-    tokens = 2 + math.ceil(G / patch_size(config, G))
-    per_cell = 4 * tokens * config.width * (4 * config.layers + 16)      # bytes
-    return min(1024, max(1, int(data.room(run.device) // per_cell)))
+def told_of(model, run, group, control):
+    """What the model is told of one group, CONDITION or CONDITION@COVARIATE: c (1, V) of multi_hot()."""
+    return multi_hot([group], run.panel).to(run.device)
 
 
-def generate(model, run, group, control, columns, seed):
-    """Predicted cells of one group (CONDITION or CONDITION@COVARIATE), from as many control cells (n, G) log1p CP10k,
-    for columns (E,) of the panel, ascending: (n, E) float32. Chunks of cells bound the memory."""
-    generator = torch.Generator(run.device).manual_seed(seed)
-    noise = torch.randn(control.shape, generator=generator, device=run.device)          # the same for any chunks
-    c = multi_hot([group], run.panel).to(run.device)
-    chunks = math.ceil(len(control) / cells_at_once(run))
-    columns, out = torch.as_tensor(columns, device=run.device), []
-    for z, start in zip(noise.tensor_split(chunks), np.array_split(control, chunks)):
-        start = torch.from_numpy(start).to(run.device)
-        with run.autocast():
-            x = sample(model, z, start, c.expand(len(start), -1), run.config, run.compiled(FlowBlock.step))
-        out.append(x.index_select(1, columns).cpu())
-    return torch.cat(out).numpy()
+def cell_bytes(model, config, columns):
+    """Memory that one cell takes, with a context of its own: kv of one block, activations of a layer."""
+    tokens = 2 + math.ceil(model.n_genes / patch_size(config, model.n_genes))
+    return 4 * tokens * config.width * (4 * config.layers + 16)
+
+
+def generate(model, run, told, control, noise, columns):
+    """Cells (B, G) of one group, from control cells (B, G) log1p CP10k and noise (B, G)."""
+    c = told.expand(len(control), -1)
+    with run.autocast():
+        return sample(model, noise, control, c, run.config, run.compiled(FlowBlock.step))
 
 
 @torch.no_grad()
@@ -487,8 +475,7 @@ def log_likelihood(model, x, control, c):
 
 def score(run, state):
     """--score: log p of the cells of a file under conditions, written to --out (data.score_file)."""
-    config, run.panel = run.config, data.Panel(**state["panel"])
-    model = load_model(config, run.panel, state["parts"]).to(run.device).eval()
+    config, model = run.config, data.trained_model(run, state, build)
     torch.manual_seed(config.seed)
 
     def log_p(x, control, groups):                                       # (B, G), (n, G), C names -> (B, C)
@@ -497,10 +484,11 @@ def score(run, state):
         c = multi_hot(groups, run.panel).to(run.device)
         with run.autocast():
             return torch.stack([log_likelihood(model, x, control, one[None]) for one in c], dim=1).cpu().numpy()
-    data.score_file(run, state, METHOD, UNSEEN, log_p, cells_at_once(run))
+    at_once = data.cells_at_once(run.device, cell_bytes(model, config, run.panel.eval_genes))
+    data.score_file(run, state, UNSEEN, log_p, at_once)
 
 
-other_use = score                       # what --ckpt is for besides --predict
+USES = {"score": score}                 # {flag: what --ckpt is for besides --predict}
 
 
 # -------------------------------------------------------------------------------- training
@@ -537,8 +525,8 @@ def train(run, state):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), fused=True,
                                   weight_decay=config.weight_decay)
     schedule = data.schedule(optimizer, config.steps, config.warmup, config.lr_min)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
-    begin, net = run.resume(state, parts), run.wrap(model)
+    content = {"model": model, "ema": ema, "optimizer": optimizer, "schedule": schedule}
+    begin, net = run.resume(state, content), run.wrap(model)
 
     # training conditions: index of their group, what the model is told of them, once
     names = dataset.part("train")
@@ -584,7 +572,7 @@ def train(run, state):
             calibrate(run, ema)
         if config.eval_every and step % config.eval_every == 0:
             run.validate(step, ema)
-        run.finish(step, parts, loss=loss, nll=nll, denoise=denoise, contrast=contrast)      # log, checkpoint, Ctrl-C
+        run.finish(step, content, loss=loss, nll=nll, denoise=denoise, contrast=contrast)      # log, checkpoint, Ctrl-C
     return ema.eval()
 
 
@@ -595,20 +583,22 @@ class Run:
 
     def __init__(self, config):
         self.config, self.out = config, Path(config.out)
+        self.method = METHOD
         self.device = data.pick_device(config.device)
-        self.rank, self.world = data.process()
-        self.signals = data.Signals(self.say)
-        self.trained, self.capped = 0.0, 0      # seconds of training; generated values that were cut
-        self.functions = {}                     # compiled ones
+        self.rank, self.world = data.join_processes(self.device)
         cuda = self.device.type == "cuda"
         self.bf16 = config.dtype == "bf16" or (config.dtype == "auto" and cuda and torch.cuda.is_bf16_supported(False))
         self.compile = cuda if config.compile is None else config.compile
-        if self.world > 1:                      # the others wait while the first process validates
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        self.functions = {}                     # compiled ones
+        self.dataset = self.panel = None        # of the data, or of a checkpoint
+        self.stage, self.steps, self.cells = "", 0, 0   # of training; cells: of one step
+        self.journal = None                     # of the present stage
+        self.capped = 0                         # generated values that were cut
+        self.signals = data.Signals(self.say)
 
-    def say(self, text, end="\n"):
+    def say(self, text):
         if self.rank == 0:
-            print(text, end=end, flush=True)
+            print(text, flush=True)
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -624,19 +614,18 @@ class Run:
         """A function of sampling, compiled once, if asked, for any number of cells: the first size of its arguments."""
         if not self.compile:
             return function
-        once = self.functions.setdefault(function.__qualname__, torch.compile(function))
-        return lambda *args: once(*data.of_any_length(args))
+        if function not in self.functions:      # two models have two, of one name
+            self.functions[function] = torch.compile(function)
+        return lambda *args: self.functions[function](*data.of_any_length(args))
 
-    def resume(self, state, parts, stage="training", steps=0, cells=0):
-        """Begin a stage of training, from a checkpoint of it if there is one; returns the last step that was done.
-        steps: of the stage (0: --steps); cells: per step and process (0: --batch-size)."""
+    def resume(self, state, content, stage="training", steps=0, cells=0):
+        """Begin a stage of training; returns the last step that was done. state: a checkpoint of it, or None; content:
+        {name: model or optimiser} of its checkpoints; steps: of the stage (0: --steps); cells: per step and process
+        (0: --batch-size)."""
+        data.restore(self, state, content)
         self.stage, self.steps = stage, steps or self.config.steps
         self.cells = (cells or self.config.batch_size) * self.world
-        for name, part in parts.items() if state else ():
-            part.load_state_dict(state["parts"][name])
-        self.trained = self.before = state["seconds"] if state else self.trained
-        self.began = self.logged = self.saved = time.perf_counter()
-        self.sums, self.counted, self.due, self.shown = 0.0, 0, self.began + data.FIRST_LINE, False
+        self.journal = data.Journal(self, state)
         self.signals.hold()
         return state["step"] if state else 0
 
@@ -644,29 +633,12 @@ class Run:
         """Before a step: its random numbers follow from (seed, stage, step, process); a checkpoint needs none."""
         torch.manual_seed(data.seed_of(self.config.seed, self.stage, step, self.rank))
 
-    def finish(self, step, parts, **losses):
+    def finish(self, step, content, **losses):
         """After a step: now and then a log line, a line on the console and a checkpoint; all three at the end of the
-        stage and on a signal. Until then the losses stay on the device."""
-        self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
-        self.counted += 1
-        stop, now = self.signals.agreed(step, self.world, self.device), time.perf_counter()
-        last = stop or step == self.steps
-        show, save = last or now > self.due, last or now > self.saved + data.CHECKPOINT_SECONDS
-        if not show and not save and step % max(1, min(100, self.steps // 100)):
-            return
-        values = dict(zip(losses, (self.sums / self.counted).tolist()))  # the only wait for the device
-        seconds = (now - self.logged) / self.counted                     # per step
-        values["cells_per_s"] = round(self.cells / seconds, 1)
-        self.trained = self.before + now - self.began
-        data.log(self, step, values)
-        if show:
-            self.say(data.status(self, step, values, seconds), "\n" if last or not sys.stdout.isatty() else "")
-            self.shown, self.due = True, now + data.NEXT_LINE
-        if save and self.rank == 0:
-            data.save_checkpoint(self, METHOD, step, parts)
-            self.saved = now
-        self.sums, self.counted, self.logged = 0.0, 0, time.perf_counter()
-        if last:
+        stage and on a signal, which ends the program. Until then the losses stay on the device."""
+        stop = self.signals.agreed(step, self.world, self.device)
+        self.journal.step(step, content, losses, last=stop or step == self.steps)
+        if stop or step == self.steps:
             self.signals.release()
         if stop:
             self.say(f"stopped at step {step} of {self.steps} ({self.stage}); go on with: python {METHOD}.py --out "
@@ -677,56 +649,56 @@ class Run:
         """Scores of the validation conditions, for console and log; training's random numbers are not touched."""
         if self.rank == 0 and self.dataset.part("val"):
             model.eval()
-            cells = predict(self, model, self.dataset.sizes("val", min(self.config.eval_cells, 100)),
-                            self.dataset.control_cells("val"), self.panel.eval_genes)
+            sizes = self.dataset.sizes("val", min(self.config.eval_cells, 100))
+            cells = predict(self, model, sizes, self.dataset.control_cells("val"), self.panel.eval_genes)
             model.train()
             metrics.validation(self, step, cells)
 
 
+@torch.no_grad()
 def predict(run, model, sizes, controls, columns, **options):
     """Cells {group: (n, E)} of the groups {group: n}, from control cells {covariate: (m, G)}, for columns (E,) of the
-    panel: for validation, test and --predict. No group's cells depend on the others."""
-    out = {}
-    for group, n in sizes.items():
+    panel. A group's cells do not depend on the other groups, nor a cell on the chunk that it is generated in."""
+    out, chosen = {}, torch.as_tensor(columns, device=run.device)
+    at_once = data.cells_at_once(run.device, cell_bytes(model, run.config, columns))
+    for group, n in data.progress(sizes.items(), "generating: conditions"):
         seed = data.seed_of(group, run.config.seed)
-        start = data.pick_rows(controls[group.partition("@")[2]], n, seed)
-        cells = generate(model, run, group, start, columns, seed, **options)
-        out[group], capped = data.as_measured(cells, run.panel, columns, run.config.zeros, seed)
+        control = torch.from_numpy(data.pick_rows(controls[data.split_group(group)[1]], n, seed))
+        noise = torch.randn(control.shape, generator=torch.Generator(run.device).manual_seed(seed), device=run.device)
+        told, chunks, cells = told_of(model, run, group, control), math.ceil(n / at_once), []
+        for start, z in zip(control.tensor_split(chunks), noise.tensor_split(chunks)):
+            made = generate(model, run, told, start.to(run.device), z, columns, **options)       # (b, G)
+            cells.append(made.index_select(1, chosen).cpu())
+        out[group], capped = data.as_measured(torch.cat(cells).numpy(), run.panel, columns, run.config.zeros, seed)
         run.capped += capped
-        if sys.stdout.isatty():
-            run.say(f"\rpredicted {len(out)} of {len(sizes)} conditions\033[K", "\n" if len(out) == len(sizes) else "")
     return out
 
 
 def main(argv=None):
     """Command line: train and score a run, go on with one, or use its checkpoint."""
     with data.clean_errors():
-        config, state = data.parse_run(METHOD, __doc__, Config, PRESETS, SAMPLING, argv)
+        config, state = data.parse_run(METHOD, __doc__, Config, PRESETS, SAMPLING, USES, argv)
         check(config)
         run = Run(config)
         if config.ckpt and not config.predict:
-            return other_use(run, state)
+            return next(use for flag, use in USES.items() if getattr(config, flag))(run, state)
         if config.ckpt:
-            run.panel = data.Panel(**state["panel"])
-            sizes, controls, columns = data.open_prediction(config, state, run.panel, UNSEEN, run.device)
-            model = load_model(config, run.panel, state["parts"]).to(run.device).eval()
-            cells = predict(run, model, sizes, controls, columns)
-            data.write_populations(run.out, cells, controls, run.panel, columns, config.covariates, METHOD)
-            return run.say(f"wrote {run.out}: {len(cells)} predicted conditions and the control cells, log1p CP10k")
+            model = data.trained_model(run, state, build)
+            asked = data.open_prediction(run, state, UNSEEN)
+            cells = predict(run, model, asked.sizes, asked.controls, asked.columns)
+            return data.write_prediction(run, cells, asked)
         if data.finished(config, state):
             return metrics.show(run.out)
-        run.say(data.opening(run, METHOD))
-        run.dataset, run.panel = data.open_run(config, state, run.device, run.say, run.rank == 0)
+        data.open_run(run, state)
         model = train(run, state)
         if run.world > 1:
-            dist.destroy_process_group()
-        if run.rank == 0:
+            torch.distributed.destroy_process_group()
+        if run.rank == 0 and run.dataset.part("test"):
             sizes = run.dataset.sizes("test", config.eval_cells, config.exact_cells)
             controls = run.dataset.control_cells("test")
             rows = {name: predict(run, model, sizes, controls, run.panel.eval_genes, **options)
                     for name, options in (variants(config) if variants else {"": {}}).items()}
-            data.write_populations(run.out / "pred.h5ad", rows[""], controls, run.panel, run.panel.eval_genes,
-                                   config.covariates, METHOD)
+            data.write_populations(run, run.out / "pred.h5ad", rows[""], controls, run.panel.eval_genes)
             metrics.report(run, METHOD, rows)
 
 # ---------------------------------------------------------------- end of the run section

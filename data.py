@@ -40,7 +40,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import h5py
@@ -1929,17 +1929,18 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
         _write(file, "uns", uns or {})
 
 
-def write_populations(path, pred, controls, panel, columns, covariates, method):
+def write_populations(run, path, pred, controls, columns):
     """Predicted cells {group: (n, E)} of columns (E,) of the panel, and real control cells {covariate: (m, G)}, as one
     AnnData file, log1p CP10k."""
     cells = pred | {group_name(CONTROL, v): x[np.arange(len(x))][:, columns] for v, x in controls.items()}
     labels = [split_group(group) for group, x in cells.items() for _ in range(len(x))]
     obs = {"condition": np.array([condition for condition, _ in labels], dtype=object)}
-    keys = DataConfig(covariates=covariates).covariate_keys
+    keys = run.config.covariate_keys
     for i, key in enumerate(keys):
         obs[key] = np.array([covariate_values(name, len(keys))[i] for _, name in labels], dtype=object)
     X = np.concatenate(list(cells.values())).astype(np.float32)
-    write_h5ad(path, X, obs, [panel.genes[i] for i in columns], {"method": method, "scale": "log1p CP10k"})
+    uns = {"method": run.method, "scale": "log1p CP10k"}
+    write_h5ad(path, X, obs, [run.panel.genes[i] for i in columns], uns)
 
 
 def write_prepared(path, dataset):
@@ -2231,7 +2232,7 @@ def gene_sets(path, genes, say):
 
 # ------------------------------------------------------------------------------------------------ runs of a method
 
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 CHECKPOINT_SECONDS = 300                                # between two checkpoints
 FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "exact_cells", "compile", "resume", "cache_gb",
@@ -2269,9 +2270,10 @@ class RunConfig(DataConfig):
     all_genes: bool = False         # with --predict: every gene of the panel, not only the evaluation genes
 
 
-def parse_run(method, doc, cls, presets, sampling, argv=None):
+def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
     """Command line -> (Config, stored checkpoint or None). A new run starts from its preset, --resume and --ckpt from
-    what was stored; a flag that contradicts it is an error. sampling: flags of the method that --ckpt may change."""
+    what was stored; a flag that contradicts it is an error. sampling: flags of the method that --ckpt may change; uses:
+    those that say what --ckpt is for, besides --predict."""
     parser = Parser(prog=f"{method}.py", description=doc)
     add_flags(parser, cls, presets)
     typed = parser.parse(argv)
@@ -2286,22 +2288,21 @@ def parse_run(method, doc, cls, presets, sampling, argv=None):
         split = Path(config.split).stem.replace(":", "_")
         config.out = f"runs/{method}-{Path(config.data).stem}-{split}-f{config.fold}-s{config.seed}"
     if config.ckpt or config.resume:
-        state = load_checkpoint(config.ckpt or Path(config.out, "ckpt.pt"), method)
+        stored, state = load_checkpoint(config.ckpt or Path(config.out, "ckpt.pt"), method, cls)
         kept, free = typed | {"out": config.out}, FREE_ON_RESUME
         if config.ckpt:
             units = {name: getattr(DataConfig, name) for name in UNITS} if config.controls else {}
             kept = units | {"out": "pred.h5ad"} | typed
             free = PREDICTING | set(sampling) | {f.name for f in fields(DataConfig)}
         for name in sorted(set(typed) - free):
-            if typed[name] != state["config"][name]:
-                raise DataError(f"{_flag(name)} {typed[name]}: this run was started with {state['config'][name]}; drop "
+            if typed[name] != getattr(stored, name):
+                raise DataError(f"{_flag(name)} {typed[name]}: this run was started with {getattr(stored, name)}; drop "
                                 "the flag, or start another run with --out")
-        config = cls(**state["config"] | kept)
-    uses = [name for name in ("predict", "score") if hasattr(config, name)]
+        config = replace(stored, **kept)
+    uses = ["predict", *uses]
     if bool(config.ckpt) != sum(bool(getattr(config, name)) for name in uses):
-        either = "either " if len(uses) > 1 else ""
-        raise DataError(f"--ckpt FILE and {either}{' or '.join(map(_flag, uses))} belong together; to go on with a run "
-                        "use --resume")
+        raise DataError(f"--ckpt FILE and {' or '.join(map(_flag, uses))} belong together; to go on with a run use "
+                        "--resume")
     if config.eval_every and (config.train_on_val or config.split == "all"):
         reason = "--split all" if config.split == "all" else "--train-on-val (--no-train-on-val keeps them apart)"
         raise DataError(f"--eval-every {config.eval_every}: {reason} leaves no validation conditions to score; drop "
@@ -2339,8 +2340,8 @@ def finished(config, state):
     return all(content["config"][name] == getattr(config, name) for name in ("eval_cells", "exact_cells"))
 
 
-def load_checkpoint(path, method):
-    """A checkpoint of this method, or a DataError that says what else it is."""
+def load_checkpoint(path, method, cls):
+    """(Config, stored dict) of a checkpoint of this method, whose Config is cls. DataError for anything else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found, version = state["method"], state["version"]
@@ -2352,16 +2353,65 @@ def load_checkpoint(path, method):
     if (found, version) != (method, CHECKPOINT_VERSION):
         raise DataError(f"{path}: is a checkpoint of {found}, version {version}; {method} reads its own of version "
                         f"{CHECKPOINT_VERSION}: give another, or train again")
-    return state
+    with same_version(path):
+        stored, known = set(state["config"]), {f.name for f in fields(cls)}
+        if stored != known:
+            raise ValueError(f"its Config has {_listed(sorted(stored - known))} and lacks "
+                             f"{_listed(sorted(known - stored))}")
+        return cls(**state["config"]), state
 
 
-_claims = []        # open lock files of this process: closing one would give its folder up
+@contextlib.contextmanager
+def same_version(path):
+    """Around the use of what a checkpoint holds: whatever does not fit the present code becomes a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: made by another version of this file: {reason[:200]}; use the file that made it, or "
+                        "train again") from None
+
+
+def restore(run, state, content):
+    """Load a checkpoint, if there is one, into the content {name: model or optimiser} of a stage of training."""
+    with same_version(run.out / "ckpt.pt"):
+        for name, part in content.items() if state else ():
+            part.load_state_dict(state["content"][name])
+
+
+def trained_model(run, state, build):
+    """The model that predicts, of a checkpoint; build (config, panel, weights) -> model, to be given these weights."""
+    if "ema" not in state["content"]:
+        raise DataError(f"{run.config.ckpt}: the run is still in an early stage, {state['stage']}; go on with --resume")
+    with same_version(run.config.ckpt):
+        run.panel = Panel(**state["panel"])
+        weights = state["content"]["ema"]
+        model = build(run.config, run.panel, weights)
+        model.load_state_dict(weights)
+    return model.to(run.device).eval()
+
+
+def load_model(method, path, **changes):
+    """(run, model) of a checkpoint, for method.predict() in a script of yours. method: the imported file; changes:
+    fields of its Config, as device="cpu" or seed=1."""
+    config, state = load_checkpoint(path, method.METHOD, method.Config)
+    run = method.Run(replace(config, **{"ckpt": str(path), "device": ""} | changes))
+    return run, trained_model(run, state, method.build)
+
+
+_claims = {}        # {path: open lock file} of this process: closing one would give its folder up
 
 
 def claim(folder):
     """Take a run's folder for this process until it ends, whatever the way; a folder that is taken is an error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = open(folder / ".lock", "w")
+    path = folder / ".lock"
+    if path in _claims:
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "w")
     try:
         if os.name == "nt":
             import msvcrt
@@ -2372,7 +2422,9 @@ def claim(folder):
     except OSError as error:                    # file systems without locks: nothing is claimed
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise DataError(f"{folder}: another run is using this folder; choose another --out") from None
-    _claims.append(handle)
+    _claims[path] = handle
+    with writing(folder):
+        mend(folder / "log.jsonl")
 
 
 def mend(log):
@@ -2382,26 +2434,21 @@ def mend(log):
         log.write_bytes(whole[:whole.rfind(b"\n") + 1])
 
 
-def open_run(config, state, device, say, main=True):
-    """Dataset and panel of a run. The folder is checked and claimed, what is known before training written to it (by
-    the main process of several); a resumed run must find the genes, conditions and parts that it had."""
-    out = Path(config.out)
-    if main:
-        unfinished = ("config.json", "split.json", "log.jsonl", ".lock",  # of a run that ended before its checkpoint
-                      "modules.tsv", "modules_enrichment.tsv")
-        if out.is_file():
+def open_run(run, state):
+    """Give a run its dataset and panel, say what it is, and write what is known before training to its folder, which is
+    claimed; a resumed run must find the genes, conditions and split that it had. Nothing is left of a refused run."""
+    config, out = run.config, run.out
+    unfinished = {"config.json", "split.json", "log.jsonl", ".lock"}   # of a run that ended before its checkpoint
+    if run.rank == 0 and out.exists():
+        if not out.is_dir():
             raise DataError(f"{out}: is a file; choose another --out")
-        others = sorted(p.name for p in out.iterdir() if p.name not in unfinished) if out.is_dir() else []
+        others = sorted(p.name for p in out.iterdir() if p.name not in unfinished and p.suffix != ".tsv")
         if others and not state:
             raise DataError(f"{out}: already holds {_listed(others, 3)}; go on with --resume, choose another --out, or "
                             "remove it")
-        with writing(out):
-            claim(out)
-            mend(out / "log.jsonl")
-    dataset = load_run(config, device)
+        claim(out)
+    dataset = load_run(config, run.device)
     panel = dataset.panel()
-    for note in dataset.source.notes:
-        say(f"note: {note}")
     if state:
         found = asdict(panel) | {"split": dataset.split}
         stored = state["panel"] | {"split": state["split"]}
@@ -2410,21 +2457,40 @@ def open_run(config, state, device, say, main=True):
                 raise DataError(f"--resume: --data {config.data} --split {config.split} no longer give the {name} of "
                                 f"the run in {out}: a file has changed; restore it, or start another run with --out")
     dataset.prepare_sampling()
-    if main:
+    run.dataset, run.panel = dataset, panel
+    if run.rank == 0:
+        claim(out)
         write_json(out / "config.json", asdict(config))
         write_json(out / "split.json", dataset.split)
-    return dataset, panel
+    precision = "bf16" if run.bf16 else "fp32"
+    run.say(f"{run.method} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
+            f"{config.preset}, {config.steps:,} steps; {run.device}, {precision}{', compiled' if run.compile else ''}; "
+            f"folder {out}")
+    for note in dataset.source.notes:
+        run.say(f"note: {note}")
+    if not dataset.split["test"]:
+        run.say(f"note: no condition is held out: there will be no table and no pred.h5ad; predict with --ckpt {out}/"
+                "ckpt.pt --predict")
+    if config.preset != "demo" and run.device.type == "cpu" and not state:
+        run.say("warning: a paper's configuration on a CPU: steps may take minutes; --preset demo is a recipe for "
+                "laptops. Ctrl-C ends the run after its step, a second one at once")
 
 
-def open_prediction(config, state, panel, unseen, device):
-    """What --predict asks for: {group: cells}, the control cells {covariate: (n, G)}, and the columns to write (E,).
+class Asked(typing.NamedTuple):
+    """What --predict asks for."""
+    sizes: dict             # {group: cells}
+    controls: dict          # {covariate: (m, G)} control cells, log1p CP10k
+    columns: np.ndarray     # (E,) genes of the panel to write
 
-    unseen: as Panel.known. Raises DataError for conditions, covariates or genes that are not there.
-    """
-    if process()[1] > 1:
+
+def open_prediction(run, state, unseen):
+    """The Asked of a run with a checkpoint. unseen: as Panel.known. Raises DataError for conditions, covariates or
+    genes that are not there."""
+    config, panel = run.config, run.panel
+    if run.world > 1:
         raise DataError("--predict runs in one process; start it with python")
-    if Path(config.out).exists():
-        raise DataError(f"--out {config.out}: exists; choose another name, or remove it")
+    if run.out.exists():
+        raise DataError(f"--out {run.out}: exists; choose another name, or remove it")
     carried = config.predict == ("test",)       # the run's test conditions, perhaps to other cells
     columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
     if config.controls:
@@ -2434,13 +2500,15 @@ def open_prediction(config, state, panel, unseen, device):
                   "at their training mean, and not in the prediction")
             columns = np.setdiff1d(columns, missing)
     else:
-        dataset = load_run(config, device)
+        dataset = load_run(config, run.device)
         if list(dataset.genes) != panel.genes:
             raise DataError(f"{config.data}: gives other genes than the model was trained on; name the training file "
                             "with --data, or your own control cells with --controls")
         controls = dataset.control_cells("test")
     sizes = {}
     asked = state["split"]["test"] if carried else config.predict
+    if not asked:
+        raise DataError("--predict test: the run held no condition out; name the conditions")
     for condition, covariate in asked_conditions(asked, panel.known(unseen)):
         if carried and covariate not in controls:
             covariate = ""
@@ -2452,10 +2520,16 @@ def open_prediction(config, state, panel, unseen, device):
     untrained = sorted({p for g in sizes for p in split_group(g)[0].split("+")} - set(panel.trained))
     if untrained:
         print(f"note: {_listed(untrained)}: in no training condition")
-    return sizes, controls, columns
+    return Asked(sizes, controls, columns)
 
 
-def score_file(run, state, method, unseen, log_p, at_once):
+def write_prediction(run, cells, asked):
+    """--predict's file: predicted cells {group: (n, E)} and the control cells."""
+    write_populations(run, run.out, cells, asked.controls, asked.columns)
+    run.say(f"wrote {run.out}: {len(cells)} predicted conditions and the control cells, log1p CP10k")
+
+
+def score_file(run, state, unseen, log_p, at_once):
     """--score: write log p of the cells of a file under conditions, as an AnnData file of cells x conditions. Ctrl-C
     ends it with the cells that were scored until then.
 
@@ -2463,7 +2537,7 @@ def score_file(run, state, method, unseen, log_p, at_once):
     largest B. unseen: as Panel.known. Raises DataError for conditions, covariates or genes that are not there.
     """
     config, panel = run.config, run.panel
-    controls = open_prediction(config, state, panel, unseen, run.device)[1]
+    controls = open_prediction(run, state, unseen).controls
     texts = config.score_under or [group for part in state["split"].values() for group in part]
     asked = sorted({condition for condition, _ in asked_conditions(texts, panel.known(unseen), "--score-under")})
     cells = read_cells(config.score, config, control_required=False, perturbed_required=False)
@@ -2498,7 +2572,7 @@ def score_file(run, state, method, unseen, log_p, at_once):
     condition = cells.condition[rows]
     best = np.array(asked, dtype=object)[values.argmax(axis=1)]
     obs = {"condition": condition, "best": best} | {key: cells.obs(key)[rows] for key in config.covariate_keys}
-    uns = {"method": method, "scale": "log p, nats, of log1p CP10k"}
+    uns = {"method": run.method, "scale": "log p, nats, of log1p CP10k"}
     write_h5ad(run.out, values, obs, asked, uns, cells.names[rows])
     right = (best == condition)[np.isin(condition, asked)]
     run.say(f"wrote {run.out}: log p of {len(rows):,} cells under {len(asked)} conditions; highest under their own for "
@@ -2549,8 +2623,11 @@ def as_measured(cells, panel, columns, zeros="clamp", seed=0):
     zeros="detect": expression has an atom at zero, which a flow does not learn. A value x below v, the gene's median
     detected value in training, becomes v with probability x / v and else 0. Cells are drawn systematically in random
     order, so a gene's mean moves by v / n at most; a cell then depends on its population. Returns the cells, float32,
-    and how many values were capped.
+    and how many values were capped. Raises DataError for values that are not finite.
     """
+    if not np.isfinite(cells).all():
+        raise DataError("the model generates values that are not finite: its training diverged, or its checkpoint is "
+                        "damaged; train again with a lower --lr")
     highest = np.array(panel.highest, dtype=np.float32)[columns]
     highest = np.where(highest > 0, highest, np.float32(np.log(10_001)))
     capped = int((cells > highest).sum())
@@ -2586,29 +2663,34 @@ def pick_device(name):
     return device
 
 
-def save_checkpoint(run, method, step, parts):
+def join_processes(device):
+    """(rank, world) of this process, which has joined the others, if there are any."""
+    rank, world = process()
+    if world > 1:                               # the others wait while the first process validates
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    return rank, world
+
+
+def save_checkpoint(run, step, content):
     """One dict of tensors and plain types, written beside the old checkpoint and renamed over it."""
-    state = {"method": method, "version": CHECKPOINT_VERSION, "config": asdict(run.config), "stage": run.stage,
-             "step": step, "seconds": run.trained, "panel": asdict(run.panel), "split": run.dataset.split,
-             "parts": {name: part.state_dict() for name, part in parts.items()}}
+    state = {"method": run.method, "version": CHECKPOINT_VERSION, "config": asdict(run.config), "stage": run.stage,
+             "step": step, "seconds": run.journal.seconds(), "panel": asdict(run.panel), "split": run.dataset.split,
+             "content": {name: part.state_dict() for name, part in content.items()}}
     with atomic(run.out / "ckpt.pt") as temporary:
         torch.save(state, temporary)
 
 
-def opening(run, method):
-    """The first line of a run: what is trained on what, how long, on which device and in which precision."""
-    config, precision = run.config, "bf16" if run.bf16 else "fp32"
-    return (f"{method} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
-            f"{config.preset}, {config.steps:,} steps; {run.device}, {precision}{', compiled' if run.compile else ''}; "
-            f"folder {run.out}")
+def schedule(optimizer, steps, warmup=0, least=0.0, overlap=""):
+    """Learning rate from step to step: a linear warm-up, then a cosine down to the least (constant where that is the
+    rate itself). overlap: the cosine begins at step 0, and the rate is the 'lower' of the two or their 'product'."""
+    low, begin = least / optimizer.defaults["lr"], 0 if overlap else warmup
 
-
-def schedule(optimizer, steps, warmup=0, least=0.0):
-    """Learning rate from step to step: linear warm-up, then a cosine from the optimiser's own to the least."""
     def factor(step):
-        low = least / optimizer.defaults["lr"]
-        part = max(0, step - warmup) / max(1, steps - warmup)
-        return min((step + 1) / (warmup + 1), low + (1 - low) * (1 + math.cos(math.pi * min(1, part))) / 2)
+        warm = min(1.0, (step + 1) / (warmup + 1))
+        part = min(1, max(0, step - begin) / max(1, steps - begin))
+        cosine = low + (1 - low) * (1 + math.cos(math.pi * part)) / 2
+        return warm * cosine if overlap == "product" else min(warm, cosine)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -2632,7 +2714,7 @@ class Signals:
 
     def keep(self, number, _):
         self.came = number
-        self.say("\nsaving after this step")
+        self.say("\nsaving after this step; a second signal ends the run at once")
         signal.signal(number, self.handlers[number])
 
     def agreed(self, step, world, device):
@@ -2650,30 +2732,56 @@ class Signals:
             signal.signal(*self.handlers.popitem())
 
 
-def log(run, step, values):
-    """A line of log.jsonl, by the first process; a stage before the main one is named. DataError for a loss that is not
-    finite."""
-    if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
-        raise DataError(f"training diverged before step {step}: the loss is not finite. Start again with a lower --lr "
-                        f"and another --out; if there is a checkpoint in {run.out}, it is from before")
-    if run.rank == 0:
-        stage = {} if run.stage == "training" else {"stage": run.stage}
-        with writing(run.out / "log.jsonl"), open(run.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **stage, "seconds": round(run.trained, 4), **values}) + "\n")
+class Journal:
+    """What a stage of training leaves behind: lines of log.jsonl and on the console, now and then a checkpoint."""
 
+    def __init__(self, run, state):
+        now, before = time.perf_counter(), run.journal
+        self.run = run
+        self.began = now - (state["seconds"] if state else 0)   # the first step, of the first stage
+        if before and not state:
+            self.began = before.began
+        self.logged = self.saved = now
+        self.due = now + FIRST_LINE                             # the next line on the console
+        self.sums, self.counted = 0.0, 0                        # losses since the last line of the log
 
-def status(run, step, values, seconds):
-    """The console's line on a run: losses, speed, time so far and left; seconds: per step. The first one warns of a
-    paper's configuration on a CPU."""
-    left, warning = clock((run.steps - step) * seconds), ""
-    if run.config.preset == "paper" and run.device.type == "cpu" and not run.shown and step < run.steps:
-        warning = (f"warning: the paper's configuration on a CPU: {seconds:.2g} s per step, {left} in all; --preset "
-                   "demo is a recipe for laptops\n")
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "cells_per_s")
-    stage = "step" if run.stage == "training" else f"{run.stage} step"
-    start, end = ("\r", "\033[K") if sys.stdout.isatty() else ("", "")  # one line that is written over
-    return (f"{start}{warning}{stage} {step}/{run.steps}  {shown}  {values['cells_per_s']:,.0f} cells/s  "
-            f"{clock(run.trained)} elapsed  {left} left{end}")
+    def seconds(self):
+        """Since the first step, in this process and in those that it goes on from."""
+        return time.perf_counter() - self.began
+
+    def step(self, step, content, losses, last):
+        """After a step: add its losses (), tensors; from time to time, and the last time, write."""
+        run, now = self.run, time.perf_counter()
+        self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
+        self.counted += 1
+        show, save = last or now > self.due, last or now > self.saved + CHECKPOINT_SECONDS
+        if not show and not save and step % max(1, min(100, run.steps // 100)):
+            return
+        values = dict(zip(losses, (self.sums / self.counted).tolist()))     # the only wait for the device
+        each = (time.perf_counter() - self.logged) / self.counted           # seconds
+        self.log(step, values | {"cells_per_s": round(run.cells / each, 1)})
+        if show:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            stage = "step" if run.stage == "training" else f"{run.stage} step"
+            status_line(f"{stage} {step}/{run.steps}  {shown}  {run.cells / each:,.0f} cells/s  "
+                        f"{clock(self.seconds())} elapsed  {clock((run.steps - step) * each)} left", last)
+            self.due = now + NEXT_LINE
+        if save and run.rank == 0:
+            save_checkpoint(run, step, content)
+            self.saved = now
+        self.sums, self.counted, self.logged = 0.0, 0, time.perf_counter()
+
+    def log(self, step, values):
+        """A line of log.jsonl, by the first process; a stage before the main one is named. DataError for a loss that is
+        not finite."""
+        run = self.run
+        if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
+            raise DataError(f"training diverged before step {step}: the loss is not finite. Start again with a lower "
+                            f"--lr and another --out; if there is a checkpoint in {run.out}, it is from before")
+        if run.rank == 0:
+            stage = {} if run.stage == "training" else {"stage": run.stage}
+            with writing(run.out / "log.jsonl"), open(run.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **stage, "seconds": round(self.seconds(), 4), **values}) + "\n")
 
 
 def of_any_length(args):
@@ -2686,9 +2794,10 @@ def of_any_length(args):
     return args
 
 
-def room(device):
-    """Bytes that the activations of one chunk of generated cells may take."""
-    return 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1.2e9
+def cells_at_once(device, size):
+    """How many cells are generated together, where one takes `size` bytes of memory."""
+    room = 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1.2e9
+    return min(1024, max(1, int(room // size)))
 
 
 def peak_memory(device):
@@ -2793,7 +2902,7 @@ def status_line(text, last=False):
 
 
 def progress(items, what, total=None):
-    """The items one by one, as in `for block in progress(blocks, "reading")`; total: how many, where they have no len().
+    """The items one by one, as in `for block in progress(blocks, "reading")`; total: how many, if they have no len().
     Where they take more than ten seconds a status line says what is done, how far it is and how long it will take."""
     total = len(items) if total is None else total
     began, shown = time.perf_counter(), False
@@ -2816,8 +2925,8 @@ def clean_errors():
         print("error:", *str(error).split("\n"), file=sys.stderr)   # one line, whatever a label or a path holds
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).split('. ')[0]}); lower --batch-size, --hvg, or what the method "
-              "has for this (--gene-subset)", file=sys.stderr)
+        print(f"error: out of GPU memory ({str(error).split('. ')[0]}); lower --batch-size or --hvg",
+              file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:               # gloo and NCCL, where another process of a run has died
         partner = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
@@ -2835,7 +2944,7 @@ def clean_errors():
         sys.exit(1)
     finally:
         while _claims:
-            _claims.pop().close()
+            _claims.popitem()[1].close()
 
 
 def describe(dataset, split=""):

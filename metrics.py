@@ -40,7 +40,6 @@ import json
 import math
 import platform
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
@@ -1267,8 +1266,7 @@ def report(run, method, rows):
     """Score a run's predicted test conditions: writes metrics.json and genes.tsv, prints the table.
 
     rows {suffix: {group: (n, E)}}: the method's own prediction under '', and further rows of the table, which get no
-    floors. run: with config, dataset, out, device, trained (seconds) and capped (values that were cut)."""
-    began = time.perf_counter()
+    floors. run: with config, dataset, out, device, journal (seconds) and capped (values that were cut)."""
     config, dataset = run.config, run.dataset
     columns = dataset.eval_genes
     names = [dataset.genes[i] for i in columns]
@@ -1286,7 +1284,7 @@ def report(run, method, rows):
     versions = {module.__name__: module.__version__ for module in (torch, np, scipy, h5py)}
     data.write_json(run.out / "metrics.json", {
         "method": method, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
-        "seconds": round(run.trained + time.perf_counter() - began, 1), "peak_memory_mb": data.peak_memory(run.device),
+        "seconds": round(run.journal.seconds(), 1), "peak_memory_mb": data.peak_memory(run.device),
         "config": dataclasses.asdict(config), "versions": {"python": platform.python_version(), **versions}, **result})
     show(run.out)
 
@@ -1331,7 +1329,7 @@ def validation(run, step, pred):
                       seed=run.config.seed, floors=False)
     scores = {k: v for k, v in result["aggregate"].items() if v is not None}
     run.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-    data.log(run, step, {"val": scores})
+    run.journal.log(step, {"val": scores})
     return scores
 
 

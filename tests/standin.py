@@ -4,7 +4,7 @@
 
 A tensor on it wraps a CPU tensor. An operation that mixes the two raises, as on CUDA. Waits (.item(), .tolist(), masks
 of unknown size), copies to the CPU and copies to the device are counted: in training steps, from Run.start() to the
-return of the step's optimiser, and in generate(). The last line is one JSON object:
+return of the step's optimiser, and in predict(), whose groups are its calls. The last line is one JSON object:
 {"calls": {"step": n, "generate": n}, "step": {"kind file:line": n}, "generate": {"kind": n},
 "operations": {"step": n, "generate": n}}, the operations being what an uncompiled run would launch, views apart.
 """
@@ -154,17 +154,20 @@ def main(name, commands):
     torch.save = save_plain
     method = importlib.import_module(name)
     calls = collections.Counter()
-    init, start, finish, generate = method.Run.__init__, method.Run.start, method.Run.finish, method.generate
+    init, start, finish, told_of = method.Run.__init__, method.Run.start, method.Run.finish, method.told_of
 
     def on_standin(run, config):
         init(run, config)
         run.device = DEVICE
 
+    def told(*args):
+        calls["generate"] += 1
+        return told_of(*args)
+
     def during(what, function):
         def watched(*args, **kwargs):
             global phase
             before, phase = phase, what
-            calls[what] += 1
             try:
                 return function(*args, **kwargs)
             finally:
@@ -182,7 +185,7 @@ def main(name, commands):
         phase = ""
         finish(run, step, parts, **losses)
     method.Run.__init__, method.Run.start, method.Run.finish = on_standin, begin, end
-    method.generate = during("generate", generate)
+    method.told_of, method.predict = told, during("generate", method.predict)
     method.Run.validate = during("", method.Run.validate)
     if hasattr(method, "calibrate"):                    # after the last step
         method.calibrate = during("", method.calibrate)

@@ -59,7 +59,7 @@ def cells(dataset, n, dtype=torch.float64):
 
 
 def fake_run(config, panel):
-    return SimpleNamespace(config=config, panel=panel, device=torch.device("cpu"), compiled=lambda f: f,
+    return SimpleNamespace(config=config, panel=panel, device=torch.device("cpu"), compiled=lambda f: f, capped=0,
                            autocast=lambda: torch.autocast("cpu", enabled=False))
 
 
@@ -359,11 +359,11 @@ def test_sample_inverts_the_flow_and_removes_the_noise(dataset, panel):
 def test_chunks_change_nothing(dataset, panel, monkeypatch):
     model, control = build(dataset, panel, tiny(), torch.float32, scale=0.05), dataset.controls("test")[""][:9]
     run = fake_run(tiny(), panel)
-    whole = ct.generate(model, run, "TF1+TF2", control, np.arange(0, 40, 2), 3)
+    ask = ({"TF1+TF2": 9}, {"": control}, np.arange(0, 40, 2))
+    whole = ct.predict(run, model, *ask)["TF1+TF2"]
     assert whole.shape == (9, 20) and len(np.unique(whole, axis=0)) == 9
-    monkeypatch.setattr(ct, "cells_at_once", lambda run: 4)
-    np.testing.assert_allclose(ct.generate(model, run, "TF1+TF2", control, np.arange(0, 40, 2), 3), whole, rtol=1e-3,
-                               atol=1e-3)
+    monkeypatch.setattr(data, "cells_at_once", lambda device, size: 4)
+    np.testing.assert_allclose(ct.predict(run, model, *ask)["TF1+TF2"], whole, rtol=1e-3, atol=1e-3)
 
 
 class Operations(TorchDispatchMode):
@@ -470,7 +470,7 @@ def test_score_is_the_likelihood_of_every_cell_under_every_condition(demo, call,
     # by hand, up to the noise of the dequantisation: the mean of the density over the same controls
     state = torch.load(folder / "ckpt.pt", weights_only=True)
     panel = data.Panel(**state["panel"])
-    model = ct.load_model(Config(**state["config"]), panel, state["parts"]).eval()
+    model = data.load_model(ct, folder / "ckpt.pt")[1]
     own = torch.from_numpy(data.pick_rows(real.controls("test")[""], 2, data.seed_of("", 0)))
     x = torch.from_numpy(data.read_cells(demo).X.toarray())
     x = torch.log1p(1e4 * x / x.sum(1, keepdim=True))
@@ -482,7 +482,7 @@ def test_score_is_the_likelihood_of_every_cell_under_every_condition(demo, call,
     np.testing.assert_allclose(torch.stack(p).double().exp().mean(0).log(), log_p[:, 1], rtol=1e-3)
 
     # all conditions by default; Ctrl-C keeps what was scored
-    monkeypatch.setattr(ct, "cells_at_once", lambda run: 100)
+    monkeypatch.setattr(data, "cells_at_once", lambda device, size: 100)
     likelihood, calls = ct.log_likelihood, []
 
     def interrupted(*args):
@@ -497,7 +497,7 @@ def test_score_is_the_likelihood_of_every_cell_under_every_condition(demo, call,
     assert len(kept.genes) == 40 and list(kept.names) == list(data.read_cells(demo).names[:kept.X.shape[0]])
 
     data.write_h5ad(tmp_path / "thin.h5ad", np.ones((5, 3), np.float32), {}, ["TF1", "TF2", "TF3"])
-    for flags, words in ((["--score-under", "NOGENE"], "--score-under NOGENE"), (["--predict", "TF1"], "and either"),
+    for flags, words in ((["--score-under", "NOGENE"], "--score-under NOGENE"), (["--predict", "TF1"], "or --score"),
                          (["--score", tmp_path / "thin.h5ad"], "lacks 37 of the model's 40 genes")):
         done = call("celltarnet.py", *ckpt, *flags, "--out", tmp_path / "no.h5ad")
         assert done.returncode == 2 and words in done.stderr and not (tmp_path / "no.h5ad").exists()

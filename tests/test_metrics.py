@@ -981,7 +981,8 @@ class Dataset:
 def reported(case, tmp_path, capsys):
     """The folder of a reported run, and what was printed."""
     run = SimpleNamespace(config=data.RunConfig(data="file.h5ad", split="additive", seed=5), dataset=Dataset(case),
-                          out=tmp_path, device=torch.device("cpu"), trained=3661.2, capped=7)
+                          out=tmp_path, device=torch.device("cpu"), capped=7,
+                          journal=SimpleNamespace(seconds=lambda: 3661.2))
     own, other = ({c: x[:, ::-1] for c, x in case[side].items()} for side in ("pred", "real"))
     metrics.report(run, "ours", {"": own, " (raw)": other})
     return tmp_path, capsys.readouterr().out
@@ -996,7 +997,7 @@ def test_report_writes_scores_and_prints_the_table(case, result, reported, capsy
     assert {k: written[k] for k in given} == given and written["seconds"] >= 3661.2 and written["peak_memory_mb"] > 0
     assert written["config"]["seed"] == 5 and {"python", "torch", "numpy"} <= set(written["versions"])
     assert written["variants"][" (raw)"]["aggregate"]["l2"] == 0 and "per_gene" not in written
-    assert "5 test conditions, 90 genes; trained and scored in 1:01:0" in text
+    assert "5 test conditions, 90 genes; trained and scored in 1:01:01" in text
     assert "note: 7 generated values were above" in text and "more metrics in metrics.json" in text
     rows = [line[:10].strip() for line in text.splitlines()]
     assert rows[rows.index("additive"):][:5] == ["additive", "ours", "ours (raw)", "replicate", "vs floor"]
@@ -1011,13 +1012,14 @@ def test_a_result_that_is_none_is_not_shown(tmp_path, content):
         metrics.show(tmp_path)
 
 
-def test_validation_scores_its_conditions_and_logs_them(case, tmp_path, capsys):
+def test_validation_scores_its_conditions_and_logs_them(case, capsys):
     result = metrics.evaluate(case["pred"], case["real"], case["control"], case["genes"], floors=False)["aggregate"]
-    run = SimpleNamespace(config=data.RunConfig(), dataset=Dataset(case, "val"), out=tmp_path, rank=0, trained=2.0,
-                          stage="training", say=print)
+    lines = []
+    run = SimpleNamespace(config=data.RunConfig(), dataset=Dataset(case, "val"), say=print,
+                          journal=SimpleNamespace(log=lambda *line: lines.append(line)))
     score = metrics.validation(run, 30, {c: x[:, ::-1] for c, x in case["pred"].items()})
     assert score == {k: pytest.approx(result[k]) for k in ("l2", "pearson_delta", "e_distance")}
-    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 30, "seconds": 2.0, "val": score}
+    assert lines == [(30, {"val": score})]
     assert f"validation  l2 {score['l2']:.4f}  pearson_delta" in capsys.readouterr().out
 
 

@@ -366,19 +366,19 @@ def test_guided_sampling_equals_the_plain_loop(velocity, readout, w):
 @pytest.mark.parametrize("coupling", ["independent", "control"])
 def test_predictions_depend_on_neither_chunks_nor_columns(coupling, monkeypatch):
     panel, control = a_panel(18), np.random.default_rng(0).random((7, 18)).astype(np.float32)
-    run = primeflow.Run(tiny(coupling=coupling, device="cpu"))
+    run = primeflow.Run(tiny(coupling=coupling, device="cpu", zeros="clamp"))
     run.panel = panel
     model = build(run.config, panel).float()
 
     def cells(control, columns=np.arange(18), **options):
-        return primeflow.generate(model, run, "A+B", control, columns, 5, **options)
+        return primeflow.predict(run, model, {"A+B": 7}, {"": control}, columns, **options)["A+B"]
     every = cells(control)
     assert every.shape == (7, 18)
     columns = np.array([2, 9, 17])
     np.testing.assert_array_equal(cells(control, columns), every[:, columns])
     assert np.abs(cells(control, guidance=3.0) - every).max() > 1e-3
     assert np.array_equal(cells(control + 1), every) == (coupling == "independent")    # controls are no source then
-    monkeypatch.setattr(data, "room", lambda device: 4 * 24 * 18 * 16 * 3)             # three cells at once
+    monkeypatch.setattr(data, "cells_at_once", lambda device, size: 3)
     np.testing.assert_allclose(cells(control), every, rtol=1e-3, atol=1e-4)
 
 
@@ -390,8 +390,10 @@ def test_own_controls_of_a_covariate_not_seen_are_its_origin(types):
     model = PRiMeFlow(run.config, panel)
     model.space.fit(types)
     control = 5 + np.random.default_rng(0).random((9, 40)).astype(np.float32)
-    got = primeflow.generate(model, run, "TF1@type9", control, np.arange(40), 0)
-    np.testing.assert_allclose(got, control, rtol=1e-4)             # the U-Net's head and the readout start at zero
+    told = primeflow.told_of(model, run, "TF1@type9", torch.from_numpy(control))
+    with torch.no_grad():                                           # the U-Net's head and the readout start at zero
+        got = primeflow.generate(model, run, told, torch.from_numpy(control), None, np.arange(40))
+    np.testing.assert_allclose(got, control, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ learning

@@ -26,10 +26,11 @@ def tiny(**options):
 
 
 class FakeRun:
-    """What load_priors and generate need of a run."""
+    """What load_priors and predict need of a run."""
 
     def __init__(self, config, dataset, panel):
         self.config, self.dataset, self.panel = config, dataset, panel
+        self.capped = 0
         self.device, self.said, self.rank = torch.device("cpu"), [], 1       # rank: only the first process writes
 
     def say(self, text):
@@ -616,7 +617,8 @@ def test_doses_share_the_embedding_of_their_drug(call, tmp_path):
     token, mask, amount, _ = scbig.slots(["X-1:10", "X-1:1000", "Y:10"], panel, config)
     assert token[0, 0] == token[1, 0] != token[2, 0] and scbig.token_table(panel, config)[0][30:] == drugs
     assert amount[:, 0].tolist() == pytest.approx([math.log(11) / math.log(1001), 1, math.log(11) / math.log(1001)])
-    c, _ = scbig.load_model(config, panel, state["parts"]).flow.condition(token, mask, amount, torch.zeros(3, 0))
+    flow = data.load_model(scbig, tmp_path / "run" / "ckpt.pt")[1].flow
+    c, _ = flow.condition(token, mask, amount, torch.zeros(3, 0))
     assert (c[0] - c[1]).abs().max() > 1e-3 and (c[0] - c[2]).abs().max() > 1e-3
 
 
@@ -649,7 +651,7 @@ def test_residuals_keep_what_the_autoencoder_loses(dataset, panel):
 
 
 def test_generated_cells_do_not_depend_on_the_chunks(dataset, panel, monkeypatch):
-    model, run = make(dataset, panel)
+    model, run = make(dataset, panel, zeros="clamp")
     control, sizes, sample = dataset.controls("test", covariate="")[:9], [], scbig.sample
 
     def watched(integrate, model, x, *rest):
@@ -657,13 +659,14 @@ def test_generated_cells_do_not_depend_on_the_chunks(dataset, panel, monkeypatch
         return sample(integrate, model, x, *rest)
     monkeypatch.setattr(scbig, "sample", watched)
     columns = np.array([3, 5, 30])
-    whole = scbig.generate(model, run, "TF1", control, columns, seed=5)
-    monkeypatch.setattr(data, "room", lambda device: 0)
-    single = scbig.generate(model, run, "TF1", control, columns, seed=5)
+    ask = {"TF1": 9}, {"": control}
+    whole = scbig.predict(run, model, *ask, columns)["TF1"]
+    monkeypatch.setattr(data, "cells_at_once", lambda device, size: 1)
+    single = scbig.predict(run, model, *ask, columns)["TF1"]
     assert sizes == [9] + [1] * 9 and whole.shape == (9, 3)
     np.testing.assert_allclose(whole, single, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(scbig.generate(model, run, "TF1", control, np.arange(40), 5)[:, columns], single,
-                               rtol=1e-4, atol=1e-5)
+    every = scbig.predict(run, model, *ask, np.arange(40))["TF1"]
+    np.testing.assert_allclose(every[:, columns], single, rtol=1e-4, atol=1e-5)
 
 
 def test_structure_losses_see_the_cells_as_they_are_generated(demo, call, monkeypatch, tmp_path):
@@ -755,7 +758,7 @@ def test_exported_modules_are_those_of_the_checkpoint_and_balanced(whole, panel)
     module = np.array([int(r[1]) for r in rows[1:]])
     size = np.bincount(module, minlength=7)
     assert len(size) == 7 and size.max() - size.min() <= 1
-    assert checkpoint(whole)["parts"]["ema"]["autoencoder.module_of"].tolist() == module.tolist()
+    assert checkpoint(whole)["content"]["ema"]["autoencoder.module_of"].tolist() == module.tolist()
 
 
 def test_stage_1_is_trained_on_training_and_control_cells_alone(dataset, panel, monkeypatch):
@@ -793,12 +796,12 @@ def test_ctrl_c_and_resume_in_either_stage_are_bit_identical(stage, stop, whole,
         if stage == "pretraining":
             early = call("scbig.py", "--ckpt", tmp_path / "parts" / "ckpt.pt", "--predict", "TF1",
                          "--out", tmp_path / "p.h5ad")
-            error(early, "stage 1", "--resume")
+            error(early, "pretraining", "--resume")
             assert not (tmp_path / "p.h5ad").exists()
         ok(call("scbig.py", "--out", tmp_path / "parts", "--resume"))
     finally:
         signal.signal(signal.SIGINT, handler)
-    a, b = (checkpoint(f)["parts"] for f in (whole, tmp_path / "parts"))
+    a, b = (checkpoint(f)["content"] for f in (whole, tmp_path / "parts"))
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
     logs = []
     for folder in (whole, tmp_path / "parts"):
@@ -809,7 +812,7 @@ def test_ctrl_c_and_resume_in_either_stage_are_bit_identical(stage, stop, whole,
 
 def test_ema_follows_the_flow(whole):
     """The model that predicts is an average of the flow's weights; the autoencoder is the same in both."""
-    parts = checkpoint(whole)["parts"]
+    parts = checkpoint(whole)["content"]
     differs = {k.split(".")[0] for k, v in parts["model"].items() if not torch.equal(v, parts["ema"][k])}
     assert differs == {"flow"}
     effect, average = (parts[name]["flow.effect"].norm() for name in ("model", "ema"))              # from zero

@@ -370,13 +370,16 @@ def test_generated_cells_do_not_depend_on_the_chunks(dataset, panel, monkeypatch
         sizes.append(len(x))
         return sample(velocity, model, x, *rest)
     monkeypatch.setattr(scdfm, "sample", watched)
-    whole = scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=5)
-    monkeypatch.setattr(scdfm.math, "ceil", lambda x: 4)
-    chunks = scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=5)
-    assert sizes == [9, 3, 2, 2, 2] and whole.shape == (9, len(panel.eval_genes))
+
+    def cells():
+        return scdfm.predict(run, model, {"TF1": 9}, {"": control}, panel.eval_genes)["TF1"]
+    whole = cells()
+    monkeypatch.setattr(data, "cells_at_once", lambda device, size: 3)
+    chunks = cells()
+    assert sizes == [9, 3, 3, 3] and whole.shape == (9, len(panel.eval_genes))
     np.testing.assert_allclose(whole, chunks, rtol=1e-4, atol=1e-5)
-    other = scdfm.generate(model, run, "TF1", control, panel.eval_genes, seed=6)
-    assert np.abs(whole - other).max() > 0.1
+    run.config.seed = 6
+    assert np.abs(whole - cells()).max() > 0.1
 
 
 def test_the_network_compiles_without_graph_breaks(dataset, panel):
@@ -426,9 +429,11 @@ def test_more_columns_than_a_pass_holds_come_back_in_their_order(dataset, panel,
         widths.append(len(given.genes))
         return given.genes.expand(len(x), -1).float()
     monkeypatch.setattr(scdfm, "sample", columns)
-    control = np.zeros((2, len(panel.genes)), np.float32)
-    got = scdfm.generate(model, run, "TF1", control, np.arange(3, 38), seed=0)
-    assert got.tolist() == [list(range(3, 38))] * 2 and sorted(widths) == [8, 9, 9, 9]
+    control = torch.zeros(2, len(panel.genes))
+    told = scdfm.told_of(model, run, "TF1", control)
+    got = scdfm.generate(model, run, told, control, control, np.arange(3, 38))
+    assert got[:, 3:38].tolist() == [list(range(3, 38))] * 2 and sorted(widths) == [8, 9, 9, 9]
+    assert not got[:, :3].any() and not got[:, 38:].any()
 
 
 def test_dropout_is_on_in_training_alone(dataset, panel):
