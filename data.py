@@ -143,18 +143,16 @@ def _damaged(node, why):
 def _open(path):
     """An AnnData file, open for reading. What else the file may be, and whatever h5py raises within, is one clear
     DataError; exceptions of other origin are our mistakes, and pass."""
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory; give the .h5ad file inside it, or convert a zarr store with "
-                        "anndata.read_zarr and write_h5ad")
     try:
         with open(path, "rb") as handle:
             head = handle.read(512)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise DataError(f"{path}: no such file; check the path (README, 'Data sets', says where to get data "
-                        "sets)") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions and its folder's") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a directory; give the .h5ad file inside it, or convert a zarr store with "
+                        "anndata.read_zarr and write_h5ad") from None
+    except (OSError, ValueError) as error:          # ValueError: no path at all
+        reason = str(getattr(error, "strerror", None) or error).lower()
+        raise DataError(f"{path}: {reason}; check the path and its permissions (README, 'Data sets', says where to get "
+                        "data sets)") from None
     for pattern, message in NOT_HDF5:
         if re.match(pattern, head, re.I):
             raise DataError(f"{path}: {message}")
@@ -488,11 +486,9 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
         raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
                         "names with --gene-key, or remove the duplicates")
     labelled = np.all([column != "" for column in [labels.condition, *covariates]], axis=0)
-    covariate = np.full(obs.n, "", dtype=object)
-    if covariates:
-        values = list(zip(*covariates))
-        known = {each: covariate_name(each) for each in set(values)}
-        covariate = np.array([known[each] for each in values], dtype=object)
+    values = list(zip(*covariates)) or [()] * obs.n
+    known = {each: covariate_name(each) for each in set(values)}
+    covariate = np.array([known[each] for each in values], dtype=object)
     cells = Cells(str(path), X, genes, labels.condition, covariate, "", uns, labels.rules, labels.spelling, labels.key,
                   np.arange(obs.n), (), notes)
     if not labelled.all():
@@ -793,9 +789,11 @@ class LabelRules:
             return True
         return is_control_label(token) and token not in self.genes and token not in self.short
 
-    def is_missing(self, token):
-        """Does it say that a cell has no label?"""
-        return _NO_LABEL.fullmatch(token) is not None and token not in self.genes and not self.is_control(token)
+    def _names(self, token):
+        """Does it name a perturbation or a control, and not say that a cell has no label? What does is noted."""
+        if token not in self.genes and not self.is_control(token) and _NO_LABEL.fullmatch(token):
+            self.unlabelled.add(token)
+        return token not in MISSING and token not in self.unlabelled
 
     def _is_guide(self, token):
         guide = _GUIDE.fullmatch(token)
@@ -842,9 +840,7 @@ class LabelRules:
     def canonical(self, *labels, doses=("",)):
         """'ctrl+B_A' -> 'A+B', and of a cell with several labels all of them; 'control' when only controls are named;
         '' for a missing label. A dose belongs to every perturbation: 'A:10+B:10'; doses: one, or one for each label."""
-        of_label = [[token for token in self.tokens(label) if token not in MISSING] for label in labels]
-        self.unlabelled.update(token for tokens in of_label for token in tokens if self.is_missing(token))
-        of_label = [[token for token in tokens if not self.is_missing(token)] for tokens in of_label]
+        of_label = [[token for token in self.tokens(label) if self._names(token)] for label in labels]
         if len(doses) == 1:
             of_label = [sum(of_label, [])]
         perturbations = set()
@@ -891,13 +887,12 @@ class LabelRules:
 
 
 class Labels:
-    """The label columns of one --pert-key, and what rules make of them: texts, the distinct labels; condition (n,);
-    spelling {condition: its first label in sorted order}."""
+    """The label columns of one --pert-key, and what rules make of them: texts, the distinct labels; genes, those that
+    name genes; condition (n,); spelling {condition: its first label in sorted order}."""
 
-    def __init__(self, key, columns, doses, symbols, config, control_label):
+    def __init__(self, key, columns, doses, symbols, control_label, separator):
         self.key, self.texts = key, sorted(set().union(*columns))
-        self.rules = LabelRules(self.texts, symbols, control_label, config.separator)
-        self.genes = {text for text in self.texts if symbols & _pieces(text)}   # labels that name genes
+        self.rules = LabelRules(self.texts, symbols, control_label, separator)
         cells = list(zip(*columns, *doses))
         k = len(columns)
         names = {cell: self.rules.canonical(*cell[:k], doses=cell[k:] or ("",)) for cell in set(cells)}
@@ -905,18 +900,22 @@ class Labels:
         self.spelling = {}
         for label, name in sorted(("+".join(filter(None, cell[:k])), name) for cell, name in names.items()):
             self.spelling.setdefault(name, label)
+        self.genes = {text for text in self.texts if symbols & _pieces(text)} - self.rules.seen_controls
 
-    def lacks(self, config, control_required, perturbed_required):
+    def __str__(self):
+        return f"{self.key} ({_listed(self.texts, 4)})"
+
+    def lacks(self, control_label, control_required, perturbed_required):
         """Why these cannot be the labels, or ''."""
-        has_control = CONTROL in self.spelling and any(map(self.rules.is_asked, self.rules.seen_controls))
         if perturbed_required and set(self.spelling) - {""} == {CONTROL}:
             return f"column {self.key} has only control cells; nothing is perturbed"
-        if control_required and not has_control:
+        if control_required and not (CONTROL in self.spelling and any(map(self.rules.is_asked,
+                                                                          self.rules.seen_controls))):
             usual = f"a usual label of controls: {', '.join(CONTROL_LABELS)}"
             others = sorted(set(self.texts) - self.genes - {""})
-            hint = f" (only {_listed(others)} are no gene)" if len(others) < 4 else ""
+            hint = f" (only {_listed(others)} are no gene)" if self.genes and 0 < len(others) < 4 else ""
             return (f"column {self.key} has no control cells: none of {_listed(self.texts, 4)} is "
-                    f"{config.control_label or usual}{hint if self.genes and others else ''}")
+                    f"{control_label or usual}{hint}")
         return ""
 
 
@@ -935,51 +934,43 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
         columns["(no label column)"] = [np.full(obs.n, CONTROL, dtype=object)]
         notes.append("took every cell for a control, since there is no label column (--pert-key)")
     doses = named(config.dose_key, "--dose-key") if config.dose_key else []
-    if len(doses) > 1 and any(len(labels) != len(doses) for labels in columns.values()):
+    if len(doses) > 1 and any(len(of_key) != len(doses) for of_key in columns.values()):
         raise DataError(f"{path}: --dose-key {config.dose_key}: {len(doses)} columns; give one, or one for each column "
                         "of --pert-key A,B")
 
-    def usable(controls, marked=None):
-        """Labels of the columns: those that hold what is required, and what the others lack."""
-        found, lacks = [], {}
-        for key, labels in columns.items():
+    def read(controls, marked=None):
+        """Labels of every column, those that hold what is required, and {what it lacks: Labels} of the others."""
+        lacks = {}
+        for key, of_key in columns.items():
             if marked is not None:
-                labels = [np.where(marked, CONTROL, labels[0]), *(np.where(marked, "", other) for other in labels[1:])]
-            labels = Labels(key, labels, doses, symbols, config, controls)
-            problem = labels.lacks(config, control_required, perturbed_required)
-            if problem:
-                lacks[problem] = labels
-            else:
-                found.append(labels)
-        return found, lacks
+                of_key = [np.where(marked, CONTROL, of_key[0]), *(np.where(marked, "", other) for other in of_key[1:])]
+            labels = Labels(key, of_key, doses, symbols, controls, config.separator)
+            lacks[labels] = labels.lacks(config.control_label, control_required, perturbed_required)
+        return [labels for labels, problem in lacks.items() if not problem], lacks
     marked, marker = _marked_controls(obs, config)
     if marker and config.control_label:
-        found, lacks = usable(CONTROL, marked)
+        found, lacks = read(CONTROL, marked)
     else:
-        found, lacks = usable(config.control_label)
+        found, lacks = read(config.control_label)
         if marker and control_required and not found:
-            found, _ = usable("", marked)
+            found, _ = read("", marked)
             notes.append(f"took the {int(marked.sum()):,} cells with {marker} for controls, since no label is one "
                          f"(--control-label {marker}, or another)")
     how = ("Name the column of the perturbations with --pert-key, and their controls with --control-label LABEL or "
            "COLUMN=VALUE")
     if not found:
-        problem = next(iter(lacks), f"no perturbation column (looked for {', '.join(PERT_KEYS)})")
+        problem = next(iter(lacks.values()), f"no perturbation column (looked for {', '.join(PERT_KEYS)})")
         values = {key: sorted(set(obs[key])) for key in obs.columns[:12]}
         listing = "; ".join(f"{key} ({_listed(of_key, 4)})" for key, of_key in values.items())
-        hints = [f"--pert-key {key}, which holds {label}" for key, of_key in values.items() if key not in columns
-                 for label in of_key if is_control_label(label)]
-        raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. {how}"
-                        + (f", perhaps {hints[0]}" if hints else ""))
+        hints = [f", perhaps --pert-key {key}, which holds {label}" for key, of_key in values.items()
+                 if key not in columns for label in of_key if is_control_label(label)]
+        raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. {how}{''.join(hints[:1])}")
     chosen = found[0]
-    for other in found[1:]:
-        if np.any(other.condition != chosen.condition):
-            raise DataError(f"{path}: obs columns {chosen.key} ({_listed(chosen.texts, 4)}) and {other.key} "
-                            f"({_listed(other.texts, 4)}) disagree; choose one with --pert-key")
-    for problem, other in lacks.items():
-        if len(other.genes) > 1 and not chosen.genes:
-            raise DataError(f"{path}: obs column {chosen.key} ({_listed(chosen.texts, 4)}) names no gene, and "
-                            f"{problem}. {how}")
+    for other, problem in lacks.items():
+        if not problem and np.any(other.condition != chosen.condition):
+            raise DataError(f"{path}: obs columns {chosen} and {other} disagree; choose one with --pert-key")
+        if problem and len(other.genes) > 1 and not chosen.genes:
+            raise DataError(f"{path}: obs column {chosen} names no gene, and {problem}. {how}")
     if len(doses) == 1 and "," in chosen.key:
         notes.append(f"took the dose of {config.dose_key} for each perturbation of {chosen.key} (--dose-key A,B gives "
                      "each column its own)")

@@ -509,7 +509,7 @@ def test_files_that_need_something_else(tmp_path, capsys, monkeypatch):
     def forbidden(*args, **options):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr("builtins.open", forbidden)
-    with pytest.raises(data.DataError, match="cannot be read .Permission denied.; check its permissions"):
+    with pytest.raises(data.DataError, match="permission denied; check the path and its permissions"):
         read(path)
 
 
