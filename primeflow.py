@@ -342,7 +342,7 @@ class Space(nn.Module):
         for covariate, controls in dataset.control_rows["train"].items():
             mean = data.gene_moments(X, controls)[0] / len(controls)
             self.profiles[self.covariates.index(covariate)] = torch.from_numpy(mean)
-        self.trained[[self.covariates.index(g.partition("@")[2]) for g in dataset.part("train")]] = True
+        self.trained[[self.covariates.index(data.split_group(g)[1]) for g in dataset.part("train")]] = True
         self.unit.copy_(torch.pdist(self.profiles[self.trained]).median().nan_to_num(1))         # 1 if one is trained
         total, square = data.gene_moments(X, rows)
         variance = np.maximum(square / len(rows) - (total / len(rows)) ** 2, 0)
@@ -401,16 +401,16 @@ class PRiMeFlow(nn.Module):
 # -------------------------------------------------------------------------------- losses
 
 def path(t, kind):
-    """Weights of source and cell at time t, and their derivatives: x_t = a x0 + b x1, velocity = da x0 + db x1."""
+    """(a, b), (da, db), weights of source and cell at time t: x_t = a x0 + b x1, its velocity = da x0 + db x1."""
     if kind == "linear":
-        return 1 - t, t, -1, 1
+        return (1 - t, t), (-1, 1)
     a, b = torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
-    return a, b, -math.pi / 2 * b, math.pi / 2 * a
+    return (a, b), (-math.pi / 2 * b, math.pi / 2 * a)
 
 
 def flow_loss(net, x0, x1, t, c, drop, config):
     """Mean squared error of the velocity: source x0 and cells x1 (B, S), t (B,), c (B, columns), drop (B,) bool."""
-    a, b, da, db = path(t[:, None], config.path)
+    (a, b), (da, db) = path(t[:, None], config.path)
     x_t = a * x0 + b * x1
     if config.sigma:
         x_t = x_t + config.sigma * torch.randn_like(x_t)
@@ -460,7 +460,7 @@ def sample(velocity, model, x, c, guidance, config):
 def condition_vector(group, model, panel, profile):
     """(columns,) of a group: multi-hot of its perturbations, then a one-hot per covariate column or, with
     --control-profile, the similarity of profile (1, G), its mean control cell, to those of training."""
-    hot = torch.from_numpy(np.isin(panel.perturbations, group.partition("@")[0].split("+")))
+    hot = torch.from_numpy(np.isin(panel.perturbations, data.split_group(group)[0].split("+")))
     covariates = model.space.similarity(profile) if model.control_profile else panel.one_hot([group])[0]
     return torch.cat([hot.to(profile), covariates.to(profile)])
 
@@ -502,12 +502,14 @@ def generate(model, run, told, control, noise, columns, guidance=None):
 
 def train(run, state):
     """Train to --steps and return the model that predicts."""
-    config, dataset, panel, device = run.config, run.dataset, run.panel, run.device
+    config, dataset = run.config, run.dataset
+    panel, device = run.panel, run.device
     A, B = config.accumulate, config.batch_size
     n = config.ot_cells if config.coupling == "ot" else 1                # cells of a group in a batch
 
     # model, optimiser, schedule; a resumed run takes them over, the PCA included
     torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = True                                # every step has the same shapes
     model = PRiMeFlow(config, panel).to(device)
     if not state:
         model.space.fit(dataset)

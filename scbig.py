@@ -35,7 +35,7 @@ Deviations (numbers that back them: README, experiments):
 10. Fixed midpoint steps; C integrates adaptively, cell by cell.
 11. 20 conditions x 1,024 cells are one step (C: 20 accumulated ones). Every drawn control has a partner, drawn from its
     row of the plan; C draws both from the plan.
-12. The model that predicts is the last one; P and C select on validation conditions.
+12. The last model predicts, and validation conditions train; P and C select on them.
 13. Genes that a file of embeddings lacks are fitted from expression by ridge; C draws them at random or takes 0.
 14. Pathways need three genes of the panel, which fits P's 969; C takes those with one.
 15. --effect-readout and --residual (demo): 30 conditions teach the network no additivity, and its decoder returns
@@ -72,6 +72,7 @@ class Config(data.RunConfig):
     steps: int = 25_000             # length of stage 2 (paper: 500,000 iterations, 20 to an update)
     batch_size: int = 20_480        # target cells per step and process (paper: 20 x 1,024)
     lr: float = 5e-5                # Adam, stage 2 (official)
+    train_on_val: bool = True       # P chooses on the validation conditions, here nothing does
     hvg: int = 2000                 # paper A.4.2, the perturbed genes are added
     eval_genes: int = 0             # genes that are evaluated: all (paper, by the MSE and L2 of its table 1)
     min_genes: int = 1000           # cells with fewer detected genes are dropped (paper A.4.2)
@@ -135,8 +136,8 @@ def check(config):
 
 PRESETS = {"paper": {}, "demo": dict(
     steps=500, batch_size=512, conditions_per_batch=8, lr=1e-3, schedule="cosine", hvg=1000, eval_genes=1000,
-    min_genes=0, min_cells=10, modules=8, width=64, layers=2, heads=4, inducing=4, latent=32, dropout=0.0,
-    pretrain_steps=1200, pretrain_batch_size=128, pretrain_lr=2e-3, hidden=256, condition_dropout=0.8,
+    min_genes=0, min_cells=10, train_on_val=False, modules=8, width=64, layers=2, heads=4, inducing=4, latent=32,
+    dropout=0.0, pretrain_steps=1200, pretrain_batch_size=128, pretrain_lr=2e-3, hidden=256, condition_dropout=0.8,
     effect_readout=True, residual=True, structure_cells=32, path_iterations=20, ema=0.98, ode_steps=3, zeros="detect",
     eval_cells=100)}
 SAMPLING = {"ode_steps"}                # flags that --ckpt may change

@@ -179,18 +179,18 @@ def test_every_parameter_learns(velocity, choices):
 def test_velocity_is_the_derivative_of_the_path(kind):
     t = rand(9).requires_grad_()
     x0, x1 = randn(9), randn(9)
-    a, b, da, db = path(t, kind)
+    (a, b), (da, db) = path(t, kind)
     (derivative,) = torch.autograd.grad((a * x0 + b * x1).sum(), t)
     torch.testing.assert_close(derivative, (da * x0 + db * x1).detach())
     for end, expected in ((0.0, x0), (1.0, x1)):
-        a, b, _, _ = path(torch.full((9,), end, dtype=torch.float64), kind)
+        (a, b), _ = path(torch.full((9,), end, dtype=torch.float64), kind)
         torch.testing.assert_close(a * x0 + b * x1, expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "trigonometric"])
 def test_loss_of_the_true_velocity_is_zero_and_of_none_is_its_square(kind):
     config, x0, x1, t = tiny(path=kind, sigma=0.5), randn(5, 7), randn(5, 7), rand(5)
-    a, b, da, db = path(t[:, None], kind)
+    (a, b), (da, db) = path(t[:, None], kind)
     u, seen = da * x0 + db * x1, []
 
     def none(x, *_):

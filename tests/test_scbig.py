@@ -702,7 +702,7 @@ def test_the_paper_preset_is_the_papers_protocol(demo, call, tmp_path):
     """Appendix A.4.2; table 1 has L2^2 / MSE = 1,689, no 1,000 genes. Cells of so few genes are refused in one line."""
     config = Config(**scbig.PRESETS["paper"])
     assert (config.split, config.hvg, config.eval_genes) == ("additive", 2000, 0)
-    assert (config.min_genes, config.min_cells) == (1000, 50)
+    assert (config.min_genes, config.min_cells, config.train_on_val) == (1000, 50, True)
     error(call("scbig.py", "--data", demo, "--preset", "paper", "--out", tmp_path / "run"), "lower --min-genes")
 
 
