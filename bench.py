@@ -12,7 +12,7 @@
 
 Every method runs as a user runs it, python METHOD.py, in a process of its own, with the same data flags, split, fold
 and seed; a second call runs only what is missing, and continues what was interrupted. Results are in the folder --out:
-bench.json, bench.csv (a line per condition), bench.md and the runs themselves. Values are mean and standard deviation
+bench.json (every condition too), bench.md and the runs themselves. Values are mean and standard deviation
 over seeds and folds; the best of a column is **so** and the second best *so*, floors and baselines included; rows that
 print the same value share the mark. Ceilings (the replicate) and published rows do not compete.
 
@@ -28,7 +28,6 @@ that is tested (doubles for doubles).
                     et al. 2019), tuned by leaving one double out; ridge where a single was not measured
 Simulated data have two ceilings: fresh cells of the truth, and of an oracle that knows all but the interactions.
 """
-import csv
 import hashlib
 import importlib.util
 import json
@@ -89,6 +88,7 @@ METHODS = {
                    "--path-iterations 100 --ode-steps 10 --zeros clamp",
     "celltarnet:paper": "celltarnet.py --no-effect-readout --calibration 0 --zeros clamp",
 }
+RESERVED = ("truth", "oracle, no interaction", "replicate", "can this metric tell")
 DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same
 
 # what the papers print of their own methods, by name of the data and split, and the L2 of the paper's control and of
@@ -127,13 +127,13 @@ class Config(data.DataConfig):
     pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
     exact_cells: bool = False       # just that many cells of every condition, however few are real (PRiMeFlow's tables)
+    train_on_val: bool | None = None  # validation conditions train too, as in the papers; default yes, demo preset no
     preset: str = ""                # of the methods: demo, paper; '' is demo for --data demo, else paper
     device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
     out: str = ""                   # folder; '' is runs/bench-DATA-SPLIT
     keys: tuple[str, ...] = ()      # metrics to print; default those of the papers' tables
     jobs: int = 0                   # runs at the same time; 0 is one per CPU core for demo-size models, else 1
     plot: bool = False              # figures as PNG files (needs matplotlib)
-    dry_run: bool = False           # print the commands and stop
     stages: bool = False            # predict training conditions too, and say where each method's error enters
     speed: bool = False             # measure speed instead
     hvg: int = 5000                 # highly variable genes; the same for all methods
@@ -413,10 +413,11 @@ def common_flags(config):
     for f in fields(data.DataConfig):
         value = getattr(config, f.name)
         # always those of which the methods have defaults of their own: all must see the same genes and controls
-        if value != f.default or f.name in ("hvg", "eval_genes", "control_split", "min_genes", "min_cells"):
+        if value != f.default or f.name in ("hvg", "eval_genes", "hvg_by", "control_split", "min_genes", "min_cells"):
             flag = "--" + f.name.replace("_", "-")
             flags += [flag] if value is True else [flag, str(value)]
     flags += ["--eval-cells", str(config.eval_cells), "--exact-cells" if config.exact_cells else "--no-exact-cells"]
+    flags += ["--train-on-val" if config.train_on_val else "--no-train-on-val"]
     if config.split == "cv":
         flags += ["--folds", str(config.n_folds)]
     flags += ["--preset", config.preset]
@@ -558,7 +559,7 @@ def score_fold(config, fold, embedding):
 
     Returns the dataset and [(row name, kind, result of metrics.evaluate)].
     """
-    dataset = data.load(data.path_of(config), config, config.split, fold, config.n_folds)
+    dataset = data.load(data.path_of(config), config, config.split, fold, config.n_folds, "cpu", config.train_on_val)
     vectors = known_vectors(embedding, dataset, config.embedding) if embedding is not None else None
     others = dict(read_pred(text, dataset, config) for text in config.pred)
     fitted = {name: fit_baseline(name, dataset, vectors) for name in GRIDS} if config.baselines else {}
@@ -580,7 +581,9 @@ def score_fold(config, fold, embedding):
             runs.append((name, "prediction", score(dataset, cells, seed, keys)))
         for name, cells in ceilings(dataset, sizes, seed).items():
             runs.append((name, "ceiling", score(dataset, cells, seed, keys)))
-        runs.append(("replicate", "ceiling", {"aggregate": first["replicate"], "per_condition": {}}))
+        again = {"aggregate": first["replicate"], "per_condition": first["replicate_per_condition"]}
+        runs.append(("replicate", "ceiling", again))
+        runs.append(("can this metric tell", "share", {"aggregate": first["can_tell"], "per_condition": {}}))
     return dataset, runs
 
 
@@ -622,15 +625,15 @@ def collect(runs):
     def mean(values):
         return float(np.mean(values)) if values and None not in values else None
     rows, results = {}, {}
-    order = ("floor", "baseline", "prediction", "method", "ceiling")
+    order = ("floor", "baseline", "prediction", "method", "ceiling", "share")
     for name, kind, result in sorted(runs, key=lambda run: order.index(run[1])):
-        rows[name] = {"kind": kind, "mean": {}, "sd": {}, "per_condition": {}}
+        rows[name] = {"kind": kind, "mean": {}, "sd": {}, "values": {}, "per_condition": {}}
         results.setdefault(name, []).append(result)
     for name, row in rows.items():
         row["runs"] = len(results[name])
         for k in dict.fromkeys(k for r in results[name] for k in r["aggregate"]):
             values = [r["aggregate"][k] for r in results[name] if r["aggregate"].get(k) is not None]
-            row["mean"][k] = mean(values)
+            row["mean"][k], row["values"][k] = mean(values), values
             row["sd"][k] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         for group in dict.fromkeys(g for r in results[name] for g in r["per_condition"]):
             of = [r["per_condition"][group] for r in results[name] if group in r["per_condition"]]
@@ -650,7 +653,7 @@ def competing(rows, key):
     """{row name: value} of a column, smaller being better, without ceilings and published rows."""
     sign = -1 if arrow(key) == "↑" else 1
     return {name: sign * row["mean"][key] for name, row in rows.items()
-            if row["mean"].get(key) is not None and row["kind"] not in ("ceiling", "published")}
+            if row["mean"].get(key) is not None and row["kind"] in ("floor", "baseline", "prediction", "method")}
 
 
 def marks(rows, key):
@@ -731,12 +734,6 @@ def bench(config):
     """Run what is missing, score everything, print and write the table. Returns the exit code."""
     out = Path(config.out or f"runs/bench-{Path(config.data).stem}-{Path(config.split).stem.replace(':', '_')}")
     planned = jobs(config, out)
-    if config.dry_run:
-        for job in planned:
-            script, *flags = job.command_now()
-            script = Path(script).name if Path(script).parent == HERE else script
-            print("# done: " * job.finished() + shlex.join(["python", script, *flags]))
-        return 0
     embedding = data.read_vectors(config.embedding, "--embedding") if config.embedding else None
     folds = {fold: score_fold(config, fold, embedding) for fold in config.folds}     # cheap, and finds bad input first
     first = folds[config.folds[0]][0]
@@ -760,10 +757,12 @@ def bench(config):
     rows |= published
     for row in rows.values():
         l2, control = row["mean"].get("l2"), row.get("control_l2", rows["control"]["mean"]["l2"])
-        row["mean"]["l2/control"] = None if l2 is None else l2 / control
+        row["mean"]["l2/control"] = None if l2 is None or row["kind"] == "share" else l2 / control
 
     keys = list(config.keys or metrics.TABLE_KEYS)
     tests, lines = against_baselines(rows, keys)
+    lines.append("can this metric tell: in this share of the test conditions the replicate, a draw of the truth, beats "
+                 "the best floor; where it is near a half, the metric says nothing on these data")
     if "l2" in keys:
         keys.insert(keys.index("l2") + 1, "l2/control")
     as_ridge = rows["pairs"]["options"][0]["as ridge"] if "pairs" in rows else 0
@@ -799,17 +798,11 @@ def bench(config):
 
 
 def write_results(out, config, rows, tests, parts):
-    """bench.json, bench.csv and bench.md."""
+    """bench.json and bench.md."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     data.write_json(out / "bench.json", {
         "data": config.data, "split": config.split, "folds": config.folds, "seeds": config.seeds,
         "eval_cells": config.eval_cells, "versions": versions, "rows": rows, "tests": tests})
-    with data.atomic(out / "bench.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["row", "kind", "condition", *metrics.KEYS])
-        writer.writeheader()
-        for name, row in rows.items():
-            for group, scores in row["per_condition"].items():
-                writer.writerow({"row": name, "kind": row["kind"], "condition": group, **scores})
     about = "Paired Wilcoxon tests against the best floor or baseline, not corrected for their number: bench.json."
     with data.atomic(out / "bench.md") as temporary:
         temporary.write_text("\n\n".join([*parts, about]) + "\n")
@@ -854,16 +847,14 @@ def stages(config, runs, dataset, rows):
 
 # -------------------------------------------------------------------------------- figures
 
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#F0E442")  # of the methods; all of Okabe and Ito
-KINDS = {"floor": "#BBBBBB", "baseline": "#56B4E9", "prediction": "#D55E00"}
+COLORS = {"scdfm": "#0072B2", "primeflow": "#E69F00", "scbig": "#009E73", "celltarnet": "#CC79A7"}   # Okabe and Ito's
+KINDS = {"floor": "#BBBBBB", "baseline": "#56B4E9", "prediction": "#D55E00", "method": "#F0E442"}       # a fork's
 
 
 def row_colors(rows):
-    """{row name: colour}: one for each method ('scdfm' of 'scdfm:no-mmd' and of 'scdfm --knn 10'), else by kind."""
-    family = {name: re.split(r"[:\s]", name)[0] for name, row in rows.items() if row["kind"] == "method"}
-    families = list(dict.fromkeys(family.values()))
-    colors = {name: KINDS.get(row["kind"], "black") for name, row in rows.items()}
-    return colors | {name: COLORS[families.index(f) % len(COLORS)] for name, f in family.items()}
+    """{row name: colour}: of its method ('scdfm' of 'scdfm:no-mmd' and of 'scdfm --knn 10'), else of its kind."""
+    method = {name: re.split(r"[:\s]", name)[0] for name in rows}
+    return {name: COLORS.get(method[name], KINDS.get(row["kind"], "black")) for name, row in rows.items()}
 
 
 def plot(config, out, rows, runs, dataset):
@@ -902,33 +893,46 @@ def plot(config, out, rows, runs, dataset):
 
 
 def plot_errors(plt, rows, colors):
-    """Error of each test condition, a line per row (scDFM figure 3)."""
+    """Error of each test condition, a line per row, the replicate's too (scDFM figure 3)."""
     shown = [name for name, row in rows.items() if row["per_condition"]]
     errors = [[v["l2"] for v in rows[name]["per_condition"].values() if v.get("l2") is not None] for name in shown]
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(shown)))
+    figure, axis = plt.subplots(figsize=(8, 1.6 + 0.3 * len(shown)))
     axis.boxplot(errors, orientation="horizontal", tick_labels=shown, showfliers=False, widths=0.7,
                  medianprops={"color": "black"})
-    for i, values in enumerate(errors):
-        axis.plot(values, [i + 1] * len(values), "o", color=colors[shown[i]], markersize=3.5)
+    for i, (name, values) in enumerate(zip(shown, errors)):
+        axis.plot(values, [i + 1] * len(values), "o", color=colors[name], markersize=3.5)
+    for kind, color in (KINDS | {"ceiling": "black"}).items():
+        if kind in [rows[name]["kind"] for name in shown if colors[name] == color]:
+            axis.plot([], [], "o", color=color, label=kind)
+    axis.plot([], [], "-", color="black", label="box: quartiles, line: median")
     axis.invert_yaxis()
-    axis.set(xlabel="L2 error of the mean profile (log1p CP10k)", xlim=(0, None), title="Error of each test condition")
+    axis.set(xlabel="L2 error of the mean profile (log1p CP10k)", xlim=(0, None),
+             title="Error of each test condition, a point each")
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
 def plot_methods(plt, rows, colors):
-    """Methods, ablations and predictions as bars, floors as lines (scDFM figure 5); what is missing has no bar."""
+    """Methods, ablations and predictions as bars, full where they are better than every floor; floors and ceilings as
+    lines (scDFM figure 5); a dot per run. What is missing has no bar."""
     shown = {n: r for n, r in rows.items() if r["kind"] in ("baseline", "prediction", "method")}
-    floors = {n: r for n, r in rows.items() if r["kind"] == "floor"}
-    figure, axes = plt.subplots(1, 4, figsize=(11, 1.4 + 0.3 * len(shown)), sharey=True)
+    lines = {n: r for n, r in rows.items() if r["kind"] in ("floor", "ceiling")}
+    figure, axes = plt.subplots(1, 4, figsize=(11, 1.9 + 0.3 * len(shown)), sharey=True)
     for axis, k in zip(axes, ("l2", "pearson_delta", "pds", "e_distance")):
-        means = np.array([r["mean"].get(k) for r in shown.values()], dtype=float)    # None becomes NaN
-        sds = np.array([r["sd"].get(k) for r in shown.values()], dtype=float)
-        axis.barh(list(shown), means, xerr=sds, color=[colors[name] for name in shown], height=0.6)
-        for style, (name, row) in zip(("-", "--", "-.", ":"), floors.items()):
-            value = row["mean"].get(k)
-            axis.axvline(math.nan if value is None else value, color="black", lw=1, linestyle=style, label=name)
+        values = competing(rows, k)
+        floor = min((v for name, v in values.items() if rows[name]["kind"] == "floor"), default=math.inf)
+        for name, row in shown.items():
+            mean = row["mean"].get(k)
+            axis.barh(name, math.nan if mean is None else mean, color=colors[name], height=0.6,
+                      alpha=1.0 if values.get(name, math.inf) < floor else 0.3)
+            runs = row["values"].get(k, [])
+            axis.plot(runs, [name] * len(runs), ".", color="black", markersize=3)
+        for style, (name, row) in zip(("-", "--", "-.", ":") * 2, lines.items()):
+            value, color = row["mean"].get(k), "#888888" if row["kind"] == "floor" else "#D55E00"
+            axis.axvline(math.nan if value is None else value, color=color, lw=1, linestyle=style, label=name)
         axis.set_title(f"{k} {metrics.KEYS[k].arrow}")
     axes[0].invert_yaxis()
+    figure.suptitle("full colour: better than every floor (grey lines); red lines: replicate and ceilings; dots: runs")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -952,7 +956,8 @@ def plot_genes(plt, condition, cells, colors, names):
     axes[0][1].set_title("share of zeros")
     for axis in axes[-1]:
         axis.set_xticks(x, [names[i] for i in top], rotation=60, ha="right", rotation_mode="anchor")
-    figure.suptitle(f"{condition}, genes of largest change; colour: predicted, grey: real, dash: mean of control cells")
+    figure.suptitle(f"{condition}, the test condition of largest change, and its 12 genes of largest change\n"
+                    "colour: predicted, grey: real, dash: mean of control cells")
     return figure
 
 
@@ -972,7 +977,7 @@ def plot_pca(plt, condition, cells, colors):
     one, two = 100 * np.asarray(basis.explained[:2])
     figure.supxlabel(f"PC 1 ({one:.0f}% of the real cells' variance)")
     figure.supylabel(f"PC 2 ({two:.0f}%)")
-    figure.suptitle(f"{condition}; grey: control cells")
+    figure.suptitle(f"{condition}, the test condition of largest change; grey: control cells")
     return figure
 
 
@@ -1079,6 +1084,8 @@ def main(argv=None):
         typed = parser.parse(argv)
         config = Config(**typed)
         config.preset = config.preset or ("demo" if config.data == "demo" else "paper")
+        if config.train_on_val is None:
+            config.train_on_val = config.preset != "demo"
         if "hvg" not in typed and config.preset == "demo":
             config.hvg = DEMO_HVG
         unknown = sorted(set(config.keys) - set(metrics.KEYS))
@@ -1092,9 +1099,11 @@ def main(argv=None):
             if min(of) < 0 or len(set(of)) < len(of):
                 raise DataError(f"--seeds and --folds: {' '.join(map(str, of))} is negative, or has one twice")
         names = [text.partition("=")[0] for text in config.pred]
-        ours = {*METHODS, *GRIDS, *metrics.FLOORS, "replicate", ""}
-        if any("=" not in text for text in config.pred) or len(set(names)) < len(names) or set(names) & ours:
-            raise DataError(f"--pred {' '.join(config.pred)}: give NAME=FILE.h5ad, every name once and none of ours")
+        ours = {*METHODS, *GRIDS, *metrics.FLOORS, *RESERVED, ""}
+        clash = sorted({name for name in names if name in ours or names.count(name) > 1})
+        if clash or any("=" not in text for text in config.pred):
+            raise DataError(f"--pred {' '.join(clash or config.pred)}: give NAME=FILE.h5ad, every name once and none "
+                            "of this table's own rows")
         cuda = config.device.startswith("cuda") or (not config.device and torch.cuda.is_available())
         if not config.jobs:
             config.jobs = os.cpu_count() or 1 if config.preset == "demo" and not cuda else 1

@@ -2,7 +2,6 @@
 
 Most runs here are of a stub: a script that takes the flags of a method and copies a run that a fixture has made.
 """
-import csv
 import importlib
 import itertools
 import json
@@ -25,7 +24,7 @@ from conftest import ROOT
 
 NAMES = [f"P{i}" for i in range(8)]
 PAIRS = ["+".join(pair) for pair in itertools.combinations(NAMES, 2)]
-CEILINGS = ["truth", "oracle, no interaction", "replicate"]                          # of simulated data
+LAST = ["truth", "oracle, no interaction", "replicate", "can this metric tell"]      # of simulated data
 
 STUB = """
 import json, shutil, signal, sys, time
@@ -277,7 +276,7 @@ def test_what_is_not_defined_for_all_conditions_is_left_out(demo, capsys, monkey
     effects = np.array([[1.0], [0.0]]) * np.ones(40)
     monkeypatch.setitem(bench.GRIDS, "kernel", (lambda train, Y, test, **_: np.resize(effects, (len(test), 40)), [{}]))
     out = ok(main(capsys, *flags_of(demo, tmp_path / "b", "none"), "--split", tmp_path / "split.json"))
-    assert list(written(tmp_path / "b")) == ["control", "mean", "mean_cells", "linear", "ridge", "pairs", *CEILINGS]
+    assert list(written(tmp_path / "b")) == ["control", "mean", "mean_cells", "linear", "ridge", "pairs", *LAST]
     assert "left out, since not defined for all test conditions: additive, kernel" in out
 
 
@@ -343,7 +342,8 @@ def test_the_oracle_knows_singles_and_takes_interactions_at_random():
 # ------------------------------------------------------------------------------------------------ the table
 
 def row(kind, l2, n=2):
-    return {"kind": kind, "mean": {"l2": l2}, "sd": {}, "per_condition": {f"C{i}": {"l2": l2} for i in range(n)}}
+    return {"kind": kind, "mean": {"l2": l2}, "sd": {}, "values": {},
+            "per_condition": {f"C{i}": {"l2": l2} for i in range(n)}}
 
 
 def test_a_row_is_the_mean_and_the_sd_over_its_runs():
@@ -514,7 +514,7 @@ def test_the_table_holds_what_the_runs_printed(demo, stub, capsys, tmp_path):
     out = ok(main(capsys, *flags_of(demo, tmp_path / "b", stub), "--seeds", 1, "--folds", 0, 1))
     rows = written(tmp_path / "b")
     fork = str(stub)
-    assert list(rows) == [*metrics.FLOORS, *bench.GRIDS, fork, f"{fork} w=3", *CEILINGS]
+    assert list(rows) == [*metrics.FLOORS, *bench.GRIDS, fork, f"{fork} w=3", *LAST]
     results = [json.loads(path.read_text()) for path in stub.parent.glob("f*-s1/metrics.json")]
     assert (rows[fork]["runs"], rows[fork]["seconds"], rows[fork]["peak_memory_mb"]) == (2, 10.5, 100.5)
     for key in metrics.TABLE_KEYS:
@@ -529,11 +529,11 @@ def test_the_table_holds_what_the_runs_printed(demo, stub, capsys, tmp_path):
     assert bench.number(rows["ridge"]["mean"]["l2"], rows["ridge"]["sd"]["l2"]) in line
     table = (tmp_path / "b" / "bench.md").read_text()
     assert line in table and "**" in table and "l2↓" in table and "seconds" in table and "Wilcoxon" in table
-    with open(tmp_path / "b" / "bench.csv") as file:
-        lines = list(csv.DictReader(file))
-    assert {line["row"] for line in lines} == set(rows) - {"replicate"}
-    found = {line["condition"]: float(line["l2"]) for line in lines if line["row"] == "ridge"}
-    assert found == {g: v["l2"] for g, v in rows["ridge"]["per_condition"].items()}
+    tells = rows["can this metric tell"]["mean"]
+    assert tells["l2"] == pytest.approx(np.mean([r["can_tell"]["l2"] for r in results]))
+    of = {g: np.mean([r["replicate_per_condition"][g]["l2"] for r in results if g in r["replicate_per_condition"]])
+          for g in rows["replicate"]["per_condition"]}
+    assert of == pytest.approx({g: v["l2"] for g, v in rows["replicate"]["per_condition"].items()})
     test = written(tmp_path / "b", "tests")[fork]["l2"]
     simple = {n: r["mean"]["l2"] for n, r in rows.items() if r["kind"] in ("floor", "baseline")}
     assert test["against"] == min(simple, key=simple.get)
@@ -626,18 +626,30 @@ def test_other_tools_predictions_and_two_folds(demo, capsys, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_dry_run_prints_commands_and_starts_nothing(demo, stub, capsys, tmp_path):
-    def commands(*flags):
-        return ok(main(capsys, "--data", demo, "--dry-run", "--out", tmp_path / "b", *flags)).splitlines()
-    lines = commands("--methods", "scdfm", "scdfm:no-mmd", "--folds", 0, 3, "--seeds", 1, 2)
-    places = [("--fold 0", "--seed 1"), ("--fold 0", "--seed 2"), ("--fold 3", "--seed 1"), ("--fold 3", "--seed 2")]
-    for line, (fold, seed), method in zip(lines, places * 2, ["--hvg"] * 4 + ["--mmd-weight 0"] * 4, strict=True):
-        assert line.startswith("python scdfm.py") and fold in line and seed in line and method in line
-    lines = commands("--methods", "all", stub)
-    assert [line.split()[1] for line in lines] == ["scdfm.py", "primeflow.py", "scbig.py", "celltarnet.py", str(stub)]
-    for flags, genes in (([], 5000), (["--preset", "demo"], 1000), (["--preset", "demo", "--hvg", 0], 0)):
-        assert f"--hvg {genes} " in commands("--methods", "scdfm", *flags)[0]
-    assert not (tmp_path / "b").exists()
+def commands(monkeypatch, *flags):
+    """The runs that bench.main would start."""
+    planned = []
+    monkeypatch.setattr(bench, "bench", planned.append)
+    with pytest.raises(SystemExit):
+        bench.main(["--data", "x.h5ad", *map(str, flags)])
+    return [(job.name, job.fold, job.seed, " ".join(job.command)) for job in bench.jobs(planned[0], ROOT)]
+
+
+def test_every_method_gets_the_same_flags_fold_and_seed(monkeypatch):
+    runs = commands(monkeypatch, "--methods", "scdfm", "scdfm:no-mmd", "--folds", 0, 3, "--seeds", 1, 2)
+    assert [run[:3] for run in runs] == [(name, fold, seed) for name in ("scdfm", "scdfm:no-mmd") for fold in (0, 3)
+                                         for seed in (1, 2)]
+    assert all(f"--fold {fold} --seed {seed}" in command for _, fold, seed, command in runs)
+    assert ["--mmd-weight 0" in command for *_, command in runs] == [False] * 4 + [True] * 4
+    runs = commands(monkeypatch, "--methods", "all", str(ROOT / "bench.py"))
+    assert [run[0] for run in runs] == ["scdfm", "primeflow", "scbig", "celltarnet", str(ROOT / "bench.py")]
+    for flags, words in (([], "--hvg 5000 --train-on-val --preset paper"),
+                         (["--preset", "demo"], "--hvg 1000 --no-train-on-val --preset demo"),
+                         (["--preset", "demo", "--hvg", 0, "--train-on-val"], "--hvg 0 --train-on-val --preset demo")):
+        (_, _, _, command), = commands(monkeypatch, "--methods", "celltarnet", *flags)
+        words = words.split(" --")
+        assert all(f"--{word.removeprefix('--')} " in f"{command} " for word in words), command
+        assert "--hvg-by variance" in command and "--no-exact-cells" in command      # celltarnet has another default
 
 
 def test_a_folder_belongs_to_one_set_of_flags(demo):
@@ -654,7 +666,9 @@ def test_a_folder_belongs_to_one_set_of_flags(demo):
     (["--methods", "nothing.py"], ["nothing.py", "no script"]),
     (["--keys", "l3"], ["l3", "pearson_delta"]),
     (["--pred", "x.h5ad"], ["NAME=FILE"]),
-    (["--pred", "scdfm=x.h5ad"], ["none of ours"]),
+    (["--pred", "scdfm=x.h5ad", "A=x", "B=x"], ["--pred scdfm:", "own rows"]),
+    (["--pred", "A=x.h5ad", "B=x", "A=y"], ["--pred A:", "once"]),
+    (["--pred", "truth=x.h5ad"], ["--pred truth:"]),
     (["--pred", "X=nothing.h5ad"], ["nothing.h5ad", "no such file"]),
     (["--seeds", "0", "0"], ["twice"]),
     (["--jobs", "-1"], ["--jobs"]),
@@ -690,9 +704,18 @@ def test_figures_and_what_is_missing_in_them(demo, stub, capsys, monkeypatch, tm
     ok(main(capsys, *flags))
     for name in ("errors", "methods", "genes", "pca"):
         assert (tmp_path / "b" / f"{name}.png").stat().st_size > 5000
-    rows = {"control": row("floor", 3.0), "a": row("method", 2.0), "a:b": row("method", None), "c": row("method", 1.0)}
+    rows = {"control": row("floor", 3.0), "scdfm": row("method", 2.0), "scdfm:b": row("method", None),
+            "c": row("method", 4.0), "replicate": row("ceiling", 0.5)}
+    rows["scdfm"]["values"]["l2"] = [1.5, 2.5]
     colors = bench.row_colors(rows)
-    assert colors["a"] == colors["a:b"] != colors["c"]
+    assert colors["scdfm"] == colors["scdfm:b"] == bench.COLORS["scdfm"] != colors["c"]
     figure = bench.plot_methods(plt, rows, colors)
-    np.testing.assert_array_equal([bar.get_width() for bar in figure.axes[0].patches], [2.0, np.nan, 1.0])
+    bars, dots = figure.axes[0].patches, figure.axes[0].lines[0]
+    np.testing.assert_array_equal([bar.get_width() for bar in bars], [2.0, np.nan, 4.0])
+    assert bars[0].get_alpha() == 1 > bars[2].get_alpha()                            # better than control, and not
+    assert list(dots.get_xdata()) == [1.5, 2.5]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["control", "replicate"]
+    figure = bench.plot_errors(plt, rows, colors)
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == list(rows) and "method" in [text.get_text() for text in figure.legends[0].get_texts()]
     plt.close("all")
