@@ -41,9 +41,8 @@ Deviations (numbers that back them: README, experiments):
 15. --effect-readout and --residual (demo): 30 conditions teach the network no additivity, and its decoder returns
     conditional means, without the variance and the zeros of cells.
 16. --schedule cosine, --condition-dropout 0.8, --ema (demo): short training of a small model.
-17. Ours: priors from training cells where no file is given, no dropout on attention weights.
-18. Genes are counted (--min-cells) and chosen in training and control cells; P does not say, C has a finished file.
-19. As many cells are generated as were measured, at most 1,000 (C: 500); no value is below 0 or above training's.
+17. Ours: priors from training cells where no file is given, genes counted and chosen in them, no attention dropout.
+18. As many cells are generated as were measured, at most 1,000 (C: 500); no value is below 0 or above training's.
 """
 import copy
 import math
@@ -581,8 +580,8 @@ class Objective(nn.Module):
         super().__init__()
         self.config, self.flow = config, model.flow
         self.autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
-        member = F.one_hot(model.autoencoder.module_of).float()
-        self.register_buffer("member", F.normalize(member, p=1, dim=0))  # (G, K): mean of a module's genes
+        # (G, K): mean of a module's genes
+        self.register_buffer("member", F.normalize(F.one_hot(model.autoencoder.module_of).float(), p=1, dim=0))
         self.register_buffer("pathways", model.pathways)
 
     def forward(self, z0, z1, condition, keep, start, real, control, chosen):
@@ -597,11 +596,9 @@ class Objective(nn.Module):
         v, end = self.flow(z_t, t, condition, keep, start, chosen)
         flow = F.mse_loss(v, z1 - z0)
         pred = decode(self.autoencoder, start.flatten(0, 1), end.flatten(0, 1), control).view_as(real)
-        corr = path = torch.zeros_like(flow)
-        if config.corr_weight:
-            corr = correlation_loss(pred, real, self.member)
-        if config.path_weight:
-            path = pathway_loss(pred, real, self.pathways, 0.1, config.path_iterations)
+        zero = torch.zeros_like(flow)
+        corr = correlation_loss(pred, real, self.member) if config.corr_weight else zero
+        path = pathway_loss(pred, real, self.pathways, 0.1, config.path_iterations) if config.path_weight else zero
         return flow + config.corr_weight * corr + config.path_weight * path, flow, corr, path
 
 
