@@ -738,7 +738,7 @@ def test_share_of_conditions_in_which_the_replicate_beats_the_best_floor(result)
     def table(values):
         return {c: {k: values[k][i] for k in values} for i, c in enumerate("abcd")}
 
-    worse = {k: [v if v is None else 9.0 if k == "l2" else -0.5 for v in values] for k, values in floors.items()}
+    worse = {k: [v and {"l2": 9.0, "pearson_delta": -0.5}[k] for v in values] for k, values in floors.items()}
     made_up = {"floors": {"control": {"l2": 9.0, "pearson_delta": -0.5}, "mean": {"l2": 2.75, "pearson_delta": 0.15}},
                "floors_per_condition": {"control": table(worse), "mean": table(floors)},
                "replicate_per_condition": table(of), "aggregate": dict.fromkeys(of), "replicate": dict.fromkeys(of)}
