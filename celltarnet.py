@@ -33,8 +33,8 @@ Deviations (numbers that back them: README, experiments):
 10. A perturbation is a learned map of its gene's vector plus a vector of its own that starts at zero (P: the latter).
 11. Orders come in pairs, one and its reverse: the file's (clusters of correlated genes if P > 1), then random ones.
 12. The prior's correlations are of training and control cells of one fold; the slot before is always seen.
-13. Sizes, schedule and cells generated (as many as are real, at most 1,000) are ours; P names none. Sampling is
-    sequential with cached keys.
+13. Sizes, schedule and cells generated (as many as are real, at most 1,000) are ours; P names none. Perturbed genes
+    are in the panel beside P's 1,000, not evaluated. Sampling is sequential with cached keys.
 14. --effect-readout (demo): the flow models what a linear effect per gene and perturbation leaves; P has none.
 15. --calibration (demo; log p is untouched): generated cells are shifted, linearly in the conditions, to the means of
     the training conditions, which the likelihood of few cells alone misses.

@@ -26,8 +26,8 @@ Deviations (numbers that back them: README, experiments):
  7. One gene subset per step, shared by the batch, as in C (P draws one per cell): the encoder runs once per step.
  8. Evaluation genes have the highest means in training control cells (P A.4.1; P 4.1 and C: variable ones, in C
     of the test cells). Variable genes of the panel are chosen on training cells; P on all (--hvg-on all).
- 9. Validation doubles train, as in C, and the last model predicts; C selects on its test set. As many cells are
-    generated as a condition really has, at most 1,000; in C 128.
+ 9. Validation doubles train, as in C (P has a validation part), and the last model predicts; C selects on its test
+    set. As many cells are generated as a condition really has, at most 1,000; in C 128.
 10. --conditions-per-batch takes the MMD within each condition and averages; 1 in P and C. As in P's algorithm 1 x1_hat
     is made from the x1 that it is compared with, so at equal laws the MMD is below 0: -0.05 for 8 cells, -0.004 for 96.
 11. Ours: --ema, no dropout on attention weights, no bias where softmax cancels it, the mean over more than two slots

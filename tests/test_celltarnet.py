@@ -228,6 +228,14 @@ def test_a_large_panel_has_larger_patches(dataset, panel):
         assert model.patch == patch and len(model.blocks[0].mask) == -(-40 // patch)
 
 
+def test_paper_preset_has_the_papers_genes_and_cells():
+    """The 1,000 most expressed genes of control cells (Ahlmann-Eltze et al.), no validation part, one gene a slot."""
+    config = Config(**ct.PRESETS["paper"])
+    assert (config.hvg, config.hvg_by, config.eval_genes) == (1000, "mean", 1000)
+    assert (config.split, config.folds, config.train_on_val) == ("cv", 10, True)
+    assert ct.patch_size(config, 1100) == 1 and config.calibration == 0 and not config.effect_readout
+
+
 # ------------------------------------------------------------------------------------------------ contrast
 
 def test_info_nce_equals_a_plain_loop():

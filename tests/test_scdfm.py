@@ -276,6 +276,16 @@ def test_unpreconditioned_paper_preset_has_no_parameter_more(panel):
     assert scdfm.ScDFM(config, panel).readout is None and not config.precondition
 
 
+def test_paper_preset_is_the_papers_protocol():
+    """Appendix A.4; validation doubles train, as in the official code."""
+    config = Config(**scdfm.PRESETS["paper"])
+    assert (config.hvg, config.hvg_by, config.min_cells, config.min_genes) == (5000, "variance", 0, 0)
+    assert (config.eval_genes, config.train_on_val, config.exact_cells) == (1000, True, False)
+    assert (config.steps, config.batch_size, config.lr, config.lr_min, config.ema) == (100_000, 96, 5e-5, 1e-6, 0)
+    assert (config.width, config.layers, config.heads, config.dropout, config.knn) == (512, 4, 8, 0.1, 30)
+    assert (config.mmd_weight, config.gene_subset, config.ode_steps, config.zeros) == (0.5, 1000, 100, "clamp")
+
+
 # ------------------------------------------------------------------------------------------------ losses
 
 def slow_mmd(x, y):
