@@ -2498,7 +2498,7 @@ def open_prediction(run, state, unseen):
         controls = dataset.control_cells("test")
     sizes = {}
     asked = state["split"]["test"] if carried else config.predict
-    if not asked:
+    if carried and not asked:
         raise DataError("--predict test: the run held no condition out; name the conditions")
     for condition, covariate in asked_conditions(asked, panel.known(unseen)):
         if carried and covariate not in controls:
