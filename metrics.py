@@ -870,7 +870,7 @@ class _Training:
         self.share = math.ceil(max(2000, 2 * most_cells) / min(len(self.like(v)) for v in world.covariates))
         self.mean = {}
         self.cells = np.empty((len(self.groups), self.share, len(world.column)), np.float32)
-        for i, g in enumerate(self.groups):
+        for i, g in enumerate(data.progress(self.groups, "reading training conditions")):
             x = _Population(train[g], g, world, "training")
             self.mean[g] = x.mean
             self.cells[i] = x.cells[_rng(world.seed, "train", g).choice(x.n, self.share, replace=self.share > x.n)]
@@ -1205,9 +1205,11 @@ VERSUS = "vs floor"
 
 
 def result_rows(result, name):
-    """[(row, {key: value})] of an evaluate() result for format_table: floors, the method, replicate, 'vs floor'."""
-    rows = [(floor, values) for floor, values in result["floors"].items() if values]
-    rows += [(name, result["aggregate"]), ("replicate", result["replicate"]), (VERSUS, result["score_vs_floor"])]
+    """[(row, {key: value})] of an evaluate() result for format_table: floors, the method, replicate, 'vs floor'. A
+    run's result may hold variants of the method, which follow it."""
+    rows = [*result["floors"].items(), (name, result["aggregate"])]
+    rows += [(name + suffix, other["aggregate"]) for suffix, other in result.get("variants", {}).items()]
+    rows += [("replicate", result["replicate"]), (VERSUS, result["score_vs_floor"])]
     return [(row, values) for row, values in rows if values]
 
 
@@ -1306,16 +1308,10 @@ def show(out):
     result = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     if not isinstance(result, dict) or not {"method", "info", "seconds", "aggregate"} <= result.keys():
         raise data.DataError(f"{out / 'metrics.json'}: is not the result of a run; delete it and --resume scores again")
-    method = result["method"]
-    rows = []
-    for name, values in result_rows(result, method):
-        rows.append((name, values))
-        if name == method:
-            rows += [(method + variant, other["aggregate"]) for variant, other in result.get("variants", {}).items()]
     memory = result["peak_memory_mb"] or 0
     print(f"\n{result['info']['conditions']} test conditions, {result['info']['genes']:,} genes; trained and scored in "
           f"{data.clock(result['seconds'])}, peak memory {memory:,} MB; files in {out}\n")
-    print(format_table(rows))
+    print(format_table(result_rows(result, result["method"])))
     for note in [*cannot_tell(result), *result["info"]["notes"]]:
         print(f"note: {note}")
 
