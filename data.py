@@ -27,7 +27,6 @@ import inspect
 import io
 import json
 import math
-import mmap
 import os
 import re
 import signal
@@ -180,19 +179,23 @@ def _open(path):
 
 def _check_heaps(path):
     """HDF5 never returns from a heap of strings with an object of size 0, as a hole in a file leaves: look first."""
-    if os.path.getsize(path) > 2**32:             # it would take a while, and so large a file is hardly all text
+    whole = os.path.getsize(path)
+    if whole > 2**32:                             # it would take a while, and so large a file is hardly all text
         return
-    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        for heap in re.finditer(b"GCOL\1\0\0\0", content):
-            at = heap.start() + 16
-            end = heap.start() + int.from_bytes(content[at - 8:at], "little")
-            while at + 16 <= min(end, len(content)):    # index (2 bytes), references (2), unused (4), size (8), content
-                index = int.from_bytes(content[at:at + 2], "little")
-                size = int.from_bytes(content[at + 8:at + 16], "little")
-                if index == 0 and size < 16:
-                    raise DataError(f"{path}: byte {at}: has a hole in its text; the file is truncated or damaged: "
-                                    "download it again")
-                at += size if index == 0 else 16 + -(-size // 8) * 8
+    with open(path, "rb") as file:
+        for start in range(0, whole, 2**24):
+            file.seek(start)
+            for found in re.finditer(b"GCOL\1\0\0\0", file.read(2**24 + 7)):
+                file.seek(start + found.start() + 8)
+                heap = file.read(max(0, int.from_bytes(file.read(8), "little") - 16))
+                at = 0
+                while at + 16 <= len(heap):     # index (2 bytes), references (2), unused (4), size (8), content
+                    index = int.from_bytes(heap[at:at + 2], "little")
+                    size = int.from_bytes(heap[at + 8:at + 16], "little")
+                    if index == 0 and size < 16:
+                        raise DataError(f"{path}: byte {start + found.start() + 16 + at}: has a hole in its text; the "
+                                        "file is truncated or damaged: download it again")
+                    at += size if index == 0 else 16 + -(-size // 8) * 8
 
 
 def _attr(node, name):
@@ -1170,19 +1173,17 @@ def lognormalise(cells, rows=None, target=1e4):
     X, sums = cells.X, None if rows is None else np.zeros((2, cells.X.shape[1]))
     if cells.scale == "lognorm":
         return sums if rows is None else gene_moments(X, rows, torch.expm1)
-    factor, chosen = np.zeros(X.shape[0], dtype=np.float32), np.zeros(X.shape[0], dtype=bool)
-    cells.totals = np.zeros(X.shape[0])
-    chosen[rows if rows is not None else []] = True
+    cells.totals, factor = np.zeros(X.shape[0]), np.zeros(X.shape[0], dtype=np.float32)
+    chosen = np.isin(np.arange(X.shape[0]), rows if rows is not None else [])
     for block in progress(row_blocks(X), "normalising"):
         part = X[block]
-        row = np.repeat(block, np.diff(part.indptr))
+        size = np.diff(part.indptr)
         # each row summed by itself: no cell's value depends on another
-        total = np.bincount(row - block[0], part.data, len(block))
+        total = np.bincount(np.repeat(np.arange(len(block)), size), part.data, len(block))
         cells.totals[block] = total
         factor[block] = np.divide(target, total, out=np.zeros_like(total), where=total > 0)
         if rows is not None:
-            of = chosen[row]
-            _add(sums, part.indices[of], (part.data * factor[row])[of])
+            _add(sums, part.indices, part.data * np.repeat(factor[block] * chosen[block], size))
     if isinstance(X, StoredRows):
         X.factor = factor
     else:
