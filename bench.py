@@ -12,9 +12,9 @@
 
 Every method runs as a user runs it, python METHOD.py, in a process of its own, with the same data flags, split, fold
 and seed; a second call runs only what is missing, and continues what was interrupted. Results are in the folder --out:
-bench.json (every condition too), bench.md and the runs themselves. Values are mean and standard deviation
-over seeds and folds; the best of a column is **so** and the second best *so*, floors and baselines included; rows that
-print the same value share the mark. Ceilings (the replicate) and published rows do not compete.
+bench.json (every condition too), bench.md and the runs themselves. Values are mean and standard deviation over seeds
+and folds; the best of a column is **so** and the second best *so*; rows that print the same value share the mark.
+Ceilings (the replicate) and published rows do not compete.
 
 Baselines, fitted to the mean effects (mean of cells minus mean of their controls) of the training conditions and added
 to control cells. Their hyper-parameters are chosen by five-fold cross-validation over training conditions of the kind
@@ -44,7 +44,7 @@ import textwrap
 import time
 import timeit
 import typing
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -92,7 +92,7 @@ RESERVED = ("truth", "oracle, no interaction", "replicate", "can this metric tel
 DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same
 
 # what the papers print of their own methods, by name of the data and split, and the L2 of the paper's control and of
-# CellFlow, where it has that row: each paper has other genes and cells
+# CellFlow, where it has that row
 _SCDFM = ("l2", "mse", "mae", "de_spearman", "pearson_delta", "pds", "pearson_delta_hat", "pearson_delta_hat_top20")
 _SCBIG = ("pearson_delta", "pearson_delta_top20", "acc", "acc_top20", "de_spearman", "pds", "l2", "mse", "mae")
 _TARNET = ("l2", "mse", "mae", "de_spearman", "pearson_delta", "pds", "pearson_delta_hat")
@@ -356,29 +356,20 @@ def baseline_populations(name, dataset, effects, sizes, seed, zeros="none"):
 
 # -------------------------------------------------------------------------------- runs
 
-@dataclass
-class Job:
+class Job(typing.NamedTuple):
     """One run of one method."""
     name: str
     fold: int
     seed: int
     folder: Path
-    command: list
+    command: tuple
 
     def __str__(self):
         return f"{self.name} fold {self.fold} seed {self.seed}"
 
-    def finished(self):
-        """Whether its scores are there: a run writes them last."""
-        return (self.folder / "metrics.json").exists()
-
-    def begun(self):
-        """Whether there is a checkpoint."""
-        return (self.folder / "ckpt.pt").exists()
-
-    def command_now(self):
-        """Script and flags that start it, or go on with it."""
-        return (self.command[:1] + ["--resume"] if self.begun() else self.command) + ["--out", str(self.folder)]
+    def has(self, file):
+        """Whether a file is there: metrics.json, which a run writes last, or a checkpoint to go on from."""
+        return (self.folder / file).exists()
 
 
 def asked_methods(config):
@@ -408,21 +399,13 @@ def asked_methods(config):
 
 
 def common_flags(config):
-    """The flags that every method gets, as a list."""
-    flags = ["--data", config.data, "--split", config.split]
-    for f in fields(data.DataConfig):
-        value = getattr(config, f.name)
-        # always those of which the methods have defaults of their own: all must see the same genes and controls
-        if value != f.default or f.name in ("hvg", "eval_genes", "hvg_by", "control_split", "min_genes", "min_cells"):
-            flag = "--" + f.name.replace("_", "-")
-            flags += [flag] if value is True else [flag, str(value)]
-    flags += ["--eval-cells", str(config.eval_cells), "--exact-cells" if config.exact_cells else "--no-exact-cells"]
-    flags += ["--train-on-val" if config.train_on_val else "--no-train-on-val"]
-    if config.split == "cv":
-        flags += ["--folds", str(config.n_folds)]
-    flags += ["--preset", config.preset]
-    if config.device:
-        flags += ["--device", config.device]
+    """The flags that every method gets: all that it shares with bench, whatever its own default is."""
+    flags = ["--folds", str(config.n_folds)]
+    for f in fields(data.RunConfig):
+        if f.name in ("folds", "out", "zeros") or not hasattr(config, f.name):
+            continue                            # those of bench mean something else
+        value, flag = getattr(config, f.name), f.name.replace("_", "-")
+        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     return flags
 
 
@@ -438,7 +421,7 @@ def jobs(config, out):
             for seed in config.seeds:
                 folder = out / f"{Path(name).stem}-f{fold}-s{seed}-{tag}"
                 where = ["--fold", str(fold), "--seed", str(seed)]
-                result.append(Job(text, fold, seed, folder, [str(script), *common, *where, *flags]))
+                result.append(Job(text, fold, seed, folder, (str(script), *common, *where, *flags)))
     return result
 
 
@@ -449,51 +432,39 @@ def child(*command, **env):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
-        raise DataError(f"{shlex.join(map(str, command))}: {last}")
+        raise DataError(last.removeprefix("error: "))
     return time.perf_counter() - start, done.stdout
 
 
 def run_jobs(todo, n_parallel):
-    """Run what is missing. Returns [(job, its error)] of those that failed."""
-    failed = []
-    threads = {}
+    """Start or go on with runs. Returns {job: its error} of those that failed."""
+    failed, done, threads = {}, [], {}
     if n_parallel > 1:                          # whatever is left to do: other threads give other last digits
         threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
 
     def run(job):
-        print(f"{'resuming' if job.begun() else 'running'} {job}", flush=True)
-        return child(*job.command_now(), **threads)
+        begun = job.has("ckpt.pt")
+        print(f"{'resuming' if begun else 'running'} {job}", flush=True)
+        try:
+            flags = [job.command[0], "--resume"] if begun else job.command
+            how = f"done in {data.clock(child(*flags, '--out', job.folder, **threads)[0])}"
+        except DataError as error:
+            failed[job], how = error, "FAILED"
+        done.append(job)
+        print(f"[{len(done)}/{len(todo)}] {job}: {how}", flush=True)
 
     with ThreadPoolExecutor(n_parallel) as pool:
-        futures = {pool.submit(run, job): job for job in todo}
         try:
-            for i, future in enumerate(as_completed(futures)):
-                try:
-                    how = f"done in {data.clock(future.result()[0])}"
-                except DataError as error:
-                    failed.append((futures[future], str(error)))
-                    how = "FAILED"
-                print(f"[{i + 1}/{len(todo)}] {futures[future]}: {how}", flush=True)
+            list(pool.map(run, todo))
         except KeyboardInterrupt:               # the methods got the Ctrl-C too, save, and end: the pool waits for them
             pool.shutdown(cancel_futures=True)
             raise
     return failed
 
 
-def predicted_cells(file, dataset):
-    """{group: (n, E) CSR} that a method has written."""
-    return metrics.read_prediction(file, data.DataConfig(covariates=dataset.config.covariates))[1]
-
-
-def check_run(job, dataset):
-    """The metrics of a finished run, after checking that it had the split and the genes of the others."""
-    result = json.loads((job.folder / "metrics.json").read_text())
-    split = json.loads((job.folder / "split.json").read_text())
-    genes, _ = metrics.read_prediction(job.folder / "pred.h5ad", data.DataConfig(covariates=dataset.config.covariates))
-    if split != dataset.split or genes != [dataset.genes[i] for i in dataset.eval_genes]:
-        raise DataError(f"{job.folder}: has another split, or other genes, than the data gives now; the file has "
-                        "changed. Remove the folder, or choose another --out")
-    return result
+def read_cells(file, dataset):
+    """Gene names and {group: (n, E) CSR} that a method has written."""
+    return metrics.read_prediction(file, data.DataConfig(covariates=dataset.config.covariates))
 
 
 # -------------------------------------------------------------------------------- scores
@@ -521,14 +492,15 @@ def read_pred(text, dataset, config):
     return name, {group: cells[group][:, columns] for group in dataset.part("test")}
 
 
-def known_vectors(embedding, dataset, flag):
-    """The given gene vectors, by the names of genes and perturbations of this data set."""
-    of = {*dataset.genes, *dataset.perturbations, *(data.split_dose(p)[0] for p in dataset.perturbations)}
-    found = {name: embedding[name.upper()].astype(float) for name in sorted(of) if name.upper() in embedding}
-    if len(found) < 0.2 * len(of):
-        raise DataError(f"--embedding {flag}: knows only {len(found):,} of {len(of):,} genes; give a file of the same "
-                        "species and naming")
-    return found
+def known_vectors(config, dataset):
+    """{name: vector} of --embedding, for the genes and perturbations of this data set; None without."""
+    if not config.embedding:
+        return None
+    drugs = {data.split_dose(p)[0] for p in dataset.perturbations}
+    names = sorted({*dataset.genes, *dataset.perturbations, *drugs})
+    vectors, known = data.aligned_vectors(config.embedding, "--embedding", names)
+    data.coverage(print, "--embedding", known, "genes")
+    return {name: vector for name, vector, there in zip(names, vectors.double().numpy(), known) if there}
 
 
 def ceilings(dataset, sizes, seed):
@@ -554,13 +526,13 @@ def ceilings(dataset, sizes, seed):
     return out
 
 
-def score_fold(config, fold, embedding):
+def score_fold(config, fold):
     """Floors, replicate, baselines, ceilings and other tools' predictions of one fold, for every seed.
 
     Returns the dataset and [(row name, kind, result of metrics.evaluate)].
     """
     dataset = data.load(data.path_of(config), config, config.split, fold, config.n_folds, "cpu", config.train_on_val)
-    vectors = known_vectors(embedding, dataset, config.embedding) if embedding is not None else None
+    vectors = known_vectors(config, dataset)
     others = dict(read_pred(text, dataset, config) for text in config.pred)
     fitted = {name: fit_baseline(name, dataset, vectors) for name in GRIDS} if config.baselines else {}
     keys = [k for k in metrics.KEYS if k not in metrics.MMD_RANKS or k in config.keys]
@@ -588,19 +560,22 @@ def score_fold(config, fold, embedding):
 
 
 def score_run(job, dataset, config):
-    """[(row name, kind, result)] of a finished run: its own scores and its variants', and what --keys asks besides."""
-    result = check_run(job, dataset)
+    """[(row name, kind, result)] of a finished run: its own scores and its variants', and what --keys asks besides.
+    DataError where it had another split or other genes than the others."""
+    result = json.loads((job.folder / "metrics.json").read_text())
+    split = json.loads((job.folder / "split.json").read_text())
+    genes, cells = read_cells(job.folder / "pred.h5ad", dataset)
+    if split != dataset.split or genes != [dataset.genes[i] for i in dataset.eval_genes]:
+        raise DataError(f"{job.folder}: has another split, or other genes, than the data give now; the file has "
+                        "changed. Remove the folder, or choose another --out")
     missing = [k for k in config.keys if k not in result["aggregate"]]
     if missing:
-        cells = predicted_cells(job.folder / "pred.h5ad", dataset)
         more = score(dataset, {g: cells[g] for g in dataset.part("test")}, job.seed, missing)
         result["aggregate"] |= more["aggregate"]
         for group, scores in more["per_condition"].items():
             result["per_condition"][group] |= scores
-    rows = [(job.name, "method", result)]
-    for suffix, other in result.get("variants", {}).items():
-        rows.append((job.name + suffix, "method", other))
-    return rows
+    of = {"": result} | result.get("variants", {})
+    return [(job.name + suffix, "method", scores) for suffix, scores in of.items()]
 
 
 def published_rows(config):
@@ -734,16 +709,12 @@ def bench(config):
     """Run what is missing, score everything, print and write the table. Returns the exit code."""
     out = Path(config.out or f"runs/bench-{Path(config.data).stem}-{Path(config.split).stem.replace(':', '_')}")
     planned = jobs(config, out)
-    embedding = data.read_vectors(config.embedding, "--embedding") if config.embedding else None
-    folds = {fold: score_fold(config, fold, embedding) for fold in config.folds}     # cheap, and finds bad input first
+    folds = {fold: score_fold(config, fold) for fold in config.folds}     # cheap, and finds bad input first
     first = folds[config.folds[0]][0]
-    todo = [job for job in planned if not job.finished()]
-    resumed = sum(job.begun() for job in todo)
-    if len(todo) < len(planned) or resumed:
-        print(f"{out} holds {len(planned) - len(todo)} of {len(planned)} runs; {resumed} go on where they stopped, "
-              f"{len(todo) - resumed} start", flush=True)
+    todo = [job for job in planned if not job.has("metrics.json")]
+    print(f"{out} holds {len(planned) - len(todo)} of {len(planned)} runs", flush=True)
     failed = run_jobs(todo, config.jobs)
-    good = [job for job in planned if job not in [bad for bad, _ in failed]]
+    good = [job for job in planned if job not in failed]
     runs = [run for _, several in folds.values() for run in several]
     for job in good:
         runs += score_run(job, folds[job.fold][0], config)
@@ -784,7 +755,7 @@ def bench(config):
     write_results(out, config, rows, tests, [f"# {title}", render(table(rows, keys)), notes])
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     print("\n" + "\n\n".join([title, render(table(rows, keys), width), notes]))
-    for job, error in failed:
+    for job, error in failed.items():
         print(f"FAILED: {job}: {error}", file=sys.stderr)
     if config.stages:
         text = "\n" + render(stages(config, first_runs, first, rows)) + "\n"
@@ -826,14 +797,14 @@ def stages(config, runs, dataset, rows):
     replicate = rows["replicate"]["mean"]["l2"]
     lines = [["l2", "training", "noise", "test", "replicate", "where the error enters"]]
     for job in runs:
-        if not job.begun():
+        if not job.has("ckpt.pt"):
             continue
         place = ["--device", config.device] if config.device else []
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "pred.h5ad")
             child(job.command[0], "--ckpt", job.folder / "ckpt.pt", *place, "--predict", *groups, "--cells", n,
                   "--out", file)
-            cells = predicted_cells(file, dataset)
+            _, cells = read_cells(file, dataset)
             training = np.mean([metrics.l2(cells[g].toarray().mean(0), real[g][:n].mean(0)) for g in groups])
         test = rows[job.name]["mean"]["l2"]
         where = "within the noise"
@@ -871,16 +842,11 @@ def plot(config, out, rows, runs, dataset):
     size = {g: np.linalg.norm(dataset.cells(g, genes).mean(0) - mean[covariate(g)]) for g in dataset.part("test")}
     condition = max(size, key=size.get)
     cells = {"control": dataset.controls("test", genes, covariate(condition)), "real": dataset.cells(condition, genes)}
-    if config.baselines:
-        effects, _ = fit_baseline("ridge", dataset)
-        sizes = dataset.sizes("test", config.eval_cells, config.exact_cells)
-        ridge = baseline_populations("ridge", dataset, effects, sizes, config.seeds[0])
-        cells["ridge"] = ridge[condition]
     for text in config.pred:
         name, pred = read_pred(text, dataset, config)
         cells[name] = pred[condition].toarray()
     for job in runs:
-        cells[job.name] = predicted_cells(job.folder / "pred.h5ad", dataset)[condition].toarray()
+        cells[job.name] = read_cells(job.folder / "pred.h5ad", dataset)[1][condition].toarray()
     rows, cells = ({textwrap.fill(name, 32): of[name] for name in of} for of in (rows, cells))
     colors = row_colors(rows) | {"real": "black"}
     figures = {"errors": plot_errors(plt, rows, colors), "methods": plot_methods(plt, rows, colors),
@@ -1013,12 +979,12 @@ def measure(script, seconds, *flags):
     spec = importlib.util.spec_from_file_location(Path(script).stem, script)
     method = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(method)
-    config, _ = data.parse_run(method.METHOD, "", method.Config, method.PRESETS, method.SAMPLING, flags)
+    config, _ = data.parse_run(method.METHOD, "", method.Config, method.PRESETS, method.SAMPLING, method.USES, flags)
     if hasattr(config, "pretrain_steps"):
         config.pretrain_steps = 3
     method.check(config)
     first = method.Run(config)
-    first.dataset, first.panel = data.open_run(config, None, first.device, first.say)
+    data.open_run(first, None)
 
     def train(**changes):
         """A run on the same data: (run, model, FLOPs)"""
