@@ -772,10 +772,11 @@ class LabelRules:
 
     def _find_remarks(self, texts):
         """TF of DMSO_TF is no perturbation where DMSO stands alone and TF is found nowhere else, unless this file's
-        labels put perturbations beside controls."""
+        labels put perturbations beside controls. One gene may have the name by chance, two have not."""
         beside = {text: self._beside_control(text) for text in texts if not self.is_control(text)}
-        alone = texts | self.genes
         pieces = Counter(piece for text in texts for piece in _pieces(text))
+        genes = self.genes & set(pieces)
+        alone = texts | (genes if len(genes) > 1 else set())
         if any(map(self.is_control, texts)) and not any(sides & alone for sides in beside.values()):
             found = {text for text, sides in beside.items() if sides and not _PLUS.search(text)
                      and all(pieces[side] == 1 and not self._is_guide(side) for side in sides)}
@@ -1015,7 +1016,8 @@ def _gene_names(names, gene_key, wanted, notes):
 def _unique(names):
     """Duplicates get -1, -2, ... in order of appearance, skipping names that exist, as anndata does.
     Returns the unique names and the set of names that were duplicated."""
-    taken, counter, out = set(names), {}, []
+    taken, counter = set(names), {}
+    out = []
     for name in names:
         unique = name
         while name in counter and unique in taken:

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import tracemalloc
+import types
 from pathlib import Path
 
 import h5py
@@ -371,8 +372,8 @@ def test_controls_without_a_covariate(tmp_path):
 
 def test_covariates_and_dropped_groups(tmp_path):
     labels = ["control", "KLF1"] * 20 + ["KLF1"] * 5
-    types = ["CD14+ Monocytes, a"] * 20 + ["B"] * 20 + ["alone"] * 5
-    path = write_file(tmp_path / "file.h5ad", make_counts(45), labels, obs={"type": types, "batch": ["1"] * 45})
+    kinds = ["CD14+ Monocytes, a"] * 20 + ["B"] * 20 + ["alone"] * 5
+    path = write_file(tmp_path / "file.h5ad", make_counts(45), labels, obs={"type": kinds, "batch": ["1"] * 45})
     loaded = data.load(path, data.DataConfig(covariates="type, batch"))
     assert loaded.groups == ["control@B,1", "control@CD14+ Monocytes, a,1", "KLF1@B,1", "KLF1@CD14+ Monocytes, a,1"]
     assert any("5 cells of 1 covariate values without control cells (alone,1)" in n for n in loaded.source.notes)
@@ -846,13 +847,18 @@ def test_populations_written_and_read_back(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "pred.h5ad"
     pred = {"KLF1@CD4+ T, naive": rng.random((4, 3)) * 3, "KLF1+MAP2K6@B": rng.random((2, 3)) * 3}
     control = {"CD4+ T, naive": rng.random((3, 3)) * 3, "B": rng.random((5, 3)) * 3}
-    data.write_populations(path, pred, control, panel_of(GENES), [0, 1, 2], "cell_type ", "scdfm")
+    data.write_populations(run_of(panel_of(GENES), "cell_type "), path, pred, control, [0, 1, 2])
     cells = data.read_cells(path, data.DataConfig(covariates="cell_type", lognorm=True))
     names = [data.group_name(c, v) for c, v in zip(cells.condition, cells.covariate)]
     for name, values in [*pred.items(), *((f"control@{v}", x) for v, x in control.items())]:
         rows = [i for i, other in enumerate(names) if other == name]
         assert np.allclose(cells.X[rows].toarray(), values, rtol=1e-6)
     assert cells.uns["method"] == "scdfm"
+
+
+def run_of(panel, covariates):
+    """What of a Run writes predictions."""
+    return types.SimpleNamespace(panel=panel, config=data.RunConfig(covariates=covariates), method="scdfm")
 
 
 def panel_of(genes, mean=0.5):

@@ -12,8 +12,8 @@ import torch
 
 import data
 from test_data import (GENES, LABELS, TEXT, ascii_bytes, categorical, column_file, conditions, edit, fixed_bytes,
-                       log_cp10k, make_counts, nullable, old_categorical, panel_of, refused, sample, sparse, text,
-                       write_file, write_frame)
+                       log_cp10k, make_counts, nullable, old_categorical, panel_of, refused, run_of, sample, sparse,
+                       text, write_file, write_frame)
 
 
 def read(path, **flags):
@@ -97,7 +97,7 @@ def test_controls_with_more_words_and_pairs_of_them(tmp_path, label):
 
 @pytest.mark.parametrize("label, more, wanted", [
     ("DMSO_TF", [], "control"), ("DMSO_plate B", [], "control"), ("DMSO_TF", ["TF"], "TF"),
-    ("DMSO_TF", ["DMSO_KLF1"], "TF"), ("DMSO_TF", ["TF_drugX"], "TF"), ("DMSO+TF", [], "TF"),
+    ("DMSO_TF", ["DMSO_KLF1", "DMSO_CEBPA"], "TF"), ("DMSO_TF", ["TF_drugX"], "TF"), ("DMSO+TF", [], "TF"),
     ("DMSO_KLF1-1", [], "KLF1-1")])
 def test_a_remark_on_a_control_is_no_perturbation(tmp_path, label, more, wanted):
     """Unless it stands alone or with others, or the file's labels put perturbations beside controls."""
@@ -106,6 +106,15 @@ def test_a_remark_on_a_control_is_no_perturbation(tmp_path, label, more, wanted)
     if wanted == "control":
         noted(cells, "for controls", label)
         assert conditions(cells.path, control_label="DMSO")[3] == label
+
+
+def test_a_remark_may_be_the_name_of_a_gene(tmp_path):
+    """TF is one; where other labels name genes too, it is perturbed."""
+    genes = GENES[:-1] + ["TF"]
+    path = column_file(tmp_path / "file.h5ad", {"condition": ["DMSO", "drugX", "DMSO_TF"]}, genes=genes)
+    assert conditions(path) == ["control", "drugX", "control"]
+    column_file(path, {"condition": ["DMSO", "KLF1", "DMSO_TF"]}, genes=genes)
+    assert conditions(path) == ["control", "KLF1", "TF"]
 
 
 def test_where_all_labels_stand_beside_a_control_they_are_perturbations(tmp_path):
@@ -543,7 +552,7 @@ def test_covariates_with_commas_are_different_groups(tmp_path):
     assert panel.one_hot(loaded.groups).sum(1).tolist() == [2] * 4
     back = tmp_path / "pred.h5ad"
     pred = {g: loaded.cells(g) for g in loaded.groups if not g.startswith("control")}
-    data.write_populations(back, pred, loaded.controls(), panel, np.arange(len(loaded.genes)), "a,b", "x")
+    data.write_populations(run_of(panel, "a,b"), back, pred, loaded.controls(), np.arange(len(loaded.genes)))
     assert sorted(set(read(back, covariates="a,b").pairs)) == sorted(loaded.source.pairs)
 
 
