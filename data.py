@@ -25,6 +25,7 @@ import errno
 import gzip
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -1663,8 +1664,9 @@ def pick_rows(x, n, seed):
 
 
 def read_controls(path, config, panel):
-    """({covariate: (n, G)} control cells of a user's file, log1p CP10k, on a model's genes, and the columns (M,) of the
-    genes that it lacks, which are at their training mean. A file without labels is all control cells."""
+    """({covariate: (n, G)} control cells of a user's file, log1p CP10k, on a model's genes, the columns (M,) of the
+    genes that it lacks, which are at their training mean, and {covariate: (n,)} the cells' counts, None of values that
+    are log-normalised). A file without labels is all control cells."""
     cells = read_cells(path, config, perturbed_required=False, genes=panel.genes)
     for note in cells.notes:
         print(f"note: {path}: {note}")
@@ -1675,14 +1677,15 @@ def read_controls(path, config, panel):
         raise DataError(f"--controls {path}: lacks {len(missing):,} of the model's {len(column):,} genes "
                         f"({_listed(panel.genes[i] for i in missing)}); genes are matched by name: choose the var "
                         "column that holds these names with --gene-key")
-    controls = {}
+    controls, totals = {}, {}
     for condition, covariate in cells.pairs:
         if condition == CONTROL:
             rows = np.flatnonzero((cells.condition == CONTROL) & (cells.covariate == covariate))
             x = np.tile(np.array(panel.mean, dtype=np.float32), (len(rows), 1))
             x[:, column >= 0] = cells.X[rows][:, column[column >= 0]].toarray()
             controls[covariate] = x
-    return controls, missing
+            totals[covariate] = None if cells.totals is None else cells.totals[rows]
+    return controls, missing, totals
 
 
 def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_val=False):
@@ -1923,18 +1926,34 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
         _write(file, "uns", uns or {})
 
 
-def write_populations(run, path, pred, controls, columns):
+def write_populations(run, path, pred, controls, columns, totals=None):
     """Predicted cells {group: (n, E)} of columns (E,) of the panel, and real control cells {covariate: (m, G)}, as one
-    AnnData file, log1p CP10k."""
-    cells = pred | {group_name(CONTROL, v): x[np.arange(len(x))][:, columns] for v, x in controls.items()}
+    AnnData file, log1p CP10k; with totals {covariate: (m,)}, the control cells' counts, as counts. Labels by --as."""
+    column, asked, label = run.config.as_.partition("=")
+    real = {group_name(CONTROL, v): x[np.arange(len(x))][:, columns] for v, x in controls.items()}
+    cells = pred | (real if label or not asked else {})
     labels = [split_group(group) for group, x in cells.items() for _ in range(len(x))]
-    obs = {"condition": np.array([condition for condition, _ in labels], dtype=object)}
+    names = [label if label and condition == CONTROL else condition for condition, _ in labels]
+    obs = {column or "condition": np.array(names, dtype=object)}
     keys = run.config.covariate_keys
     for i, key in enumerate(keys):
         obs[key] = np.array([covariate_values(name, len(keys))[i] for _, name in labels], dtype=object)
+    if totals:
+        cells = {group: _counts(x, totals[split_group(group)[1]], group in pred, seed_of(group, run.config.seed))
+                 for group, x in cells.items()}
+    uns = {"method": run.method, "scale": "counts" if totals else "log1p CP10k"}
     X = np.concatenate(list(cells.values())).astype(np.float32)
-    uns = {"method": run.method, "scale": "log1p CP10k"}
     write_h5ad(path, X, obs, [run.panel.genes[i] for i in columns], uns)
+
+
+def _counts(x, totals, predicted, seed):
+    """Counts of cells x (n, E) log1p CP10k: of control cells by their own totals (n,); predicted ones have that of the
+    control cell that predict() made them from, of m totals (m,), and are rounded up or down at random, so that a gene's
+    mean stays."""
+    if not predicted:
+        return np.rint(np.expm1(x) * totals[:, None] / 1e4)
+    mean = np.expm1(x.astype(np.float64)) * pick_rows(totals, len(x), seed)[:, None] / 1e4
+    return np.floor(mean + np.random.default_rng(seed).random(mean.shape))
 
 
 def write_prepared(path, dataset):
@@ -2231,7 +2250,8 @@ CHECKPOINT_SECONDS = 300                                # between two checkpoint
 FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "exact_cells", "compile", "resume", "cache_gb",
                   "backed"}
-PREDICTING = {"ckpt", "out", "predict", "controls", "cells", "all_genes", "dtype", "seed", "zeros"} | FREE_ON_RESUME
+PREDICTING = {"ckpt", "out", "predict", "controls", "cells", "all_genes", "as_counts", "as_", "dtype", "seed",
+              "zeros"} | FREE_ON_RESUME
 UNITS = ("layer", "pert_key", "control_label", "separator", "gene_key", "counts", "lognorm")  # of the user's --controls
 
 
@@ -2262,6 +2282,9 @@ class RunConfig(DataConfig):
     controls: str = ""              # with --predict: AnnData file with your own control cells
     cells: int = 500                # with --predict: cells per condition
     all_genes: bool = False         # with --predict: every gene of the panel, not only the evaluation genes
+    as_counts: bool = False         # with --predict: integer counts, as many in a cell as in its control cell
+    as_: str = ""                   # with --predict: obs column, or COLUMN=LABEL of controls; COLUMN= leaves them out
+    init: str = ""                  # start from another run's ckpt.pt, as far as its weights, genes and labels agree
 
 
 def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
@@ -2305,7 +2328,7 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
     for f in fields(cls):
         value = getattr(config, f.name)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-        if any(v < least.get(f.name, 0) for v in numbers):
+        if any(not v >= least.get(f.name, 0) for v in numbers):         # NaN of a checkpoint too
             raise DataError(f"{_flag(f.name)} {value}: must be at least {least.get(f.name, 0)}")
     return config, state
 
@@ -2328,14 +2351,17 @@ def finished(config, state):
         return False
     try:
         content = json.loads(Path(config.out, "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        same = all(content["config"][name] == getattr(config, name) for name in ("eval_cells", "exact_cells"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):      # not there, or not what a run wrote
         return False
-    print(f"{config.out}: this run is finished; its table:")
-    return all(content["config"][name] == getattr(config, name) for name in ("eval_cells", "exact_cells"))
+    if same:
+        print(f"{config.out}: this run is finished; its table:")
+    return same
 
 
 def load_checkpoint(path, method, cls):
-    """(Config, stored dict) of a checkpoint of this method, whose Config is cls. DataError for anything else."""
+    """(Config, stored dict) of a checkpoint of this method, whose Config is cls; without cls, of any method, (None,
+    dict). DataError for anything else."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found, version = state["method"], state["version"]
@@ -2344,9 +2370,11 @@ def load_checkpoint(path, method, cls):
                         "stopped") from None
     except Exception as error:                  # torch.load raises many types on damaged files
         raise DataError(f"{path}: no checkpoint, or damaged ({type(error).__name__}); give a run's ckpt.pt") from None
-    if (found, version) != (method, CHECKPOINT_VERSION):
+    if version != CHECKPOINT_VERSION or cls and found != method:
         raise DataError(f"{path}: is a checkpoint of {found}, version {version}; {method} reads its own of version "
                         f"{CHECKPOINT_VERSION}: give another, or train again")
+    if not cls:
+        return None, state
     with same_version(path):
         stored, known = set(state["config"]), {f.name for f in fields(cls)}
         if stored != known:
@@ -2369,10 +2397,63 @@ def same_version(path):
 
 
 def restore(run, state, content):
-    """Load a checkpoint, if there is one, into the content {name: model or optimiser} of a stage of training."""
-    with same_version(run.out / "ckpt.pt"):
-        for name, part in content.items() if state else ():
-            part.load_state_dict(state["content"][name])
+    """Load a checkpoint into the content {name: model or optimiser} of a stage of training, or else, into the models of
+    the first stage, what --init has."""
+    if state:
+        with same_version(run.out / "ckpt.pt"):
+            for name, part in content.items():
+                part.load_state_dict(state["content"][name])
+    elif run.config.init and not run.stage:
+        taken = [initialise(run, content[name]) for name in ("model", "ema") if name in content]
+        run.say(f"--init {run.config.init}: {taken[0]}")
+
+
+def initialise(run, model):
+    """Give a model the weights of --init that have its names, axis by axis: along genes and perturbations by name, else
+    where the sizes agree; the rest stays as it is. Returns what was found."""
+    path, panel = run.config.init, run.panel
+    state = load_checkpoint(path, run.method, None)[1]
+    with same_version(path):
+        old = Panel(**state["panel"])
+        stored = state["content"].get("ema", state["content"]["model"])
+        axes = [pair for kind in zip(named_axes(old), named_axes(panel)) for pair in itertools.product(*kind)]
+        own, taken = dict(model.named_parameters()), 0
+        for name in own.keys() & stored.keys():
+            with torch.no_grad():
+                taken += take_over(own[name], stored[name], axes)
+    if not taken:
+        raise DataError(f"--init {path}: no weight has the name and the size of one here; give a run of this method")
+    new = sorted(set(panel.perturbations) - set(old.perturbations))
+    return (f"{taken} of {len(own)} weights taken over; {len(set(panel.genes) - set(old.genes)):,} of "
+            f"{len(panel.genes):,} genes are new, and {len(new)} perturbations: {_listed(new)}")
+
+
+def named_axes(panel):
+    """What an axis of a weight may follow, each in the lengths that it may have: perturbations; these and covariates;
+    genes, an empty token and what is no gene; genes, padded by up to three."""
+    levels = [f"{column}={value}" for column, values in panel.covariates.items() for value in values]
+    padded = [panel.genes + [f"padding {i}" for i in range(n)] for n in range(4)]
+    tokens = panel.genes + ["padding 0"] + panel.outside()
+    return [panel.perturbations], [panel.perturbations + levels], [tokens], padded
+
+
+def take_over(weight, stored, axes):
+    """Copy stored into weight where their axes agree; whether they do. axes: (old names, new names) of each list."""
+    places = []
+    for size, wanted in zip(stored.shape, weight.shape):
+        names = [pair for pair in axes if (size, wanted) == (len(pair[0]), len(pair[1]))]
+        if names:
+            column = torch.from_numpy(match_genes(*names[0]))           # of the old axis, for each of the new one
+            places.append((column[column >= 0], torch.nonzero(column >= 0).flatten()))
+        else:
+            places.append((torch.arange(size), torch.arange(size)))
+        if not names and size != wanted:
+            return False
+    if stored.dim() != weight.dim():
+        return False
+    old, new = (torch.meshgrid(*(place[i] for place in places), indexing="ij") for i in range(2))
+    weight[new] = stored[old].to(weight)
+    return True
 
 
 def trained_model(run, state, build):
@@ -2475,6 +2556,7 @@ class Asked(typing.NamedTuple):
     sizes: dict             # {group: cells}
     controls: dict          # {covariate: (m, G)} control cells, log1p CP10k
     columns: np.ndarray     # (E,) genes of the panel to write
+    totals: dict            # {covariate: (m,)} counts of the control cells, None of log-normalised ones
 
 
 def open_prediction(run, state, unseen):
@@ -2488,7 +2570,7 @@ def open_prediction(run, state, unseen):
     carried = config.predict == ("test",)       # the run's test conditions, perhaps to other cells
     columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
     if config.controls:
-        controls, missing = read_controls(config.controls, config, panel)
+        controls, missing, totals = read_controls(config.controls, config, panel)
         if len(missing):
             print(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are "
                   "at their training mean, and not in the prediction")
@@ -2498,7 +2580,11 @@ def open_prediction(run, state, unseen):
         if list(dataset.genes) != panel.genes:
             raise DataError(f"{config.data}: gives other genes than the model was trained on; name the training file "
                             "with --data, or your own control cells with --controls")
-        controls = dataset.control_cells("test")
+        controls, counts = dataset.control_cells("test"), dataset.source.totals
+        totals = {v: None if counts is None else counts[rows.rows] for v, rows in controls.items()}
+    if config.as_counts and any(counts is None for counts in totals.values()):
+        raise DataError(f"--as-counts: {config.controls or config.data} holds log-normalised values, and so no library "
+                        "sizes of control cells; give --controls with counts")
     sizes = {}
     asked = state["split"]["test"] if carried else config.predict
     if carried and not asked:
@@ -2514,13 +2600,17 @@ def open_prediction(run, state, unseen):
     untrained = sorted({p for g in sizes for p in split_group(g)[0].split("+")} - set(panel.trained))
     if untrained:
         print(f"note: {_listed(untrained)}: in no training condition")
-    return Asked(sizes, controls, columns)
+    return Asked(sizes, controls, columns, totals)
 
 
 def write_prediction(run, cells, asked):
     """--predict's file: predicted cells {group: (n, E)} and the control cells."""
-    write_populations(run, run.out, cells, asked.controls, asked.columns)
-    run.say(f"wrote {run.out}: {len(cells)} predicted conditions and the control cells, log1p CP10k")
+    counts = run.config.as_counts
+    write_populations(run, run.out, cells, asked.controls, asked.columns, asked.totals if counts else None)
+    also = "" if run.config.as_.endswith("=") else " and the control cells"
+    run.say(f"wrote {run.out}: {len(cells)} predicted conditions{also}, {'counts' if counts else 'log1p CP10k'}")
+    if counts and len(asked.columns) < len(run.panel.genes):
+        run.say("note: scorers normalise counts over the genes of the file: --all-genes writes all that the model has")
 
 
 def score_file(run, state, unseen, log_p, at_once):
@@ -2829,20 +2919,29 @@ def add_flags(parser, cls, presets=None):
         kind, flag = kinds[f.name], _flag(f.name)
         shown = {"": f.default} | {name: values[f.name] for name, values in (presets or {}).items() if f.name in values}
         default = ", ".join(f"{name} {_shown(value)}".strip() for name, value in shown.items())
-        options = {"default": argparse.SUPPRESS, "help": f"{comments.get(f.name, '')} [{default}]".replace("%", "%%")}
+        shown = f"{comments.get(f.name, '')} [{default}]".replace("%", "%%")
+        options = {"dest": f.name, "default": argparse.SUPPRESS, "help": shown}
         if bool in (kind, *typing.get_args(kind)):          # bool, or bool | None where the default is decided later
             options |= {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is typing.Literal:
             options |= {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
+            of = typing.get_args(kind)[0]
+            options |= {"nargs": "+", "type": finite if of is float else of, "metavar": "X"}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options |= {"type": finite if kind is float else kind, "metavar": kind.__name__.upper()}
         group_of[f.name].add_argument(flag, **options)
 
 
 def _flag(name):
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")        # as_: --as, a word of Python
+
+
+def finite(text):
+    """The number of a flag; NaN would pass every check that compares it."""
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
 def _shown(value):
@@ -2913,32 +3012,42 @@ def progress(items, what, total=None):
 @contextlib.contextmanager
 def clean_errors():
     """Around a main(): a DataError ends the program with 'error: ...' on stderr, exit code 2 and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a console without UTF-8 shows ? for an arrow
+            stream.reconfigure(errors="replace")
     try:
         yield
+        sys.stdout.flush()
     except DataError as error:
-        print("error:", *str(error).split("\n"), file=sys.stderr)   # one line, whatever a label or a path holds
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).split('. ')[0]}); lower --batch-size or --hvg",
-              file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:               # gloo and NCCL, where another process of a run has died
+        _fail(*str(error).split("\n"))          # one line, whatever a label or a path holds
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        _fail(f"out of memory ({str(error).split('. ')[0]}); lower --batch-size, --hvg or the model's size")
+    except RuntimeError as error:
+        if "allocate memory" in str(error) or "calculation overflowed" in str(error):        # on a CPU
+            _fail("out of memory; lower --batch-size, --hvg or the model's size")
         partner = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if not partner or process()[1] == 1:
+        if not partner or process()[1] == 1:    # gloo and NCCL, where another process of a run has died
             raise
-        print("error: another process of this run has ended; go on from the last checkpoint with --resume",
-              file=sys.stderr)
-        sys.exit(2)
+        _fail("another process of this run has ended; go on from the last checkpoint with --resume")
     except KeyboardInterrupt:
         print("\ninterrupted; a method that has saved a checkpoint goes on with --resume, bench.py with the same "
               "command", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                     # the reader of our output (head, less) has gone
-        sys.stderr.close()
+    except OSError as error:                    # of stdout: its reader has gone (head, less), or its disk is full
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.ENOSPC:
+            _fail("the output cannot be written: no space is left where it goes")
         sys.exit(1)
     finally:
         while _claims:
             _claims.popitem()[1].close()
+
+
+def _fail(*words):
+    print("error:", *words, file=sys.stderr)
+    sys.exit(2)
 
 
 def describe(dataset, split=""):
@@ -2983,10 +3092,10 @@ def main(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("file", help="AnnData file (.h5ad, .h5), or demo to simulate one")
     add_flags(parser, FileConfig)
-    args = parser.parse(argv)
-    file = args.pop("file")
-    config = FileConfig(**args)
     with clean_errors():
+        args = parser.parse(argv)
+        file = args.pop("file")
+        config = FileConfig(**args)
         if file == "demo":
             out = config.out or "demo.h5ad"
             simulate(out, config.cells, config.genes, config.cell_types, config.seed)

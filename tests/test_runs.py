@@ -184,6 +184,47 @@ def test_covariates_transfer_and_the_test_conditions_on_other_cells(method, call
     assert set(carried.condition) == {g.partition("@")[0] for g in test} | {"control"}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_starts_from_another_ones_weights(method, all_trained, demo, call, monkeypatch, tmp_path):
+    """The same weights for the same genes and perturbations, whatever their order and number; a fresh optimiser."""
+    cells = data.read_cells(demo)
+    order = np.random.default_rng(0).permutation(len(cells.genes) - 2)          # two genes fewer, one more
+    X = np.concatenate([cells.X.toarray()[:, order], np.ones((len(cells.condition), 1), np.float32)], axis=1)
+    names = [cells.genes[i] for i in order] + ["EXTRA"]
+    data.write_h5ad(tmp_path / "new.h5ad", X, {"condition": cells.condition}, names)
+    module, folder, started = importlib.import_module(method), all_trained[method][0], {}
+    begin = module.Run.start
+
+    def first(run, step):
+        begin(run, step)
+        raise data.DataError("enough")
+    resume = module.Run.resume
+
+    def watched(run, state, content, **options):
+        out = resume(run, state, content, **options)
+        started.update(run=run, model=content["model"])
+        return out
+    monkeypatch.setattr(module.Run, "start", first)
+    monkeypatch.setattr(module.Run, "resume", watched)
+    done = call(f"{method}.py", "--data", tmp_path / "new.h5ad", *TINY[method], "--init", folder / "ckpt.pt",
+                "--out", tmp_path / "run")
+    assert "weights taken over; 1 of 39 genes are new, and 0 perturbations: none" in done.stdout, done
+    own = dict(started["model"].named_parameters())
+    stored = torch.load(folder / "ckpt.pt", weights_only=True)["content"]["ema"]
+    name, axis = {"scdfm": ("encoder.table.weight", 0), "primeflow": ("net.value.0.weight", 1),
+                  "scbig": ("autoencoder.to_latent.weight", None), "celltarnet": ("gene", 0)}[method]
+    mine, old = own[name].detach(), stored[name]
+    if axis is not None:
+        mine, old = mine.index_select(axis, torch.arange(38)), old.index_select(axis, torch.from_numpy(order))
+    assert torch.equal(mine, old)
+
+
+def test_init_refuses_what_has_nothing_in_common(all_trained, demo, call, tmp_path):
+    flags = ["--data", demo, *FLAGS, "--out", tmp_path / "run", "--init"]
+    error(call(f"{CHEAP}.py", *flags, all_trained["scbig"][0] / "ckpt.pt"), "--init", "no weight")
+    error(call(f"{CHEAP}.py", *flags, tmp_path / "none.pt"), "no such checkpoint")
+
+
 # ------------------------------------------------------------------------------------------------ resume and crashes
 
 @pytest.mark.parametrize("method", METHODS)
@@ -464,6 +505,61 @@ def test_predict_from_own_controls_and_for_all_genes(demo, call, tmp_path):
     assert (few.condition == "TF1").sum() == (every.condition == "TF1").sum() == 30
     expected = np.log1p(1e4 * X / X.sum(1, keepdims=True))[:, np.argsort(order)]
     np.testing.assert_allclose(every.X[every.condition == "control"].toarray(), expected, rtol=1e-4)
+
+
+def test_predicted_counts_for_other_scorers(all_trained, demo, call, tmp_path):
+    """Integers under the labels that were asked for; control cells are the file's own counts; metrics.py scores the
+    file as it does the log-normalised one, but for the rounding."""
+    ckpt = ["--ckpt", all_trained[CHEAP][0] / "ckpt.pt", "--predict", "test", "--cells", 200]
+    ok(call(f"{CHEAP}.py", *ckpt, "--out", tmp_path / "log.h5ad"))
+    labels = ["--as-counts", "--as", "target_gene=non-targeting"]
+    assert "counts" in ok(call(f"{CHEAP}.py", *ckpt, *labels, "--out", tmp_path / "counts.h5ad"))
+    counts, real = data.read_cells(tmp_path / "counts.h5ad"), data.read_cells(demo)
+    assert counts.pert_key == "target_gene" and counts.scale == "counts"
+    assert counts.genes == real.genes and np.array_equal(counts.X.data, np.rint(counts.X.data))
+    own = [cells.X[cells.condition == "control"].toarray() for cells in (counts, real)]
+    assert np.array_equal(*own)
+    sizes = set(np.asarray(own[0].sum(axis=1)).ravel())
+    made = counts.X[counts.condition != "control"].toarray()
+    assert np.abs(np.median(made.sum(1)) / np.median(list(sizes)) - 1) < 0.2
+    score = {}
+    for name in ("log", "counts"):
+        ok(call("metrics.py", tmp_path / f"{name}.h5ad", demo, "--out", tmp_path / "m.json"))
+        score[name] = read(tmp_path, "m.json")["aggregate"]
+    assert score["counts"]["l2"] == pytest.approx(score["log"]["l2"], rel=0.1)
+    assert score["counts"]["pds"] == pytest.approx(score["log"]["pds"], abs=0.15)
+    ok(call(f"{CHEAP}.py", *ckpt, "--as", "pert=", "--out", tmp_path / "alone.h5ad"))
+    with h5py.File(tmp_path / "alone.h5ad") as file:
+        assert sorted(file["obs/pert/categories"].asstr()[...]) == read(all_trained[CHEAP][0], "split.json")["test"]
+
+
+def test_counts_are_rounded_at_random_so_that_means_stay():
+    """Rounding to the next integer would make every gene of one count in four cells silent."""
+    x = np.full((4000, 1), np.log1p(1e4 * 0.25 / 1000), np.float32)
+    made = data._counts(x, np.full(50, 1000.0), True, 3)
+    assert set(made.ravel()) == {0, 1} and made.mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_counts_need_control_cells_with_counts(all_trained, demo, call, tmp_path):
+    cells = data.read_cells(demo)
+    data.lognormalise(cells)
+    data.write_h5ad(tmp_path / "logs.h5ad", cells.X[cells.condition == "control"], {}, cells.genes)
+    done = call(f"{CHEAP}.py", "--ckpt", all_trained[CHEAP][0] / "ckpt.pt", "--predict", "TF1", "--as-counts",
+                "--controls", tmp_path / "logs.h5ad", "--out", tmp_path / "p.h5ad")
+    error(done, "--as-counts", "logs.h5ad", "with counts")
+    assert not (tmp_path / "p.h5ad").exists()
+
+
+def test_a_script_generates_cells_from_an_array_of_controls(all_trained):
+    """What the README shows."""
+    import celltarnet as method
+    folder, own = all_trained[CHEAP][0], data.read_cells(all_trained[CHEAP][0] / "pred.h5ad")
+    controls = own.X[own.condition == "control"].toarray()      # (cells, genes of the run's panel), log1p CP10k
+    run, model = data.load_model(method, folder / "ckpt.pt")
+    test = read(folder, "split.json")["test"][0]
+    cells = method.predict(run, model, {test: 8}, {"": controls}, run.panel.eval_genes)[test]
+    assert cells.shape == (8, 40)
+    np.testing.assert_allclose(cells, own.X[own.condition == test].toarray(), rtol=1e-5)    # as the run predicted
 
 
 def test_predict_refuses_what_it_cannot_do(all_trained, call, tmp_path):
