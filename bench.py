@@ -211,20 +211,12 @@ def pairs(train, Y, test, amp, a0, noise, lam):
     return out
 
 
-def vector_of(perturbation, vectors):
-    """The embedding of a perturbation, of 'DRUG' for 'DRUG:dose', or None."""
-    return vectors.get(perturbation, vectors.get(data.split_dose(perturbation)[0]))
-
-
 def embed(groups, vectors, width):
-    """(len(groups), width): sum over the perturbations of a group of their vectors, zero where there is none."""
-    out = np.zeros((len(groups), width))
-    for row, group in zip(out, groups):
-        for p in perturbations(group):
-            vector = vector_of(p, vectors)
-            if vector is not None:
-                row += vector
-    return out
+    """(len(groups), width): sum of the vectors of a group's perturbations (of 'DRUG' for 'DRUG:dose'), and whether each
+    of them has one (len(groups),)."""
+    found = [[vectors.get(p, vectors.get(data.split_dose(p)[0])) for p in perturbations(g)] for g in groups]
+    sums = [sum((v for v in of if v is not None), np.zeros(width)) for of in found]
+    return np.array(sums).reshape(-1, width), np.array([all(v is not None for v in of) for of in found])
 
 
 def gene_vectors(Y, control, genes, embedding, k):
@@ -250,13 +242,13 @@ def linear(train, Y, test, lam, k, control, genes, embedding=None):
     G, vectors = gene_vectors(Y, control, genes, embedding, k)
     count = np.array([len(perturbations(g)) for g in train], dtype=float)
     b = count @ Y / (count @ count)                                                  # (G,)
-    P = embed(train, vectors, G.shape[1])
+    P, _ = embed(train, vectors, G.shape[1])
     centre = count @ P / (count @ count)
     P, eye = P - count[:, None] * centre, np.eye(G.shape[1])
     left = np.linalg.solve(G.T @ G + lam * eye, G.T @ (Y - count[:, None] * b).T)    # (k, n)
     W = np.linalg.solve(P.T @ P + lam * eye, P.T @ left.T).T                         # (k, k)
     count = np.array([len(perturbations(g)) for g in test], dtype=float)
-    P = embed(test, vectors, G.shape[1]) - count[:, None] * centre
+    P = embed(test, vectors, G.shape[1])[0] - count[:, None] * centre
     return count[:, None] * b + P @ W.T @ G.T
 
 
@@ -268,19 +260,16 @@ def kernel(train, Y, test, k, control, genes, controls, embedding=None):
     there are none), d being the distance of the embeddings. Where one of its genes has no embedding, its row is zero.
     """
     G, vectors = gene_vectors(Y, control, genes, embedding, k)
-    points = embed(train, vectors, G.shape[1])
-
-    def embedded(group):
-        return all(vector_of(p, vectors) is not None for p in perturbations(group))
-    known = [i for i, g in enumerate(train) if embedded(g)]
+    points, known = embed(train, vectors, G.shape[1])
     effects = np.zeros((len(test), Y.shape[1]))
-    for effect, group, point in zip(effects, test, embed(test, vectors, G.shape[1])):
+    for effect, group, point, embedded in zip(effects, test, *embed(test, vectors, G.shape[1])):
         related = [i for i, g in enumerate(train) if perturbations(g) == perturbations(group)]
         if related:
             there = np.stack([controls[covariate(train[i])] for i in related])
             d = np.linalg.norm(there - controls[covariate(group)], axis=1)
-        elif embedded(group) and known:
-            related = [i for i in known if covariate(train[i]) == covariate(group)] or known
+        elif embedded and known.any():
+            everywhere = np.flatnonzero(known)
+            related = [i for i in everywhere if covariate(train[i]) == covariate(group)] or everywhere
             d = np.linalg.norm(points[related] - point, axis=1)
         else:
             continue
@@ -300,7 +289,7 @@ GRIDS = {
 def tune(function, grid, train, Y, test, n_folds=5):
     """The options of a grid with the least squared error in cross-validation over the training groups with as many
     perturbations as the test groups have (over all when there are fewer than five of them)."""
-    if len(train) == 1:
+    if len(train) == 1 or len(grid) == 1:
         return grid[0]
     orders = {len(perturbations(g)) for g in test}
     like = [i for i, g in enumerate(train) if len(perturbations(g)) in orders]
@@ -330,6 +319,8 @@ def fit_baseline(name, dataset, embedding=None):
         given["controls"] = {v: data.gene_moments(dataset.X, r)[0] / len(r) for v, r in rows.items()}
     if name == "pairs":
         given["lam"] = tune(ridge, GRIDS["ridge"][1], train, Y, test)["lam"]
+        if not any(singles_of(g, train) for g in test):     # it is ridge
+            grid = grid[:1]
     grid = [options | given for options in grid]
     options = tune(function, grid, train, Y, test, len(train) if name == "pairs" else 5)
     effects = function(train, Y, test, **options)
@@ -752,31 +743,23 @@ def bench(config):
              "cells per condition")
     first_runs = [job for job in good if (job.fold, job.seed) == (config.folds[0], config.seeds[0])]
     notes = "\n".join(f"- {line}" for line in lines)
-    write_results(out, config, rows, tests, [f"# {title}", render(table(rows, keys)), notes])
+    data.write_json(out / "bench.json", {
+        "data": config.data, "split": config.split, "folds": config.folds, "seeds": config.seeds,
+        "eval_cells": config.eval_cells, "torch": torch.__version__, "rows": rows, "tests": tests})
+    text = [f"# {title}", render(table(rows, keys)), notes, "Paired Wilcoxon tests against the best floor or baseline, "
+            "not corrected for their number: bench.json."]
+    if config.stages:
+        text.append(render(stages(config, first_runs, first, rows)))
+    with data.atomic(out / "bench.md") as temporary:
+        temporary.write_text("\n\n".join(text) + "\n")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    print("\n" + "\n\n".join([title, render(table(rows, keys), width), notes]))
+    print("\n" + "\n\n".join([title, render(table(rows, keys), width), notes, *text[4:]]))
     for job, error in failed.items():
         print(f"FAILED: {job}: {error}", file=sys.stderr)
-    if config.stages:
-        text = "\n" + render(stages(config, first_runs, first, rows)) + "\n"
-        print(text)
-        with open(out / "bench.md", "a") as file:
-            file.write(text)
     if config.plot:
         plot(config, out, rows, first_runs, first)
     print(f"files in {out}")
     return 1 if failed else 0
-
-
-def write_results(out, config, rows, tests, parts):
-    """bench.json and bench.md."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    data.write_json(out / "bench.json", {
-        "data": config.data, "split": config.split, "folds": config.folds, "seeds": config.seeds,
-        "eval_cells": config.eval_cells, "versions": versions, "rows": rows, "tests": tests})
-    about = "Paired Wilcoxon tests against the best floor or baseline, not corrected for their number: bench.json."
-    with data.atomic(out / "bench.md") as temporary:
-        temporary.write_text("\n\n".join([*parts, about]) + "\n")
 
 
 # -------------------------------------------------------------------------------- stages
@@ -797,13 +780,10 @@ def stages(config, runs, dataset, rows):
     replicate = rows["replicate"]["mean"]["l2"]
     lines = [["l2", "training", "noise", "test", "replicate", "where the error enters"]]
     for job in runs:
-        if not job.has("ckpt.pt"):
-            continue
-        place = ["--device", config.device] if config.device else []
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "pred.h5ad")
-            child(job.command[0], "--ckpt", job.folder / "ckpt.pt", *place, "--predict", *groups, "--cells", n,
-                  "--out", file)
+            child(job.command[0], "--ckpt", job.folder / "ckpt.pt", "--device", config.device, "--predict", *groups,
+                  "--cells", n, "--out", file)
             _, cells = read_cells(file, dataset)
             training = np.mean([metrics.l2(cells[g].toarray().mean(0), real[g][:n].mean(0)) for g in groups])
         test = rows[job.name]["mean"]["l2"]

@@ -185,7 +185,7 @@ def test_cross_validation_finds_the_right_hyperparameters(additive):
 
 
 def test_tuning_holds_out_conditions_of_the_tested_kind_and_never_trains_on_them(additive):
-    """Asked for doubles, every double is held out once, no single is; what is held out is not in training."""
+    """Asked for doubles, every double is held out once per option, no single; what is held out is not in training."""
     train, Y, test, _ = additive
     held = []
 
@@ -193,11 +193,11 @@ def test_tuning_holds_out_conditions_of_the_tested_kind_and_never_trains_on_them
         assert not set(known) & set(asked) and len(known) + len(asked) == len(train) == len(effects) + len(asked)
         held.extend(asked)
         return np.zeros((len(asked), Y.shape[1]))
-    bench.tune(spy, [{}], train, Y, test)
-    assert sorted(held) == sorted(PAIRS[:20])
+    bench.tune(spy, [{}, {}], train, Y, test)
+    assert sorted(held) == sorted(PAIRS[:20] * 2)
     held.clear()
-    bench.tune(spy, [{}], train, Y, ["A+B+C"])              # no triple to learn from: all count
-    assert sorted(held) == sorted(train)
+    bench.tune(spy, [{}, {}], train, Y, ["A+B+C"])          # no triple to learn from: all count
+    assert sorted(held) == sorted(train * 2)
 
 
 def test_linear_recovers_a_planted_low_rank_map():
