@@ -29,7 +29,7 @@ that is tested (doubles for doubles).
 Simulated data have two ceilings: fresh cells of the truth, and of an oracle that knows all but the interactions.
 """
 import hashlib
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -396,7 +396,10 @@ def common_flags(config):
         if f.name in ("folds", "out", "zeros") or not hasattr(config, f.name):
             continue                            # those of bench mean something else
         value, flag = getattr(config, f.name), f.name.replace("_", "-")
-        flags += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
     return flags
 
 
@@ -429,9 +432,9 @@ def child(*command, **env):
 
 def run_jobs(todo, n_parallel):
     """Start or go on with runs. Returns {job: its error} of those that failed."""
-    failed, done, threads = {}, [], {}
-    if n_parallel > 1:                          # whatever is left to do: other threads give other last digits
-        threads["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // n_parallel))
+    failed, done = {}, []
+    share = str(max(1, (os.cpu_count() or 1) // n_parallel))
+    threads = {"OMP_NUM_THREADS": share} if n_parallel > 1 else {}     # other threads give other last digits
 
     def run(job):
         begun = job.has("ckpt.pt")
@@ -956,26 +959,16 @@ def measure(script, seconds, *flags):
     """In a process of its own: train a script as its main() does, generate cells of one test condition for about these
     seconds, train again for one and for two steps that are not compiled, and print what was found as one JSON object.
     An earlier stage of training takes three steps; what compiles is not timed."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
-    method = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(method)
-    config, _ = data.parse_run(method.METHOD, "", method.Config, method.PRESETS, method.SAMPLING, method.USES, flags)
+    sys.path.insert(0, str(Path(script).parent))
+    method = importlib.import_module(Path(script).stem)
+    shared = method.Config, method.PRESETS, method.SAMPLING, method.USES
+    config, _ = data.parse_run(method.METHOD, "", *shared, flags)
     if hasattr(config, "pretrain_steps"):
         config.pretrain_steps = 3
     method.check(config)
-    first = method.Run(config)
-    data.open_run(first, None)
-
-    def train(**changes):
-        """A run on the same data: (run, model, FLOPs)"""
-        run = method.Run(replace(config, **changes))
-        run.dataset, run.panel = first.dataset, first.panel
-        run.out.mkdir(exist_ok=True)
-        if not changes:
-            return run, method.train(run, None), 0
-        with Flops() as flops:
-            return run, method.train(run, None), flops.count
-    run, model, _ = train()
+    run = method.Run(config)
+    data.open_run(run, None)
+    model = method.train(run, None)
     found = {"peak MB": data.peak_memory(run.device)}
     lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
     log = [line for line in lines if "cells_per_s" in line and "stage" not in line][2:]     # after compilation
@@ -991,8 +984,15 @@ def measure(script, seconds, *flags):
         return n / (time.perf_counter() - began)
     rate(64)
     found["sampled cells/s"] = rate(min(10_000, max(64, int(float(seconds) * rate(64)))))
-    one, two = (train(steps=n, compile=False, out=f"{config.out}-{n}")[2] for n in (1, 2))
-    print(json.dumps(found | {"GFLOP/step": (two - one) / 1e9}))
+    flops = []
+    for n in (1, 2):
+        short = method.Run(replace(config, steps=n, compile=False, out=f"{config.out}-{n}"))
+        short.dataset, short.panel = run.dataset, run.panel
+        short.out.mkdir()
+        with Flops() as counter:
+            method.train(short, None)
+        flops.append(counter.count)
+    print(json.dumps(found | {"GFLOP/step": (flops[1] - flops[0]) / 1e9}))
 
 
 def speed(config):
