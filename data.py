@@ -157,7 +157,7 @@ def _open(path):
         if re.match(pattern, head, re.I):
             raise DataError(f"{path}: {message}")
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", rdcc_nbytes=2**26) as file:         # no chunk below 64 MB is decompressed twice
             for name, message in NOT_ANNDATA.items():
                 if name in file and "X" not in file:
                     raise DataError(f"{path}: {message}")
@@ -184,11 +184,11 @@ def _check_heaps(path):
     if whole > 2**32:                             # it would take a while, and so large a file is hardly all text
         return
     with open(path, "rb") as file:
-        for start in range(0, whole, 2**24):
+        for start in range(0, whole, 2**20):
             file.seek(start)
-            for found in re.finditer(b"GCOL\1\0\0\0", file.read(2**24 + 7)):
+            for found in re.finditer(b"GCOL\1\0\0\0", file.read(2**20 + 7)):
                 file.seek(start + found.start() + 8)
-                heap = file.read(max(0, int.from_bytes(file.read(8), "little") - 16))
+                heap = file.read(min(whole, max(0, int.from_bytes(file.read(8), "little") - 16)))
                 at = 0
                 while at + 16 <= len(heap):     # index (2 bytes), references (2), unused (4), size (8), content
                     index = int.from_bytes(heap[at:at + 2], "little")
@@ -316,7 +316,7 @@ def _matrix(node, shape, where, limit):
         if node.shape != shape:
             raise _damaged(node, f"has shape {node.shape}, but obs and var say {shape}")
         _check_numbers([node], 2)
-        rows = max(1, BLOCK_NNZ // max(1, G))
+        rows = max(1, BLOCK_NNZ // G)
         starts = progress(range(0, n, rows), "reading the cells")
         blocks = (sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in starts)
         return _spool(blocks, G, where) if 4 * n * G > limit else sp.vstack(list(blocks), format="csr")
@@ -325,40 +325,26 @@ def _matrix(node, shape, where, limit):
     if layout not in ("csr", "csc") or not {"data", "indices", "indptr"} <= arrays:
         raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; write it again as a dense, CSR or CSC "
                         "matrix")
-    arrays = node["data"], node["indices"]
-    _check_numbers([*arrays, node["indptr"]], 1)
+    data, indices = node["data"], node["indices"]
+    _check_numbers([data, indices, node["indptr"]], 1)
     indptr = node["indptr"].astype(np.int64)[...]
     stored = np.ravel(node.attrs.get("shape", node.attrs.get("h5sparse_shape", ()))).tolist()
-    size = len(node["indices"])
+    size = len(indices)
     n_major, n_minor = shape if layout == "csr" else shape[::-1]
-    if (stored != [n, G] or len(indptr) != n_major + 1 or size != len(node["data"])
+    if (stored != [n, G] or len(indptr) != n_major + 1 or size != len(data)
             or indptr[0] != 0 or indptr[-1] != size or np.any(np.diff(indptr) < 0)):
         raise _damaged(node, f"its {layout.upper()} arrays disagree with one another or with {n} cells and {G} genes")
-    if 8 * size > limit and layout == "csr":
-        flat = [_FlatArray.of(a) for a in arrays]
-        if all(flat):
-            return StoredRows(flat, indptr, G, where)
-        return _spool(_stored_blocks(*arrays, indptr, G, where), G, where)
-    data, indices = np.empty(size, dtype=np.float32), node["indices"].astype(np.int32)[...]
-    _check_indices(indices, n_minor, where)
-    if size:
-        node["data"].read_direct(data)
-    if size < 2**31:                                # int32 pointers let scipy keep the int32 indices
-        indptr = indptr.astype(np.int32)
-    build = sp.csr_matrix if layout == "csr" else sp.csc_matrix
-    X = _canonical(build((data, indices, indptr), shape=shape, copy=False).tocsr())
-    if 8 * size > limit:                            # columns were turned to rows in memory, whatever the limit
-        return _spool((X[block] for block in row_blocks(X)), G, where)
-    return X
-
-
-def _stored_blocks(data, indices, indptr, width, where):
-    """The rows of a CSR matrix in a file, in blocks."""
-    step = max(1, BLOCK_NNZ // max(1, width))
-    for first in progress(range(0, len(indptr) - 1, step), "reading the cells"):
-        bounds = indptr[first:first + step + 1]
-        piece = slice(bounds[0], bounds[-1])
-        yield _csr(data[piece], indices[piece], bounds - bounds[0], width, where)
+    if layout == "csc":                             # columns are turned to rows in memory, whatever the limit
+        X = _csr(data[...], indices[...], indptr, n, where).T.tocsr()
+        return _spool((X[block] for block in row_blocks(X)), G, where) if 8 * size > limit else X
+    flat = [_FlatArray.of(array) for array in (data, indices)] if 8 * size > limit else [None]
+    if all(flat):
+        return StoredRows(flat, indptr, G, where)
+    step = max(1, BLOCK_NNZ // G)
+    bounds = [indptr[i:i + step + 1] for i in range(0, n, step)]
+    blocks = (_csr(data[of[0]:of[-1]], indices[of[0]:of[-1]], of - of[0], G, where)
+              for of in progress(bounds, "reading the cells"))
+    return _spool(blocks, G, where) if 8 * size > limit else _stacked(blocks, size, shape)
 
 
 def _check_numbers(nodes, dimensions):
@@ -368,24 +354,28 @@ def _check_numbers(nodes, dimensions):
             raise _damaged(node, f"is {node}, where numbers in {dimensions} dimensions are expected")
 
 
-def _check_indices(indices, width, where):
+def _csr(values, indices, indptr, width, where):
+    """Rows as a file holds them, as CSR float32: one stored value, not zero, for each detected gene of a cell."""
     if len(indices) and (indices.min() < 0 or indices.max() >= width):
         raise DataError(f"{where}: its values and indices disagree (indices from {indices.min()} to {indices.max()}, "
                         f"{width} are possible); the file is damaged: write it again")
-
-
-def _canonical(X):
-    """In place: one stored value, not zero, for each detected gene of a cell."""
+    arrays = values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False), indptr
+    X = sp.csr_matrix(arrays, shape=(len(indptr) - 1, width))
     X.sum_duplicates()                              # no-op on canonical input; log1p needs one entry per value
     X.eliminate_zeros()
     return X
 
 
-def _csr(values, indices, indptr, width, where):
-    """Rows as a file holds them, as canonical CSR float32."""
-    _check_indices(indices, width, where)
-    arrays = values.astype(np.float32, copy=False), indices.astype(np.int32, copy=False), indptr
-    return _canonical(sp.csr_matrix(arrays, shape=(len(indptr) - 1, width)))
+def _stacked(blocks, most, shape):
+    """CSR of its rows in blocks; most: stored values at most. Of so large arrays only what is written takes memory."""
+    data, indices = np.empty(most, dtype=np.float32), np.empty(most, dtype=np.int32)
+    indptr = [np.zeros(1, dtype=np.int64)]
+    for block in blocks:
+        end = indptr[-1][-1]
+        data[end:end + block.nnz], indices[end:end + block.nnz] = block.data, block.indices
+        indptr.append(end + block.indptr[1:])
+    indptr = np.concatenate(indptr)
+    return sp.csr_matrix((data[:indptr[-1]], indices[:indptr[-1]], indptr), shape=shape)
 
 
 def _uns(group):
@@ -594,16 +584,9 @@ class StoredRows:
         return X
 
     def in_memory(self):
-        """All rows, as CSR. Of the arrays that are made for them, only what is written to takes memory."""
-        most, end = int(self.size.sum()), 0
-        data, indices = np.empty(most, dtype=np.float32), np.empty(most, dtype=np.int32)
-        indptr = np.zeros(len(self.size) + 1, dtype=np.int64)
-        for block in progress(row_blocks(self), "taking the chosen genes into memory"):
-            part = self[block]
-            data[end:end + part.nnz], indices[end:end + part.nnz] = part.data, part.indices
-            indptr[block + 1] = end + part.indptr[1:]
-            end += part.nnz
-        return sp.csr_matrix((data[:end], indices[:end], indptr), shape=self.shape)
+        """All rows, as CSR."""
+        blocks = progress(row_blocks(self), "taking the chosen genes into memory")
+        return _stacked((self[block] for block in blocks), int(self.size.sum()), self.shape)
 
 
 class _FlatArray:
