@@ -479,6 +479,35 @@ def test_pathway_loss_has_the_gradient_of_the_entropic_value():
     torch.testing.assert_close(pred.grad[0].flatten(), (up - down) / 2e-4, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_objective_of_a_step_is_one_graph_and_the_sum_of_its_parts(residual, dataset, panel):
+    """Compiled without a break, partners and decoder included, the loss is the same and moves the flow alone."""
+    model, run = make(dataset, panel, sigma=0.0, dropout=0.0, condition_dropout=0.0)
+    objective, flow = scbig.Objective(model, run.config), model.flow
+    told, chosen = scbig.slots(["TF1", "TF2", "TF1+TF3"], panel, run.config), torch.tensor([0, 2])
+    z0, z1 = torch.randn(2, 3, 5, 8)
+    start, real = torch.randn(2, 6, 8), torch.rand(2, 6, len(panel.genes))
+    given = z0, z1, told, 1.0, start, real, torch.rand(12, len(panel.genes)) if residual else None, chosen
+    torch.manual_seed(1)
+    loss, *parts = objective(*given)
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.compile(objective, backend="eager", fullgraph=True)(*given)[0], loss)
+
+    torch.manual_seed(1)
+    t, u = torch.rand(2, 3, 5)
+    partner = scbig.ot_partners(z0, z1, u, run.config.ot_epsilon)
+    v, end = flow(torch.lerp(z0, partner, t[..., None]), t, told, 1.0, start, chosen)
+    pred = scbig.decode(model.autoencoder, start.flatten(0, 1), end.flatten(0, 1), given[6]).unflatten(0, (2, 6))
+    member = F.one_hot(model.autoencoder.module_of).float()
+    expected = [F.mse_loss(v, partner - z0), scbig.correlation_loss(pred, real, member / member.sum(0)),
+                scbig.pathway_loss(pred, real, model.pathways, 0.1, run.config.path_iterations)]
+    torch.testing.assert_close(parts, expected)
+    torch.testing.assert_close(loss, expected[0] + 0.1 * expected[1] + 0.1 * expected[2])
+    loss.backward()
+    assert all(p.grad is None for p in [*model.autoencoder.parameters(), *objective.autoencoder.parameters()])
+    assert flow.out.weight.grad.abs().max() > 0
+
+
 # ------------------------------------------------------------------------------------------------ prior files
 
 @pytest.mark.parametrize("kind", ["npz", "pt", "tsv", "csv", "tsv.gz"])
