@@ -1234,49 +1234,14 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
     if fold < 0:
         raise DataError(f"--fold {fold}: folds are numbered from 0")
     conditions = sorted({c for c, _ in groups})
-    rng = np.random.RandomState(42 + fold)
     multiple = sorted((c for c in conditions if order(c) > 1), key=lambda c: spelling.get(c, c))
     held = {"val": set(), "test": set()}
-    if name in ("additive", "combo", "holdout") and not multiple:
-        raise DataError(f"--split {name} needs doubles, this file has 0; use --split cv, unseen, transfer or a split "
-                        "file")
     if given is not None:
         held = _given_split(name, groups, canonical, given)
-    elif name == "additive":    # official scDFM folds: data.py:128-141; validation is ours
-        rng.shuffle(multiple)
-        n_test, n_val = max(1, int(0.3 * len(multiple))), int(0.1 * len(multiple))
-        held = {"test": set(multiple[:n_test]), "val": set(multiple[n_test:n_test + n_val])}
-    elif name == "cv":
-        pool, kind = (multiple, "doubles") if multiple else (conditions, "singles")
-        if not 3 <= folds <= len(pool):
-            raise DataError(f"--split cv with --folds {folds}: between 3 and {len(pool)} folds are possible with "
-                            f"{len(pool)} {kind}")
-        if fold >= folds:
-            raise DataError(f"--fold {fold}: folds are numbered 0 to {folds - 1}")
-        np.random.RandomState(42).shuffle(pool)
-        parts = np.array_split(np.array(pool, dtype=object), folds)
-        held = {"test": set(parts[fold]), "val": set(parts[(fold + 1) % folds])}
-    elif name == "combo":       # PerturBench: 91 of 131 held out, 45 val, 46 test
-        rng.shuffle(multiple)
-        n = int(0.7 * len(multiple))
-        held = {"val": set(multiple[:n // 2]), "test": set(multiple[n // 2:n])}
-    elif name in ("holdout", "unseen"):
-        pool = multiple if name == "holdout" else [c for c in conditions if order(c) == 1]
-        genes = sorted({g for c in pool for g in c.split("+")})
-        rng.shuffle(genes)
-        if name == "holdout":
-            n_test = min(12, max(1, round(0.12 * len(genes))))
-            n_val = n_test // 2
-        else:                   # GEARS: 75% of the singles are training
-            n_test, n_val = max(1, round(0.25 * len(genes))), round(0.10 * len(genes))
-        test, val = set(genes[:n_test]), set(genes[n_test:n_test + n_val])
-        held["test"] = {c for c in conditions if test & set(c.split("+"))}
-        held["val"] = {c for c in conditions if val & set(c.split("+"))} - held["test"]
     elif name == "transfer":
-        held = _transfer(groups, rng)
+        held = _transfer(groups, np.random.RandomState(42 + fold))
     elif name != "all":
-        raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, all, "
-                        "combosciplex, FILE.json or obs:COLUMN")
+        held = _held_out(name, conditions, multiple, fold, folds)
     if train_on_val:
         held["val"] = set()
     split = {part: [] for part in PARTS}
@@ -1294,6 +1259,45 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
             raise DataError(f"--split {name}: no {part} condition, nothing {use}; this file has {len(conditions)} "
                             f"conditions, {len(multiple)} of them combinations. Choose another --split")
     return {part: sorted(names) for part, names in split.items()}
+
+
+def _held_out(name, conditions, multiple, fold, folds):
+    """{"val": conditions, "test": conditions} of a split by conditions; multiple: those of several perturbations."""
+    rng = np.random.RandomState(42 + fold)
+    if name in ("additive", "combo", "holdout") and not multiple:
+        raise DataError(f"--split {name} needs doubles, this file has 0; use --split cv, unseen, transfer or a split "
+                        "file")
+    if name == "additive":      # official scDFM folds: data.py:128-141; validation is ours
+        rng.shuffle(multiple)
+        n_test, n_val = max(1, int(0.3 * len(multiple))), int(0.1 * len(multiple))
+        return {"test": set(multiple[:n_test]), "val": set(multiple[n_test:n_test + n_val])}
+    if name == "cv":
+        pool, kind = (multiple, "doubles") if multiple else (conditions, "singles")
+        if not 3 <= folds <= len(pool):
+            raise DataError(f"--split cv with --folds {folds}: between 3 and {len(pool)} folds are possible with "
+                            f"{len(pool)} {kind}")
+        if fold >= folds:
+            raise DataError(f"--fold {fold}: folds are numbered 0 to {folds - 1}")
+        parts = np.array_split(np.random.RandomState(42).permutation(np.array(pool, dtype=object)), folds)
+        return {"test": set(parts[fold]), "val": set(parts[(fold + 1) % folds])}
+    if name == "combo":         # PerturBench: 91 of 131 held out, 45 val, 46 test
+        rng.shuffle(multiple)
+        n = int(0.7 * len(multiple))
+        return {"val": set(multiple[:n // 2]), "test": set(multiple[n // 2:n])}
+    if name not in ("holdout", "unseen"):
+        raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, all, "
+                        "combosciplex, FILE.json or obs:COLUMN")
+    pool = multiple if name == "holdout" else [c for c in conditions if order(c) == 1]
+    genes = sorted({g for c in pool for g in c.split("+")})
+    rng.shuffle(genes)
+    if name == "holdout":
+        n_test = min(12, max(1, round(0.12 * len(genes))))
+        n_val = n_test // 2
+    else:                       # GEARS: 75% of the singles are training
+        n_test, n_val = max(1, round(0.25 * len(genes))), round(0.10 * len(genes))
+    test, val = set(genes[:n_test]), set(genes[n_test:n_test + n_val])
+    held = {"test": {c for c in conditions if test & set(c.split("+"))}}
+    return held | {"val": {c for c in conditions if val & set(c.split("+"))} - held["test"]}
 
 
 def group_name(condition, covariate):
@@ -1712,12 +1716,19 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
         if config.hvg and config.hvg_by == "variance" and config.hvg_on == "train":
             raise DataError("--hvg chooses genes on the training cells of a split: add --split NAME, or --hvg-on all")
     dataset = Dataset(cells, parts, config, device)
+    _choose_panel(dataset, split)
+    return dataset
 
+
+def _choose_panel(dataset, split):
+    """Genes of a data set: enough detections or perturbed, then --hvg of the log-normalised, the evaluation genes. The
+    cells of the panel move into memory where they fit. Nothing after this sees another gene."""
+    cells, config, notes = dataset.source, dataset.config, dataset.source.notes
     perturbed = list({q for p in dataset.perturbations for q in (p, split_dose(p)[0])})
     detected = detections(cells.X, dataset.fit_rows)
     keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
-        raise DataError(f"{path}: no gene is detected in {config.min_cells} training and control cells; lower "
+        raise DataError(f"{cells.path}: no gene is detected in {config.min_cells} training and control cells; lower "
                         "--min-cells")
     if not keep.all():
         of = "training and control cells"
@@ -1745,7 +1756,6 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
     if isinstance(cells.X, StoredRows) and not config.backed and 8 * stored <= config.cache_gb * 2**30:
         cells.X = cells.X.in_memory()
     dataset.choose_genes()
-    return dataset
 
 
 def path_of(config):
