@@ -492,8 +492,8 @@ def known_vectors(config, dataset):
         return None
     drugs = {data.split_dose(p)[0] for p in dataset.perturbations}
     names = sorted({*dataset.genes, *dataset.perturbations, *drugs})
-    vectors, known = data.aligned_vectors(config.embedding, "--embedding", names)
-    data.coverage(print, "--embedding", known, "genes")
+    vectors, known = data.aligned_vectors(config.embedding, names)
+    data.coverage(print, config.embedding, known, "genes")
     return {name: vector for name, vector, there in zip(names, vectors.double().numpy(), known) if there}
 
 

@@ -2104,7 +2104,7 @@ def demo_file(cell_types=1, folder="runs"):
 
 # ------------------------------------------------------------------------------------------------ prior knowledge
 
-def _records(path, flag, parse, wanted, header=False):
+def _records(path, parse, wanted, header=False):
     """parse(line) of every line of a text file: plain, .gz, or the first member of a .zip; empty lines are left out.
 
     A line for which parse raises ValueError is an error that says what is `wanted`; the first line may be a header.
@@ -2118,8 +2118,7 @@ def _records(path, flag, parse, wanted, header=False):
         with handle:
             lines = [line.rstrip("\r\n") for line in handle]
     except (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, IndexError) as error:
-        raise DataError(f"{flag} {path}: cannot be read as text ({error}); check the path, or download it "
-                        "again") from None
+        raise DataError(f"{path}: cannot be read as text ({error}); check the path, or download it again") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -2127,12 +2126,11 @@ def _records(path, flag, parse, wanted, header=False):
             except ValueError:
                 if header and number == 1:
                     continue
-                raise DataError(f"{flag} {path}: line {number}: expected {wanted}, found '{line[:40]}'; mend or remove "
-                                "it") from None
+                raise DataError(f"{path}: line {number}: expected {wanted}, found '{line[:40]}'; mend or remove it") from None
             yield record
 
 
-def read_vectors(path, flag):
+def read_vectors(path):
     """{NAME: (p,) float32} of an .npz (names, emb), a .pt ({name: tensor}) or a .tsv/.csv (name, numbers). Vectors of
     zeros, which some files hold for what they do not know, are left out. Pickled objects are not loaded."""
     if path.endswith((".npz", ".pt")):
@@ -2146,7 +2144,7 @@ def read_vectors(path, flag):
             if rows.ndim != 2 or len(names) != len(rows):
                 raise ValueError(f"{len(names)} names, vectors of shape {rows.shape}")
         except Exception as error:              # np.load and torch.load raise many types on other content
-            raise DataError(f"{flag} {path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' "
+            raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' "
                             "and 'emb' (.npz) or a dict {name: 1-d tensor} (.pt), no pickled objects") from None
     else:
         separator = "," if path.endswith((".csv", ".csv.gz")) else "\t"
@@ -2159,10 +2157,10 @@ def read_vectors(path, flag):
                 raise ValueError
             lengths.add(len(row))
             return name, row
-        pairs = list(_records(path, flag, vector, "a name and numbers, as many as in the other lines", header=True))
+        pairs = list(_records(path, vector, "a name and numbers, as many as in the other lines", header=True))
         names, rows = [name for name, _ in pairs], np.array([row for _, row in pairs])
     if len(rows) == 0 or not np.isfinite(rows).all():
-        raise DataError(f"{flag} {path}: holds {'NaN or infinite values' if len(rows) else 'no vectors'}; remove them")
+        raise DataError(f"{path}: holds {'NaN or infinite values' if len(rows) else 'no vectors'}; remove them")
     return {str(name).upper(): row for name, row in zip(names, rows) if row.any()}
 
 
@@ -2180,9 +2178,9 @@ def read_edges(path, info=""):
         return first, second, float(score[0]) if score else 1.0
     symbol = {}
     if info:
-        symbol = dict(_records(info, "--ppi-info", protein, "a protein and its name, separated by a tab"))
+        symbol = dict(_records(info, protein, "a protein and its name, separated by a tab"))
     edges = set()
-    for first, second, score in _records(path, "--ppi", edge, "gene, gene and perhaps a score", header=True):
+    for first, second, score in _records(path, edge, "gene, gene and perhaps a score", header=True):
         if score >= (700 if score > 1 else 0.7):
             edges.add((symbol.get(first, first).upper(), symbol.get(second, second).upper()))
     return edges
@@ -2196,21 +2194,21 @@ def read_gmt(path):
         if not genes:
             raise ValueError
         return name, genes
-    return dict(_records(path, "--pathways", pathway, "a name, a description and genes, separated by tabs"))
+    return dict(_records(path, pathway, "a name, a description and genes, separated by tabs"))
 
 
-def coverage(say, flag, known, what):
+def coverage(say, path, known, what):
     """Print how many of the names that are needed a file knows, known (n,) bool; under 20% are an error."""
     found, wanted = int(known.sum()), len(known)
-    say(f"{flag}: knows {found:,} of {wanted:,} {what}")
+    say(f"{path}: knows {found:,} of {wanted:,} {what}")
     if found < 0.2 * wanted:
-        raise DataError(f"{flag}: knows only {found:,} of {wanted:,} {what}; give a file of the same species and "
-                        "naming (STRING needs --ppi-info), or leave the flag out: a stand-in is made from the data")
+        raise DataError(f"{path}: knows only {found:,} of {wanted:,} {what}; give a file of the same species and "
+                        "naming (STRING's needs its protein.info), or none: a stand-in is made from the data")
 
 
-def aligned_vectors(path, flag, names):
+def aligned_vectors(path, names):
     """Vectors of read_vectors for some names: (n, p) float32, zeros where the file has none, and known (n,) bool."""
-    table = read_vectors(path, flag)
+    table = read_vectors(path)
     known = torch.tensor([name.upper() in table for name in names])
     nothing = np.zeros(len(next(iter(table.values()), ())), dtype=np.float32)
     return torch.from_numpy(np.stack([table.get(name.upper(), nothing) for name in names])), known
@@ -2224,7 +2222,7 @@ def gene_graph(path, info, genes, say):
         if a in column and b in column:
             graph[column[a], column[b]] = 1
     graph = graph.maximum(graph.T).fill_diagonal_(0)
-    coverage(say, "--ppi", graph.any(0), "genes of the panel (by an edge to another)")
+    coverage(say, path, graph.any(0), "genes of the panel (by an edge to another)")
     return graph
 
 
@@ -2232,7 +2230,7 @@ def gene_sets(path, genes, say):
     """Which of the genes are in the sets of read_gmt: (Q, G) float32, 0 or 1."""
     names, sets = [gene.upper() for gene in genes], list(read_gmt(path).values())
     member = torch.tensor([[name in of for name in names] for of in sets], dtype=torch.float32).view(-1, len(names))
-    coverage(say, "--pathways", member.any(0), "genes of the panel")
+    coverage(say, path, member.any(0), "genes of the panel")
     return member
 
 

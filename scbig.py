@@ -184,8 +184,8 @@ def gene_vectors(run, corr, width=128, effects=64):
     if not run.config.gene_embeddings:
         return own
 
-    given, known = data.aligned_vectors(run.config.gene_embeddings, "--gene-embeddings", run.panel.genes)
-    data.coverage(run.say, "--gene-embeddings", known, "genes of the panel")
+    given, known = data.aligned_vectors(run.config.gene_embeddings, run.panel.genes)
+    data.coverage(run.say, run.config.gene_embeddings, known, "genes of the panel")
     own_known, mean = own[known], given[known].mean(0)
     ridge = own_known.T @ own_known + torch.eye(own.shape[1])
     fitted = mean + own @ torch.linalg.solve(ridge, own_known.T @ (given[known] - mean))
@@ -232,8 +232,8 @@ def perturbation_vectors(run, vectors):
     names, table = token_table(panel, config)
     N, asked = len(names), {p: table[p][0] for p in panel.perturbations}
     if config.pert_embeddings:
-        out, fixed = data.aligned_vectors(config.pert_embeddings, "--pert-embeddings", names)
-        data.coverage(run.say, "--pert-embeddings", fixed[sorted(set(asked.values()))], "perturbations")
+        out, fixed = data.aligned_vectors(config.pert_embeddings, names)
+        data.coverage(run.say, config.pert_embeddings, fixed[sorted(set(asked.values()))], "perturbations")
     elif config.condition_embedding == "learned":
         out, fixed = torch.zeros(N, 128), torch.zeros(N, dtype=torch.bool)
     else:

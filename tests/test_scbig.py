@@ -521,7 +521,7 @@ def test_vectors_in_every_format(kind, tmp_path):
         mark = "," if kind == "csv" else "\t"
         text = "".join(mark.join(map(str, (k, *v))) + "\n" for k, v in {"gene": ["d1", "d2"], **vectors}.items())
         path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
-    got = data.read_vectors(str(path), "--gene-embeddings")
+    got = data.read_vectors(str(path))
     assert {k: v.tolist() for k, v in got.items()} == {"ABC": [1.0, 2.5], "DEF": [-3.0, 0.25]}
 
 
@@ -568,7 +568,7 @@ NAMES = [f"TF{i}" for i in range(1, 17)] + [f"GENE{i}" for i in range(1, 25)]   
     ("--pathways", "p.gmt", "One\tR-1\tMOUSEGENE\tTF1\tTF2\n", ["knows only 2 of 40 genes"]),
     ("--gene-embeddings", "v.tsv", "TF1\t1\t2\nTF2\t1\t3\n", ["knows only 2 of 40 genes"]),
     ("--pert-embeddings", "v.tsv", "TF1\t1\t2\nTF2\t1\t3\n", ["knows only 2 of 16 perturbations"]),
-    ("--ppi", "p.txt", "9606.P1 9606.P2 900\n", ["knows only 0 of 40 genes", "--ppi-info"]),
+    ("--ppi", "p.txt", "9606.P1 9606.P2 900\n", ["knows only 0 of 40 genes", "protein.info"]),
     ("--ppi", "p.txt", "", ["knows only 0 of 40 genes"]),
     ("--ppi", "p.txt", "".join(f"{g} {g} 900\n" for g in NAMES), ["knows only 0 of 40 genes"]),
     ("--ppi", "p.txt", "".join(f"9606.{a} {b} 900\n" for a, b in zip(NAMES, NAMES[1:])), ["knows only 0 of 40 genes"]),
@@ -581,7 +581,7 @@ def test_bad_prior_files_are_one_clear_line(flag, name, content, words, dataset,
         path.write_text(content)
     with pytest.raises(data.DataError) as caught:
         make(dataset, panel, **{flag[2:].replace("-", "_"): str(path)})
-    for word in (flag, *words):
+    for word in (name, *words):
         assert word in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -593,7 +593,7 @@ def test_pickled_objects_are_not_loaded(tmp_path):
     np.savez(tmp_path / "v.npz", names=np.array(["A"], dtype=object), emb=np.array([Evil()], dtype=object))
     for name in ("v.pt", "v.npz"):
         with pytest.raises(data.DataError, match="no pickled objects"):
-            data.read_vectors(str(tmp_path / name), "--gene-embeddings")
+            data.read_vectors(str(tmp_path / name))
     assert not (tmp_path / "owned").exists()
 
 
