@@ -2126,7 +2126,8 @@ def _records(path, parse, wanted, header=False):
             except ValueError:
                 if header and number == 1:
                     continue
-                raise DataError(f"{path}: line {number}: expected {wanted}, found '{line[:40]}'; mend or remove it") from None
+                raise DataError(f"{path}: line {number}: expected {wanted}, found '{line[:40]}'; mend or remove "
+                                "it") from None
             yield record
 
 
