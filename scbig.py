@@ -35,7 +35,7 @@ Deviations (numbers that back them: README, experiments):
 10. Fixed midpoint steps; C integrates adaptively, cell by cell.
 11. 20 conditions x 1,024 cells are one step (C: 20 accumulated ones). Every drawn control has a partner, drawn from its
     row of the plan; C draws both from the plan.
-12. The last model predicts, and validation conditions train; P and C select on them.
+12. The last model predicts, validation conditions train (P, C select on them); 30% of the doubles are tested (P: 32).
 13. Genes that a file of embeddings lacks are fitted from expression by ridge; C draws them at random or takes 0.
 14. Pathways need three genes of the panel, which fits P's 969; C takes those with one.
 15. --effect-readout and --residual (demo): 30 conditions teach the network no additivity, and its decoder returns
