@@ -327,6 +327,24 @@ def test_ceilings_are_fresh_cells_of_the_simulators_truth(tmp_path):
     assert not bench.ceilings(dataset, sizes, 0)
 
 
+def test_the_truth_of_doubles_has_their_interaction_and_the_oracles_has_none(tmp_path):
+    data.simulate(tmp_path / "a.h5ad", cells=4000, genes=40)
+    dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(), "additive")
+    kind = dict(zip(dataset.source.uns["truth_conditions"], dataset.source.uns["truth_interactions"]))
+    real = {g: dataset.cells(g, dataset.eval_genes).mean(0) for g in dataset.part("test") if kind[g] != "additive"}
+    off = {name: np.mean([np.abs(cells[g].mean(0) - real[g]).mean() for g in real])
+           for name, cells in bench.ceilings(dataset, dict.fromkeys(real, 200), 0).items()}
+    assert off["truth"] < 0.6 * off["oracle, no interaction"]
+
+
+def test_pairs_is_tuned_by_leaving_out_one_double_at_a_time(demo, monkeypatch):
+    folds, tune = [], bench.tune
+    monkeypatch.setattr(bench, "tune", lambda *args: folds.append(args[5:]) or tune(*args))
+    dataset = data.load(demo, data.DataConfig(), "additive")
+    bench.fit_baseline("pairs", dataset)
+    assert folds == [(), (len(dataset.part("train")),)]                              # ridge's five, and its own
+
+
 def test_the_oracle_knows_singles_and_takes_interactions_at_random():
     screen = data.Screen(seed=0)
     singles = dict(zip(screen.conditions, screen.shifts))
@@ -534,8 +552,8 @@ def test_the_table_holds_what_the_runs_printed(demo, stub, capsys, tmp_path):
     assert line in table and "**" in table and "l2↓" in table and "seconds" in table and "Wilcoxon" in table
     tells = rows["can this metric tell"]["mean"]
     assert tells["l2"] == pytest.approx(np.mean([r["can_tell"]["l2"] for r in results]))
-    of = {g: np.mean([r["replicate_per_condition"][g]["l2"] for r in results if g in r["replicate_per_condition"]])
-          for g in rows["replicate"]["per_condition"]}
+    several = [r["replicate_per_condition"] for r in results]
+    of = {g: np.mean([each[g]["l2"] for each in several if g in each]) for each in several for g in each}
     assert of == pytest.approx({g: v["l2"] for g, v in rows["replicate"]["per_condition"].items()})
     test = written(tmp_path / "b", "tests")[fork]["l2"]
     simple = {n: r["mean"]["l2"] for n, r in rows.items() if r["kind"] in ("floor", "baseline")}
@@ -606,6 +624,8 @@ def test_a_failed_run_is_reported_and_does_not_stop_the_rest(demo, stub, capsys,
     assert "FAILED" in done.stderr and "--fail: as asked" in done.stderr
     rows = written(tmp_path / "b")
     assert str(stub) in rows and f"{stub} --fail" not in rows and "ridge" not in rows
+    done = main(capsys, *flags_of(demo, tmp_path / "c", stub), "--no-baselines", "--train-on-val")
+    assert done.returncode == 2 and "has another split" in done.stderr               # the stub's has a validation part
     for path in (tmp_path / "b").glob("*/split.json"):
         data.write_json(path, {"train": [], "val": [], "test": ["TF1"]})
     done = main(capsys, *flags_of(demo, tmp_path / "b", stub), "--no-baselines")
