@@ -1,16 +1,18 @@
 """Perturbation data: read any AnnData file, label, preprocess, split, sample, write, simulate.
 
-A file becomes a `Dataset` in six steps, all in `load()`: read the matrix and the labels with h5py alone; turn every
-spelling of a condition into one canonical name; split by condition, never by cell; drop what fails quality control;
-log-normalise; choose genes on training and control cells only. Nothing here is fitted on a test cell.
+A file becomes a `Dataset` in seven steps, all in `load()`: read the matrix and the labels with h5py alone; turn every
+spelling of a condition into one canonical name; drop cells that fail quality control; split by condition, never by
+cell; drop genes that are hardly detected; log-normalise; choose genes. The last three look at training and control
+cells only: nothing here is fitted on a test cell.
 
     python data.py norman.h5ad                          what is in this file, and will it load
     python data.py norman.h5ad --json --split additive  the same as one JSON object, with the parts of a split
     python data.py norman.h5ad --out norman.h5          log-normalised, cells grouped by condition, quick to read
     python data.py demo --out demo.h5ad                 simulated counts, known truth (--cells, --genes, --cell-types)
 
-Size: a matrix is held dense on the device up to --cache-gb, else sparse in memory up to that, else it stays on disk
-(--backed: always), uncompressed CSR in place, anything else in a temporary copy; passes go over blocks of rows, and a
+Size: a matrix above --cache-gb is read in blocks of rows, uncompressed CSR in place, anything else from a temporary
+copy (columns are turned to rows in memory first). Once the genes are chosen, their values in all cells move into memory
+where these fit, sparse and, for drawing batches, dense on the device; else, and with --backed, they stay on disk, and a
 batch is read when it is drawn. Results are the same to the last bit, but on a GPU, whose dense matrix is float16.
 
 Units: `counts` are raw UMI counts; everything a method sees is log1p of counts per 10,000 ("log1p CP10k").
@@ -1104,7 +1106,7 @@ def gene_statistics(dataset, most=100_000):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")       # whatever a method has set for its model
     try:
-        for block in row_blocks(X, rows):
+        for block in progress(row_blocks(X, rows), "correlating the genes"):
             z = (torch.from_numpy(X[block].toarray()).to(dataset.device) - mean) / std
             corr.addmm_(z.T, z)
     finally:
@@ -1119,7 +1121,7 @@ def training_effects(dataset):
         return gene_moments(dataset.X, rows)[0] / len(rows)
     control = {v: mean(rows) for v, rows in dataset.control_rows["train"].items()}
     groups = dataset.part("train")
-    effects = [mean(dataset.rows[g]) - control[split_group(g)[1]] for g in groups]
+    effects = [mean(dataset.rows[g]) - control[split_group(g)[1]] for g in progress(groups, "averaging conditions")]
     return groups, np.stack(effects), np.mean(list(control.values()), axis=0)
 
 
