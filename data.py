@@ -2367,14 +2367,38 @@ def load_checkpoint(path, method, cls):
     if version != CHECKPOINT_VERSION or cls and found != method:
         raise DataError(f"{path}: is a checkpoint of {found}, version {version}; {method} reads its own of version "
                         f"{CHECKPOINT_VERSION}: give another, or train again")
-    if not cls:
-        return None, state
     with same_version(path):
-        stored, known = set(state["config"]), {f.name for f in fields(cls)}
-        if stored != known:
-            raise ValueError(f"its Config has {_listed(sorted(stored - known))} and lacks "
-                             f"{_listed(sorted(known - stored))}")
-        return cls(**state["config"]), state
+        panel, split = Panel(**state["panel"]), state["split"]
+        G, P = len(panel.genes), len(panel.perturbations)
+        sound = (len(panel.mean) == len(panel.highest) == len(panel.typical) == G and len(panel.pert_gene) == P
+                 and set(panel.eval_genes) <= set(range(G)) and set(panel.pert_gene) <= set(range(-1, G))
+                 and np.isfinite([panel.mean, panel.highest, panel.typical]).all()
+                 and set(panel.trained) <= set(panel.perturbations) and set(split) == set(PARTS)
+                 and all(_fits(tuple(names), tuple[str, ...]) for names in split.values())
+                 and type(state["step"]) is int and math.isfinite(state["seconds"]))
+        if not sound:
+            raise ValueError("its panel, split or step is no such")
+        if not cls:
+            return None, state
+        kinds, config = typing.get_type_hints(cls), state["config"]
+        for name in sorted(set(kinds) ^ set(config)):
+            raise ValueError(f"its Config {'has' if name in config else 'lacks'} {name}")
+        for name, value in config.items():
+            if not _fits(value, kinds[name]):
+                raise ValueError(f"its {name} is {value!r}")
+        return cls(**config), state
+
+
+def _fits(value, kind):
+    """Whether a value is of the type of a field."""
+    of = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in of
+    if typing.get_origin(kind) is tuple:
+        return type(value) is tuple and all(_fits(each, of[0]) for each in value)
+    if of:
+        return any(_fits(value, each) for each in of)
+    return type(value) is kind or kind is float and type(value) is int
 
 
 @contextlib.contextmanager
