@@ -2314,6 +2314,9 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
     if bool(config.ckpt) != sum(bool(getattr(config, name)) for name in uses):
         raise DataError(f"--ckpt FILE and {' or '.join(map(_flag, uses))} belong together; to go on with a run use "
                         "--resume")
+    for name in ("controls", "cells", "all_genes", "as_counts", "as_"):
+        if name in typed and not config.ckpt:
+            raise DataError(f"{_flag(name)}: belongs to --ckpt FILE --predict; remove it")
     if config.eval_every and (config.train_on_val or config.split == "all"):
         reason = "--split all" if config.split == "all" else "--train-on-val (--no-train-on-val keeps them apart)"
         raise DataError(f"--eval-every {config.eval_every}: {reason} leaves no validation conditions to score; drop "
@@ -2328,12 +2331,12 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
 
 
 def require(config, positive, below_one):
-    """Refuse a 0 in fields where it has no meaning, and 1 in shares and decays: names, separated by blanks. (Negative
-    numbers are refused in all fields.)"""
+    """Refuse a 0 in fields where it has no meaning, sizes that no machine holds, and 1 in shares and decays: names,
+    separated by blanks. (Negative numbers are refused in all fields.)"""
     for name in positive.split():
         value = getattr(config, name)
-        if 0 in (value if isinstance(value, tuple) else (value,)):
-            raise DataError(f"{_flag(name)} {_shown(value)}: must be positive")
+        if not all(0 < number <= 1e6 for number in (value if isinstance(value, tuple) else (value,))):
+            raise DataError(f"{_flag(name)} {_shown(value)}: must be positive, and at most a million")
     for name in below_one.split():
         if getattr(config, name) >= 1:
             raise DataError(f"{_flag(name)} {getattr(config, name)}: must be below 1")

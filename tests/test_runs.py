@@ -219,6 +219,17 @@ def test_a_run_starts_from_another_ones_weights(method, all_trained, demo, call,
     assert torch.equal(mine, old)
 
 
+def test_split_all_trains_on_everything_and_predicts_without_a_table(demo, call, tmp_path):
+    out = ok(call(f"{CHEAP}.py", "--data", demo, *FLAGS, "--steps", 2, "--split", "all", "--out", tmp_path / "run"))
+    assert "no condition is held out: there will be no table" in out and "l2" not in out
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock", "ckpt.pt", "config.json", "log.jsonl", "split.json"]
+    assert len(read(tmp_path / "run", "split.json")["train"]) == 40
+    ask = ["--ckpt", tmp_path / "run" / "ckpt.pt", "--out", tmp_path / "p.h5ad", "--predict"]
+    error(call(f"{CHEAP}.py", *ask, "test"), "--predict test", "held no condition out")
+    ok(call(f"{CHEAP}.py", *ask, "TF1+TF2", "--cells", 4))
+
+
 def test_init_refuses_what_has_nothing_in_common(all_trained, demo, call, tmp_path):
     flags = ["--data", demo, *FLAGS, "--out", tmp_path / "run", "--init"]
     error(call(f"{CHEAP}.py", *flags, all_trained["scbig"][0] / "ckpt.pt"), "--init", "no weight")
@@ -642,6 +653,11 @@ def test_two_models_in_one_process_are_two_compiled_functions(method, all_traine
     (["--steps", "many"], ["--steps"]),
     (["--steps", "0"], ["--steps"]),
     (["--lr", "-1"], ["--lr"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--dropout", "nan"], ["--dropout"]),
+    (["--lr-min", "1"], ["--lr-min 1.0", "above --lr"]),
+    (["--as-counts"], ["--as-counts", "--predict"]),
+    (["--layers", "1000000000"], ["--layers", "at most"]),
     (["--seed", "-1"], ["--seed"]),
     (["--preset", "big"], ["--preset big", "paper"]),
     (["--device", "meta"], ["--device meta"]),
