@@ -643,6 +643,52 @@ def test_two_models_in_one_process_are_two_compiled_functions(method, all_traine
     assert len(compiled) == expected
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state["config"].pop("width"), "its Config lacks width"),
+    (lambda state: state["config"].update(extra=1), "its Config has extra"),
+    (lambda state: state["config"].update(width="wide"), "its width is 'wide'"),
+    (lambda state: state["config"].update(width=32), "size mismatch"),
+    (lambda state: state["content"]["ema"].popitem(), "Missing key"),
+    (lambda state: state["panel"]["mean"].pop(), "its panel")])
+def test_a_checkpoint_of_another_version_of_the_file_is_one_line(change, words, all_trained, call, tmp_path):
+    """Forkers change the architecture every day."""
+    state = torch.load(all_trained[CHEAP][0] / "ckpt.pt", weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "ckpt.pt")
+    done = call(f"{CHEAP}.py", "--ckpt", tmp_path / "ckpt.pt", "--predict", "TF1", "--out", tmp_path / "p.h5ad")
+    error(done, "ckpt.pt: made by another version of this file", words)
+    error(call(f"{CHEAP}.py", "--out", tmp_path, "--resume"), words)
+
+
+def test_cells_that_are_not_finite_are_refused(all_trained, call, tmp_path):
+    state = torch.load(all_trained[CHEAP][0] / "ckpt.pt", weights_only=True)
+    state["content"]["ema"]["effects"] *= float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    done = call(f"{CHEAP}.py", "--ckpt", tmp_path / "nan.pt", "--predict", "TF1", "--out", tmp_path / "p.h5ad")
+    error(done, "not finite")
+    assert not (tmp_path / "p.h5ad").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[" * 100_000])
+def test_a_table_that_is_none_is_scored_again(content, all_trained, call, tmp_path):
+    shutil.copytree(all_trained[CHEAP][0], tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").write_text(content)
+    assert "l2" in ok(call(f"{CHEAP}.py", "--out", tmp_path / "run", "--resume"))
+    assert read(tmp_path / "run")["method"] == CHEAP
+
+
+def test_consoles_without_arrows_and_full_disks_behind_them(all_trained):
+    """A finished run's table on a console of Windows, and where its lines cannot be written."""
+    command = [sys.executable, str(ROOT / f"{CHEAP}.py"), "--out", str(all_trained[CHEAP][0]), "--resume"]
+    ascii_only = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=ascii_only)
+    assert done.returncode == 0 and b"l2?" in done.stdout, done.stderr
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ascii_only)
+        error(done, "output cannot be written")
+
+
 # ------------------------------------------------------------------------------------------------ misuse
 
 @pytest.mark.parametrize("flags, words", [
