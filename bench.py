@@ -289,7 +289,7 @@ GRIDS = {
 def tune(function, grid, train, Y, test, n_folds=5):
     """The options of a grid with the least squared error in cross-validation over the training groups with as many
     perturbations as the test groups have (over all when there are fewer than five of them)."""
-    if len(train) == 1 or len(grid) == 1:
+    if len(train) == 1:
         return grid[0]
     orders = {len(perturbations(g)) for g in test}
     like = [i for i, g in enumerate(train) if len(perturbations(g)) in orders]
@@ -305,7 +305,8 @@ def tune(function, grid, train, Y, test, n_folds=5):
 
 def fit_baseline(name, dataset, embedding=None):
     """Effects that one baseline predicts for the test groups on the evaluation genes (m, E), and the options that
-    cross-validation chose; None for a kernel that is related to nothing for one of the groups."""
+    cross-validation chose; None for a kernel that is related to nothing for one of the groups, and for pairs where no
+    group is a double of two trained singles."""
     function, grid = GRIDS[name]
     train, Y, control = data.training_effects(dataset)
     test = dataset.part("test")
@@ -318,9 +319,9 @@ def fit_baseline(name, dataset, embedding=None):
         rows = dataset.control_rows["train"]
         given["controls"] = {v: data.gene_moments(dataset.X, r)[0] / len(r) for v, r in rows.items()}
     if name == "pairs":
+        if not any(singles_of(g, train) for g in test):
+            return None
         given["lam"] = tune(ridge, GRIDS["ridge"][1], train, Y, test)["lam"]
-        if not any(singles_of(g, train) for g in test):     # it is ridge
-            grid = grid[:1]
     grid = [options | given for options in grid]
     options = tune(function, grid, train, Y, test, len(train) if name == "pairs" else 5)
     effects = function(train, Y, test, **options)
@@ -505,7 +506,8 @@ def ceilings(dataset, sizes, seed):
         return {}
     kind = {v: int(v.removeprefix("type") or 1) - 1 for v in dataset.covariate}      # of cells
     screen = data.Screen(uns["truth_means"].shape[1], max(kind.values()) + 1, int(uns["seed"]))
-    if screen.conditions != list(uns["truth_conditions"]):                           # of types that were not asked for
+    known = screen.conditions == list(uns["truth_conditions"])                       # else of types not asked for
+    if not known or not {data.split_group(group)[0] for group in sizes} <= set(screen.conditions):
         return {}
     columns = [screen.names.index(dataset.genes[i]) for i in dataset.eval_genes]
     out = {"truth": {}, "oracle, no interaction": {}}
@@ -706,7 +708,8 @@ def bench(config):
     folds = {fold: score_fold(config, fold) for fold in config.folds}     # cheap, and finds bad input first
     first = folds[config.folds[0]][0]
     todo = [job for job in planned if not job.has("metrics.json")]
-    print(f"{out} holds {len(planned) - len(todo)} of {len(planned)} runs", flush=True)
+    if planned:
+        print(f"{out} holds {len(planned) - len(todo)} of {len(planned)} runs", flush=True)
     failed = run_jobs(todo, config.jobs)
     good = [job for job in planned if job not in failed]
     runs = [run for _, several in folds.values() for run in several]
@@ -736,7 +739,7 @@ def bench(config):
                      "singles, or fewer than three such doubles train")
     if published:
         lines.append("published rows are of other genes and cells, where control itself has another l2 ("
-                     + ", ".join(f"{r['control_l2']:g}" for r in published.values())
+                     + ", ".join(dict.fromkeys(f"{row['control_l2']:g}" for row in published.values()))
                      + "): of them and ours only l2/control compares")
     if partial:
         lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")

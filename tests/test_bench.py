@@ -343,6 +343,7 @@ def test_pairs_is_tuned_by_leaving_out_one_double_at_a_time(demo, monkeypatch):
     dataset = data.load(demo, data.DataConfig(), "additive")
     bench.fit_baseline("pairs", dataset)
     assert folds == [(), (len(dataset.part("train")),)]                              # ridge's five, and its own
+    assert bench.fit_baseline("pairs", data.load(demo, data.DataConfig(), "unseen")) is None     # no double is tested
 
 
 def test_the_oracle_knows_singles_and_takes_interactions_at_random():
