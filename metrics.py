@@ -35,6 +35,7 @@ What to keep in mind when reading the numbers:
   where the challenge's is .683). The challenge's sixth score, expr_mse_unbiased_capped_norm, is left to cell-eval 2.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -697,7 +698,7 @@ class _World:
         self.control = {v: _Population(x, v, self, "control", of_real.get(v)) for v, x in control.items()}
         self.panel_targets = sorted({i for g in groups for i in self.targets(g)})
         self.reference = {}                          # {group: (G,)} the mean training perturbation
-        self.levels = {}                             # {group: mean of all its predicted values}
+        self.levels = {}                             # {group: mean of all values of what was scored last}
         self.ticks = iter(())                        # one for every population that is scored: data.progress
         self.basis = None
 
@@ -979,7 +980,7 @@ def _score(populations, real, world, keys, tables=None):
         next(world.ticks, None)
         r = real[p.group]
         condition = Condition(p, r)
-        world.levels.setdefault(p.group, p.mean.mean())              # the prediction comes before the floors
+        world.levels[p.group] = p.mean.mean()
         out[p.group] = {k: KEYS[k].score(condition) for k in keys if k not in compared}
         kept[p.group] = {name: getattr(p, name) for name in compared.values()}
         if tables is not None:
@@ -1382,12 +1383,13 @@ def read_prediction(path, config):
 
     config: data.ReadConfig, whose columns are used as far as the file has them, else searched for. Counts are
     normalised; other values are taken as they are, even those that log1p CP10k does not have, which a note says."""
-    named = dataclasses.replace(config, layer="", counts=False, lognorm=False)
-    searched = dataclasses.replace(named, pert_key="", control_label="", gene_key="", dose_key="")
-    try:
-        cells = data.read_cells(path, named, control_required=False, check=False)
-    except data.DataError:
-        cells = data.read_cells(path, searched, control_required=False, check=False)
+    config = dataclasses.replace(config, layer="", counts=False, lognorm=False)
+    for column in ("gene_key", "dose_key", "pert_key"):              # which the file may lack, the likeliest first
+        with contextlib.suppress(data.DataError):
+            cells = data.read_cells(path, config, control_required=False, check=False)
+            return list(cells.genes), _Groups(cells, config)
+        config = dataclasses.replace(config, **{column: ""})
+    cells = data.read_cells(path, dataclasses.replace(config, control_label=""), control_required=False, check=False)
     return list(cells.genes), _Groups(cells, config)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -274,6 +275,36 @@ def test_challenge_discrimination_pools_the_counts_of_a_condition(score, tmp_pat
     assert other.written["per_condition"] != done.written["per_condition"]
 
 
+def test_profiles_pool_what_each_cell_counted():
+    """Of predictions, controls, halves of the replicate and the control floor; below 0 there are no counts."""
+    counts = {k: np.random.default_rng(i).poisson(3, (n, 4)) * [[1], [9]] * np.ones(4)
+              for i, (k, n) in enumerate([("x", 2), ("", 2)])}
+
+    def logged(x):
+        return np.log1p(x / x.sum(1, keepdims=True) * 1e4).astype(np.float32)
+
+    def profile(x):
+        return pytest.approx(np.log1p(50_000 * x.sum(0) / x.sum()), rel=1e-5)
+
+    of = {k: x.sum(1) for k, x in counts.items()}
+    world = metrics._World(["x"], logged(counts[""]), list("abcd"), 0, (of, of))
+    real = metrics._Population(logged(counts["x"]), "x", world, "real", of["x"])
+    assert real.profile == profile(counts["x"]) and world.control[""].profile == profile(counts[""])
+    [floor] = metrics._floor("control", world, None, {"x": 2})
+    assert floor.profile == profile(counts[""])                       # all controls once
+    below = metrics._Population(-real.cells, "x", world)
+    assert not below.profile.any()
+
+
+def test_halves_of_the_replicate_keep_what_each_cell_counted(monkeypatch):
+    monkeypatch.setattr(metrics, "_score", lambda *halves: halves)
+    world = metrics._World(["x"], numbered(5), ["p", "q", "r"], 0)
+    truth = metrics._Population(numbered(21), "x", world, "real", np.arange(21.0))
+    one, other = metrics._replicate({"x": truth}, world, ["l2"])[:2]
+    for half in (*one, other["x"]):
+        assert np.array_equal(half.totals, half.cells[:, 0])
+
+
 def test_challenge_discrimination_is_cosine_without_the_targets_of_the_panel(oracle):
     """cell-eval 2 takes log1p counts per million of the counts summed over a condition."""
     q, m = (np.log1p(x / x.sum(1, keepdims=True) * 1e6) for x in (oracle["vcc_pred_sums"], oracle["vcc_real_sums"]))
@@ -334,6 +365,9 @@ def test_welch_t_equals_scipy_and_treats_degenerate_genes_as_scanpy():
     own, other = ((a.mean(0, dtype=float), a.var(0, ddof=1, dtype=float)) for a in (x, control))
     t = metrics.welch_t(*own, len(x), *other)
     assert t == pytest.approx(slow_t(x, control)) and (t[[3, 4]] == 0).all()
+    world = metrics._World(["g"], control, [f"g{i:02d}" for i in range(40)], 0)
+    assert metrics._Population(x, "g", world, "real").t == pytest.approx(t)
+    assert metrics.deg_recall(t[:10], t[:10]) == 1                    # of fewer than 50 genes
     assert metrics.welch_t(np.ones(2), np.zeros(2), 5, np.zeros(2), np.zeros(2)).tolist() == [0, 0]   # infinite
     assert np.isnan(metrics.welch_t(np.ones(2), np.full(2, np.nan), 1, np.zeros(2), np.ones(2))).all()
 
@@ -510,6 +544,7 @@ def test_control_as_point_mass_gets_the_documented_values(case, result):
     assert values["l2"] == pytest.approx(np.mean([np.linalg.norm(d) for d in effects]), rel=1e-5)
     for key in ("cosine_logfc_rank", "deg_recall_50_rank", "pds_cosine", "rmse_rank", "mmd_rank"):
         assert values[key] == 0.5
+    assert {v["pds_cosine_panel"] for v in scored["per_condition"].values()} == {0.5}      # no effect is undefined
     assert values["e_distance"] > result["floors"]["control"]["e_distance"]        # no spread
     some = metrics.evaluate(**changed(case, pred=case["pred"] | {"g02": pred["g02"]}), floors=False)
     defined = [v["pearson_delta"] for c, v in some["per_condition"].items() if c != "g02"]
@@ -661,6 +696,12 @@ def test_scoring_that_takes_long_says_how_far_it_is(case, monkeypatch, capsys):
     lines = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
     assert lines == ["reading training conditions: 1 of 6", "reading training conditions: 6 of 6", "scoring: 1 of 30",
                      "scoring: 30 of 30"]
+    ticks, scored = [], []
+    monkeypatch.setattr(data, "progress", lambda items, what: (ticks.append(i) or i for i in items))
+    key = metrics.KEYS["l2"]._replace(score=lambda x: scored.append(len(ticks)) or 0.0)
+    monkeypatch.setitem(metrics.KEYS, "l2", key)
+    metrics.evaluate(**changed(case, keys=["l2"], train=None), floors=False)
+    assert scored == [1, 2, 3, 4, 5]
 
 
 def draws(seed=0, groups=("x", "y"), sizes=(1500, 1500)):
@@ -1156,9 +1197,12 @@ def test_counts_in_the_real_file_are_normalised_over_all_its_genes(case, score, 
 def test_other_columns_and_labels(files, case, score, tmp_path):
     """The flags describe the real file; a prediction whose column is called otherwise is read all the same."""
     real = write(tmp_path / "real.h5ad", {"NTC": case["control"]} | case["real"], case["genes"], key="what")
+    with h5py.File(real, "r+") as file:
+        file["var/symbol"] = np.array(case["genes"], dtype=bytes)
     alike = write(tmp_path / "pred.h5ad", case["pred"], case["genes"], key="what")
     for pred in (files / "pred.h5ad", alike):
-        assert score(pred, real, "--pert-key", "what", "--control", "NTC", "--keys", "l2").code == 0
+        flags = ("--pert-key", "what", "--control", "NTC", "--gene-key", "symbol", "--keys", "l2")
+        assert score(pred, real, *flags).code == 0
 
 
 def test_covariates_on_the_command_line(score, tmp_path):
@@ -1193,6 +1237,7 @@ def test_predictions_that_no_cell_could_have_are_scored_with_a_note(files, case,
 @pytest.mark.parametrize("side, change, flags, notes", [
     ("pred", lambda x: x, (), ()),
     ("pred", np.log1p, (), ("predicted values average",)),
+    ("pred", lambda x: 2 * x, (), ("predicted values average",)),
     ("pred", np.trunc, (), ("pred.h5ad: integers up to", "that were cast to integers")),
     ("real", np.expm1, ("--lognorm",), ("real.h5ad: values from 0 to", "are both log1p CP10k?")),
 ])
