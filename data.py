@@ -1398,7 +1398,7 @@ def _given_split(name, groups, canonical, given):
         for entry in map(str, given.get(part, ())):
             label, covariate = split_group(entry)
             condition = canonical(label)
-            if condition not in members:    # the file may spell its controls in another way: A+ctrl
+            if condition and condition not in members:      # the file may spell its controls in another way: A+ctrl
                 condition = "+".join(t for t in condition.split("+") if not is_control_label(t)) or CONTROL
             if condition == CONTROL:
                 continue                    # controls are shared by all parts, as in the split files of GEARS
