@@ -943,7 +943,7 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
     else:
         found, lacks = read(config.control_label)
         if marker and control_required and not found:
-            found, _ = read("", marked)
+            found, lacks = read("", marked)
             notes.append(f"took the {int(marked.sum()):,} cells with {marker} for controls, since no label is one "
                          f"(--control-label {marker}, or another)")
     how = ("Name the column of the perturbations with --pert-key, and their controls with --control-label LABEL or "

@@ -74,6 +74,13 @@ def test_a_column_marks_the_controls(tmp_path, column, values, marker):
         read(path, control_label=f"{column}=maybe")
 
 
+def test_columns_disagree_where_another_marks_the_controls(tmp_path):
+    path = column_file(tmp_path / "file.h5ad", {"condition": ["x", "KLF1"], "drug": ["x", "JQ1"],
+                                                "is_control": np.array([True, False])})
+    with pytest.raises(data.DataError, match="condition .KLF1, control. and drug .JQ1, control. disagree"):
+        read(path)
+
+
 def test_a_control_label_that_is_a_gene_too(tmp_path):
     """CTRL is a gene; it is the control only where nothing else is."""
     genes = GENES[:-1] + ["CTRL"]
@@ -176,6 +183,9 @@ def test_a_column_of_genes_is_not_passed_over_for_a_clinical_one(tmp_path):
                                              r"control cells.*\(only wild type are no gene\).*--pert-key"):
         read(path)
     assert conditions(path, pert_key="condition") == ["control", "AD", "AD"]
+    column_file(path, {**columns, "condition": ["CTRL", "AD", "AD"]}, genes=GENES[:-1] + ["CTRL"])
+    with pytest.raises(data.DataError, match="names no gene"):              # but for that of the control
+        read(path)
     column_file(path, {**columns, "perturbation": ["x", "y", "z"]})
     assert conditions(path) == ["control", "AD", "AD"]
     column_file(path, {**columns, "condition": ["ctrl", "KLF1", "CEBPA"]})
