@@ -436,11 +436,12 @@ def test_controls_of_the_user(tmp_path):
     X, wanted = make_counts(60), ["GENE3", "KLF1"]
     columns = [GENES.index(g) for g in wanted]
     path = write_file(tmp_path / "file.h5ad", X, ["a"] * 60, key="batch", obs={"type": ["B", "T"] * 30})
-    found, missing = data.read_controls(path, data.DataConfig(covariates="type"), panel_of(wanted))
+    found, missing, totals = data.read_controls(path, data.DataConfig(covariates="type"), panel_of(wanted))
     assert np.allclose(found["T"], log_cp10k(X)[1::2, columns], rtol=2e-6) and len(missing) == 0   # all are controls
+    assert np.array_equal(totals["T"], X[1::2].sum(1))
     ensembl = [f"ENSG{i}" for i in range(len(GENES))]
     write_file(path, X, ["a"] * 60, key="batch", index=ensembl, var={"gene_name": GENES})    # no label tells which
-    found, missing = data.read_controls(path, data.DataConfig(), panel_of(["GENE3", "ABC", "KLF1"]))
+    found, missing, _ = data.read_controls(path, data.DataConfig(), panel_of(["GENE3", "ABC", "KLF1"]))
     assert np.allclose(found[""][:, [0, 2]], log_cp10k(X)[:, columns], rtol=2e-6)
     assert list(missing) == [1] and np.all(found[""][:, 1] == 0.5)
     write_file(path, X, LABELS, index=ensembl, var={"symbols of ours": GENES})
