@@ -2378,7 +2378,7 @@ def load_checkpoint(path, method, cls):
                  and np.isfinite([panel.mean, panel.highest, panel.typical]).all()
                  and set(panel.trained) <= set(panel.perturbations) and set(split) == set(PARTS)
                  and all(_fits(tuple(names), tuple[str, ...]) for names in split.values())
-                 and type(state["step"]) is int and math.isfinite(state["seconds"]))
+                 and type(state["step"]) is int and math.isfinite(state["seconds"]) and type(state["content"]) is dict)
         if not sound:
             raise ValueError("its panel, split or step is no such")
         if not cls:
@@ -2659,21 +2659,19 @@ def score_file(run, state, unseen, log_p, at_once):
                         f"{_listed(sorted(controls), 20)}")
 
     alike = [np.flatnonzero(covariate == value) for value in sorted(set(covariate))]
-    parts = [rows for of in alike for rows in np.array_split(of, math.ceil(len(of) / at_once))]
-    scored, began = [], time.perf_counter()
+    chunks = [rows for of in alike for rows in np.array_split(of, math.ceil(len(of) / at_once))]
+    scored = []
     try:
-        for rows in parts:
+        for rows in progress(chunks, "scoring: chunks of cells"):
             value = covariate[rows[0]]
             control = pick_rows(controls[value], config.score_controls, seed_of(value, config.seed))
             groups = [group_name(condition, value) for condition in asked]
             scored.append(log_p(cells.X[rows][:, columns].toarray(), control, groups))
-            left = (time.perf_counter() - began) * (len(parts) / len(scored) - 1)
-            run.say(f"scored {len(scored)} of {len(parts)} parts of the cells, {clock(left)} left")
     except KeyboardInterrupt:
         run.say("\ninterrupted: what was scored so far is written")
     if not scored:
         raise DataError("--score: interrupted before a cell was scored")
-    rows, values = np.concatenate(parts[:len(scored)]), np.concatenate(scored)           # (cells,), (cells, conditions)
+    rows, values = np.concatenate(chunks[:len(scored)]), np.concatenate(scored)          # (cells,), (cells, conditions)
     condition = cells.condition[rows]
     best = np.array(asked, dtype=object)[values.argmax(axis=1)]
     obs = {"condition": condition, "best": best} | {key: cells.obs(key)[rows] for key in config.covariate_keys}
@@ -2703,9 +2701,9 @@ def asked_conditions(texts, names, flag="--predict"):
         for token in tokens:
             if perturbation_name(token) in names:
                 continue
-            parts = [part for part in _JOINT.split(token) if part]
-            if any(part in known for part in parts):            # of A_B, the one that is not known
-                token = next(part for part in [*parts, token] if part not in known)
+            members = [member for member in _JOINT.split(token) if member]
+            if any(member in known for member in members):      # of A_B, the one that is not known
+                token = next(member for member in [*members, token] if member not in known)
             lower = {name.lower(): name for name in names}
             close = difflib.get_close_matches(perturbation_name(token).lower(), lower, 3)
             advice = f"did you mean {', '.join(lower[name] for name in close)}" if close else "check its spelling"
@@ -2755,7 +2753,8 @@ def pick_device(name):
     GPU, matrix products of float32 may then use TF32."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK'] if process()[1] > 1 else 0}" if name == "cuda" else name)
+        own = os.environ["LOCAL_RANK"] if process()[1] > 1 else 0
+        device = torch.device(f"cuda:{own}" if name == "cuda" else name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
@@ -2874,7 +2873,8 @@ class Journal:
         if save and run.rank == 0:
             save_checkpoint(run, step, content)
             self.saved = now
-        self.sums, self.counted, self.logged = 0.0, 0, time.perf_counter()
+        self.sums, self.counted = 0.0, 0
+        self.logged = time.perf_counter()
 
     def log(self, step, values):
         """A line of log.jsonl, by the first process; a stage before the main one is named. DataError for a loss that is
@@ -3132,15 +3132,11 @@ def main(argv=None):
         if config.json:
             print(json.dumps(facts))
         else:
-            notes, parts = facts.pop("notes"), facts.pop("split", {})
-            for key, value in (facts | parts).items():
+            notes, sizes = facts.pop("notes"), facts.pop("split", {})
+            for key, value in (facts | sizes).items():
                 if isinstance(value, dict):
                     value = [f"{name} {number:,g}" for name, number in value.items()]
-                if isinstance(value, list):
-                    value = _listed(value, 9)
-                if isinstance(value, int):
-                    value = f"{value:,}"
-                print(f"{key.replace('_', ' '):<25} {value}")
+                print(f"{key.replace('_', ' '):<25} {_listed(value, 9) if isinstance(value, list) else value}")
             for note in notes:
                 print(f"note: {note}")
         if config.out:

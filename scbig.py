@@ -795,7 +795,8 @@ class Run:
         self.compile = cuda if config.compile is None else config.compile
         self.functions = {}                     # compiled ones
         self.dataset = self.panel = None        # of the data, or of a checkpoint
-        self.stage, self.steps, self.cells = "", 0, 0   # of training; cells: of one step
+        self.stage, self.steps = "", 0          # of training
+        self.cells = 0                          # of one step
         self.journal = None                     # of the present stage
         self.capped = 0                         # generated values that were cut
         self.signals = data.Signals(self.say)
@@ -869,7 +870,8 @@ def predict(run, model, sizes, controls, columns, **options):
         seed = data.seed_of(group, run.config.seed)
         control = torch.from_numpy(data.pick_rows(controls[data.split_group(group)[1]], n, seed))
         noise = torch.randn(control.shape, generator=torch.Generator(run.device).manual_seed(seed), device=run.device)
-        told, chunks, cells = told_of(model, run, group, control), math.ceil(n / at_once), []
+        told, cells = told_of(model, run, group, control), []
+        chunks = math.ceil(n / at_once)
         for start, z in zip(control.tensor_split(chunks), noise.tensor_split(chunks)):
             made = generate(model, run, told, start.to(run.device), z, columns, **options)       # (b, G)
             cells.append(made.index_select(1, chosen).cpu())

@@ -286,6 +286,22 @@ def test_a_finished_run_shows_its_table_again(all_trained, call, monkeypatch):
     assert "finished" in again and again[again.index("l2↓"):] == out[out.index("l2↓"):]
 
 
+def test_the_seconds_of_a_run_cover_the_generation_of_its_cells(all_trained, call, monkeypatch, tmp_path):
+    """From the first step to the table."""
+    shutil.copytree(all_trained[CHEAP][0], tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    module, now, late = importlib.import_module(CHEAP), data.time.perf_counter, [0]
+    predict = module.predict
+
+    def slow(*args, **options):
+        late[0] += 10_000
+        return predict(*args, **options)
+    monkeypatch.setattr(module, "predict", slow)
+    monkeypatch.setattr(data.time, "perf_counter", lambda: now() + late[0])
+    out = ok(call(f"{CHEAP}.py", "--out", tmp_path / "run", "--resume"))
+    assert 10_000 < read(tmp_path / "run")["seconds"] < 10_300 and "trained and scored in 2:4" in out
+
+
 def test_a_run_whose_data_moved_goes_on_and_changed_data_is_noticed(demo, call, signal_at, tmp_path):
     moved = tmp_path / "moved.h5ad"
     signal_at(CHEAP, 3)
@@ -320,7 +336,8 @@ def test_ctrl_c_in_a_terminal_and_a_second_run_in_the_folder(demo, call, tmp_pat
     error(call(f"{CHEAP}.py", "--data", demo, *FLAGS, "--out", out), str(out), "another run is using this folder")
     process.send_signal(signal.SIGINT)
     done = finished(process)
-    assert done.returncode == 130 and "saving after this step" in done.stdout and not done.stderr
+    assert done.returncode == 130 and "saving after this step; a second signal ends the run at once" in done.stdout
+    assert not done.stderr
     step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
     assert 0 < step < 100_000 and f"stopped at step {step} of 100000" in done.stdout
     process = start(f"{CHEAP}.py", "--out", out, "--resume")
