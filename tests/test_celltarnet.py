@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,7 +86,7 @@ def test_inverse_of_forward_under_autocast(dataset, panel):
         context, x = model.encode(*contexts(dataset, panel, 3, torch.float32)), cells(dataset, 4, torch.float32)
         z, _ = model.flow(x, context, which)
         back = model.inverse(z, [of[which] for of in context], FlowBlock.step)
-    assert (back - x).abs().mean() < 1e-5
+    assert (back - x).abs().mean() < 2e-4
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -296,10 +297,24 @@ def test_every_parameter_takes_part_in_the_loss(dataset, panel):
 
 # ------------------------------------------------------------------------------------------------ sampling
 
-@pytest.mark.parametrize("options", [{}, {"patch": 3}, {"prior": "none"}])
+def test_masked_attention_in_chunks_is_attention():
+    """Values and gradients, to rounding; the last chunk is a short one, and some keys of every chunk are masked."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 2, 40, 8, requires_grad=True)                  # q, k, v
+    mask = torch.zeros(40, 40).masked_fill(~torch.ones(40, 40).tril().bool() | (torch.rand(40, 40) < 0.5), -math.inf)
+    mask.fill_diagonal_(0)
+    (whole, expected), (chunks, got) = ((a, torch.autograd.grad(a.square().sum(), x)[0]) for a in (
+        ct.attend(*x, mask, size=size) for size in (40, 16)))
+    torch.testing.assert_close(chunks, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"patch": 3}, {"prior": "none"}, {"prior": "sparse", "neighbours": 2}])
 def test_cached_decoding_equals_the_whole_block_once_per_slot(dataset, panel, options):
+    """Few neighbours: what a slot sees is gathered from the cache."""
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         model = build(dataset, panel, tiny(**options), dtype)
+        assert (3 * model.most < len(model.blocks[0].mask)) == ("neighbours" in options)
         H = model.encode(*contexts(dataset, panel, 3, dtype))[0]
         for block in model.blocks:
             x = torch.randn(3, 40 + model.padding, dtype=dtype)
@@ -309,7 +324,7 @@ def test_cached_decoding_equals_the_whole_block_once_per_slot(dataset, panel, op
             for t in range(v.shape[1]):
                 mu, a = block.parameters_of(u, told)
                 u[:, t] = v[:, t] * torch.exp(a[:, t]) + mu[:, t]
-            cached = block.inverse(x, H, FlowBlock.step)
+            cached = block.inverse(x, H, FlowBlock.step, model.most)
             torch.testing.assert_close(cached, block.genes(u), rtol=tolerance, atol=tolerance)
             assert cached[:, 40:].abs().sum() == 0
 
@@ -396,10 +411,22 @@ def test_a_slot_takes_few_operations(dataset, panel, bf16, in_layer, around):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
             H = model.encode(*contexts(dataset, panel, 2, torch.float32))[0]
             with Operations() as count:
-                model.blocks[0].inverse(torch.randn(2, 40), H, FlowBlock.step)
+                model.blocks[0].inverse(torch.randn(2, 40), H, FlowBlock.step, model.most)
         took.append(count.n / 40)
     per_layer = (took[1] - took[0]) / 2
     assert per_layer < in_layer and took[0] - per_layer < around, took
+
+
+@pytest.mark.parametrize("options", [{}, {"prior": "sparse", "neighbours": 2}])
+def test_a_slot_is_one_graph_whatever_the_block(dataset, panel, options):
+    """Also where what a slot sees is gathered: as many of every block."""
+    torch._dynamo.reset()
+    model, counter = build(dataset, panel, tiny(**options)), CompileCounter()
+    told = model.encode(*contexts(dataset, panel, 3))
+    with torch.no_grad():
+        model.inverse(torch.randn(3, 40).double(), told, torch.compile(FlowBlock.step, backend=counter, fullgraph=True))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_flow_is_one_graph(dataset, panel):
@@ -522,6 +549,18 @@ def spied(monkeypatch, call, folder, *flags):
         done = call("celltarnet.py", *TINY["celltarnet"], "--steps", 4, "--calibration", 0, *flags, "--out", folder)
     assert done.returncode == 0, done.stderr
     return seen, [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_gradients_are_clipped_to_norm_1(demo, call, tmp_path, monkeypatch):
+    norms, finish, loss = [], ct.Run.finish, ct.celltarnet_loss
+
+    def record(run, step, parts, **losses):
+        norms.append(torch.stack([p.grad.norm() for p in parts["model"].parameters() if p.grad is not None]).norm())
+        finish(run, step, parts, **losses)
+    monkeypatch.setattr(ct.Run, "finish", record)
+    monkeypatch.setattr(ct, "celltarnet_loss", lambda *args: [1e4 * part for part in loss(*args)])
+    spied(monkeypatch, call, tmp_path / "run", "--data", demo)
+    assert torch.stack(norms).tolist() == pytest.approx([1.0] * 4, rel=1e-3)
 
 
 def test_targets_and_context_carry_their_noise(demo, call, tmp_path, monkeypatch):

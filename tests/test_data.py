@@ -1195,6 +1195,13 @@ def test_learning_rate_warms_up_and_ends_low():
         assert np.all(np.diff(rates[:warmup + 1]) > 0) and np.all(np.diff(rates[warmup:]) < 0)
 
 
+def test_rows_are_picked_once_each_while_there_are_enough():
+    rows = np.arange(50)
+    assert sorted(data.pick_rows(rows, 50, 0)) == list(rows) and len(set(data.pick_rows(rows, 30, 0))) == 30
+    assert not np.array_equal(data.pick_rows(rows, 50, 0), data.pick_rows(rows, 50, 1))
+    assert set(np.bincount(data.pick_rows(rows, 120, 0))) == {2, 3}
+
+
 def test_averaged_weights():
     model, ema = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
     before = ema.weight.detach().clone()

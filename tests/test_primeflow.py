@@ -157,6 +157,14 @@ def test_a_gene_is_known_by_its_identity():
     assert model.net(torch.ones(1, 64).double(), row)[0].unique().numel() == 64
 
 
+def test_expression_is_multiplied_by_the_value_scale():
+    panel, x, t, c = a_panel(), randn(2, 20), rand(2), torch.eye(3, dtype=torch.float64)[:2]
+    one, two = (build(tiny(value_scale=scale), panel) for scale in (3.0, 6.0))
+    none = torch.zeros(2, dtype=torch.bool)
+    torch.testing.assert_close(one(2 * x, t, c, none), two(x, t, c, none))
+    assert not torch.allclose(one(x, t, c, none), two(x, t, c, none), atol=1e-3)
+
+
 @pytest.mark.parametrize("velocity", ["unet", "mlp"])
 @pytest.mark.parametrize("choices", [PAPER, OURS])
 def test_every_parameter_learns(velocity, choices):
@@ -458,6 +466,33 @@ def test_a_step_descends_the_mean_loss_of_its_passes(demo, call, tmp_path, spy, 
         torch.testing.assert_close(p - p.grad, q, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_gradient_is_clipped_to_its_norm(demo, call, tmp_path, spy, monkeypatch):
+    """A step of plain gradient descent with rate 1 moves the weights by the norm of the gradient."""
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, **_: torch.optim.SGD(p, lr=1.0))
+    ok(call("primeflow.py", "--data", demo, *TINY["primeflow"], *AS_PAPER, "--steps", 1, "--clip", 0.01, "--warmup", 0,
+            "--seed", 4, "--out", tmp_path / "run"))
+    after, config = spy[0][0], spy[0][-1]
+    torch.manual_seed(4)
+    before = PRiMeFlow(config, data.load(demo, config, "additive").panel())
+    moved = [(p - q).norm() for p, q in zip(before.parameters(), after.parameters())]
+    assert torch.stack(moved).norm().item() == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize("cosine", [True, False])
+def test_learning_rate_of_every_step(cosine, demo, call, tmp_path, monkeypatch):
+    rates, finish = [], primeflow.Run.finish
+
+    def record(run, step, parts, **losses):
+        rates.append(parts["optimizer"].param_groups[0]["lr"])           # of the step to come
+        finish(run, step, parts, **losses)
+    monkeypatch.setattr(primeflow.Run, "finish", record)
+    ok(call("primeflow.py", "--data", demo, *TINY["primeflow"], "--steps", 6, "--warmup", 3, "--lr", 1e-3,
+            "--cosine" if cosine else "--no-cosine", "--out", tmp_path / "run"))
+    warm = np.array([2, 3, 4, 4, 4, 4]) / 4e3
+    fall = 0.5 + 0.5 * np.cos(np.pi * np.arange(1, 7) / 6) if cosine else 1
+    np.testing.assert_allclose(rates, warm * fall, atol=1e-12)
+
+
 def test_cells_of_a_batch_and_their_sources(demo, call, tmp_path, spy):
     """Cells are drawn uniformly, controls among them: an eleventh of this file. Where control cells are the source they
     are no targets."""
@@ -477,6 +512,7 @@ def test_cells_of_a_batch_and_their_sources(demo, call, tmp_path, spy):
     targets, share = torch.cat([c for _, _, _, _, c, _, _ in spy[:20]]), len(real.rows["control"]) / len(real.fit_rows)
     assert (targets.sum(1) == 0).float().mean() == pytest.approx(share, abs=0.025) and share > 0.1
     assert abs(torch.cat([x0 for _, x0, *_ in spy[:20]]).std() - 1) < 0.01
+    assert torch.cat([drop for *_, drop, _ in spy]).float().mean().item() == pytest.approx(0.2, abs=0.03)   # --p-null
 
 
 @pytest.mark.parametrize("flags", [

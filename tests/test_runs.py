@@ -260,6 +260,17 @@ def test_resume_is_bit_identical(method, all_trained, demo, call, signal_at, tmp
     assert [line for line in log if "val" not in line] == log_of(whole) and sum("val" in line for line in log) == 3
 
 
+def test_seconds_of_training_go_on_after_a_resume(demo, call, signal_at, tmp_path):
+    undo = signal_at(CHEAP, 3)
+    call(f"{CHEAP}.py", "--data", demo, *FLAGS, "--out", tmp_path / "run")
+    undo()
+    state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert 0 < state["seconds"] < 1000
+    torch.save(state | {"seconds": 1000.0}, tmp_path / "run" / "ckpt.pt")
+    ok(call(f"{CHEAP}.py", "--out", tmp_path / "run", "--resume"))
+    assert read(tmp_path / "run")["seconds"] > 1000
+
+
 @pytest.mark.parametrize("flags", [["--train-on-val"], ["--split", "all"]])
 def test_validation_needs_conditions_that_do_not_train(demo, call, tmp_path, flags):
     done = call(f"{CHEAP}.py", "--data", demo, *FLAGS, *flags, "--eval-every", 5, "--out", tmp_path / "run")
@@ -640,6 +651,15 @@ def test_detection_keeps_means_and_makes_small_values_zero_or_typical():
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_model_that_predicts_has_the_averaged_weights(method, all_trained):
+    path = all_trained[method][0] / "ckpt.pt"
+    saved = torch.load(path, weights_only=True)["content"]
+    got = data.load_model(importlib.import_module(method), path, device="cpu")[1].state_dict()
+    assert all(torch.equal(got[name], weight) for name, weight in saved["ema"].items())
+    assert not all(torch.equal(got[name], weight) for name, weight in saved["model"].items())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_two_models_in_one_process_are_two_compiled_functions(method, all_trained, monkeypatch):
     """Each is compiled once, and predicts by its own weights."""
     module, compiled = importlib.import_module(method), []
@@ -704,6 +724,14 @@ def test_consoles_without_arrows_and_full_disks_behind_them(all_trained):
         with open("/dev/full", "w") as full:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ascii_only)
         error(done, "output cannot be written")
+
+
+def test_a_cell_alone_is_detected_as_often_as_its_values_say():
+    """One cell of 3,000 genes at 0.3 of their typical value: 0.3 of them are typical, the others 0."""
+    n = 3000
+    panel = data.Panel([f"g{i}" for i in range(n)], [], [], [], [], [1] * n, [9] * n, {}, [2.0] * n)
+    cells, _ = data.as_measured(np.full((1, n), 0.6, np.float32), panel, np.arange(n), "detect", seed=1)
+    assert (cells == 2).mean() == pytest.approx(0.3, abs=0.03) and set(cells[0]) == {0, 2}
 
 
 # ------------------------------------------------------------------------------------------------ misuse

@@ -839,6 +839,24 @@ def test_ctrl_c_and_resume_in_either_stage_are_bit_identical(stage, stop, whole,
     assert logs[0] == logs[1] and logs[0][0][:2] == ("pretraining", 1) and logs[0][-1][:2] == (None, 4)
 
 
+def test_gradients_are_clipped_to_norm_1(demo, call, monkeypatch, tmp_path):
+    norms, finish, forward = [], scbig.Run.finish, scbig.Objective.forward
+
+    def record(run, step, parts, **losses):
+        if run.stage == "training":
+            grads = [p.grad.norm() for p in parts["model"].flow.parameters() if p.grad is not None]
+            norms.append(torch.stack(grads).norm())
+        finish(run, step, parts, **losses)
+
+    def large(*args):
+        loss, *parts = forward(*args)
+        return 1e4 * loss, *parts
+    monkeypatch.setattr(scbig.Run, "finish", record)
+    monkeypatch.setattr(scbig.Objective, "forward", large)
+    done = call("scbig.py", "--data", demo, *TINY["scbig"], "--steps", 3, "--out", tmp_path / "run")
+    assert done.returncode == 0 and torch.stack(norms).tolist() == pytest.approx([1.0] * 3, rel=1e-3), done.stderr
+
+
 def test_ema_follows_the_flow(whole):
     """The model that predicts is an average of the flow's weights; the autoencoder is the same in both."""
     parts = checkpoint(whole)["content"]

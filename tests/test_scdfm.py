@@ -256,6 +256,11 @@ def test_readout_starts_at_zero_and_adds_the_effect_of_what_was_trained(dataset,
     column = {g: i for i, g in enumerate(panel.genes)}
     other = scdfm.ScDFM(tiny(effect_readout=True), dataclasses.replace(panel, trained=["TF2"]))
     assert other.trained.nonzero().flatten().tolist() == [column["TF2"], len(column)]
+    model.trained.copy_(other.trained)                                   # TF1 and TF3 have no effect now
+    e = model.encoder(given.tokens.flatten()).unflatten(0, (2, 2))[:, 1] / 2     # TF2 and the empty slot
+    expected = (e @ model.readout[given.genes].T).repeat_interleave(3, 0)
+    moved = model(x, t, given) - before
+    torch.testing.assert_close(moved.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_preconditioning_is_the_velocity_of_a_gaussian_per_gene():
