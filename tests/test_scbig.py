@@ -260,6 +260,24 @@ def test_attention_is_its_formula():
     torch.testing.assert_close(a(x, y), a.out(expected))
 
 
+@pytest.mark.parametrize("encoder", ["gcae", "transformer"])
+def test_a_layer_is_its_formula(encoder):
+    """Equation 3, post-norm: what attends is added to, then normalised."""
+    torch.manual_seed(0)
+    block, h = scbig.Block(tiny(encoder=encoder)).eval(), torch.randn(2, 4, 16)
+
+    def norm(x):
+        return torch.nn.functional.layer_norm(x, (16,), eps=1e-6)
+    u = h
+    if encoder == "gcae":
+        points = block.points.expand(2, -1, -1)
+        u = norm(points + block.compress(points, h))
+        u = norm(u + block.process(u, u))
+    expected = norm(h + block.broadcast(h, u))
+    first, gelu, _, last, _ = block.mlp
+    torch.testing.assert_close(block(h), norm(expected + last(gelu(first(expected)))))
+
+
 def test_modules_speak_only_through_the_inducing_points(dataset, panel):
     """With the compressed state cut off, a module's token after a block depends on itself alone."""
     model, _ = make(dataset, panel)

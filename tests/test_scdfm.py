@@ -144,6 +144,20 @@ def test_gene_encoder_sees_exactly_the_graph(dataset, panel):
     assert not torch.equal(moved, torch.ones_like(moved))
 
 
+def test_gene_encoder_is_its_formula(dataset, panel):
+    """Pre-norm cross-attention from the tokens asked for to all, masked by the graph, then an MLP: both add."""
+    encoder, asked = build(dataset, panel, tiny()).encoder, torch.tensor([3, 17, len(panel.genes)])
+    table = encoder.norm_table(encoder.table.weight)
+    normed = encoder.norm_attention(table)
+    q, (k, v) = encoder.q(normed[asked]), encoder.kv(normed).chunk(2, dim=1)
+    heads = []
+    for rows in torch.arange(16).view(2, 8):
+        logits = (q[:, rows] @ k[:, rows].T / math.sqrt(8)).masked_fill(~encoder.graph[asked], -math.inf)
+        heads.append(torch.softmax(logits, dim=1) @ v[:, rows])
+    x = table[asked] + encoder.out(torch.cat(heads, dim=1))
+    torch.testing.assert_close(encoder(asked), x + encoder.mlp(encoder.norm_mlp(x)))
+
+
 def test_knn_0_attends_to_every_gene(dataset, panel):
     model = build(dataset, panel, tiny(knn=0))
     assert model.encoder.graph is None
@@ -162,6 +176,40 @@ def inputs(panel, conditions, cells=6, seed=1):
     tokens, weight = scdfm.slots(conditions, panel)
     t = torch.rand(cells, generator=generator, dtype=torch.float64)
     return x, t, scdfm.Given(control, genes, tokens, weight.double())
+
+
+def test_velocity_is_its_formula(dataset, panel):
+    """Equations 6 and 10 to 13 written out, one cell at a time, with the model's weights; values end at 512."""
+    model = build(dataset, panel, tiny(effect_readout=False, precondition=False))
+    x, t, given = inputs(panel, ["TF1+TF2", "TF3"])
+    x[0, 0] = given.control[1, 1] = 1000
+    x[2, 2] = given.control[3, 3] = 30
+    gene = model.encoder(given.genes)
+    e = (model.encoder(given.tokens.flatten()).unflatten(0, (2, 2)) * given.weight[..., None]).sum(1)
+    got = model(x, t, given)
+    for i in range(len(x)):
+        h_c = model.value_control(given.control[i].clamp(max=512)[:, None]) + gene
+        h = model.value(x[i].clamp(max=512)[:, None]) + gene             # (S, d)
+        here = e[i // 3].expand(len(h), -1)
+        steps = model.modulate(model.time(timestep_embedding(1000 * t[i:i + 1])))[0].view(2, 2, 6, 1, 16)
+        for number, layer in enumerate(model.layers):
+            weight = torch.cat([layer.inject.weight, layer.inject_e.weight], dim=1)
+            _, _, last, _ = layer.adapter
+            both = F.leaky_relu(torch.cat([h, here], dim=1) @ weight.T + layer.inject.bias)
+            h = h + F.leaky_relu(last(both))
+            for block, (shift, scale, gate, *of_mlp) in zip((layer.self_block, layer.cross_block), steps[number]):
+                normed = F.layer_norm(h, (16,)) * (1 + scale) + shift
+                source = normed if block is layer.self_block else h_c
+                lq1, lk1, lq2, lk2 = block.attention.lam
+                lam_init = 0.8 - 0.6 * math.exp(-0.3 * number)
+                assert block.attention.lam_init == pytest.approx(lam_init)
+                lam = torch.exp(lq1 @ lk1) - torch.exp(lq2 @ lk2) + lam_init
+                h = h + gate * plain_differential_attention(normed, source, block.attention, lam)
+                shift, scale, gate = of_mlp
+                h = h + gate * block.mlp(F.layer_norm(h, (16,)) * (1 + scale) + shift)
+        weight = torch.cat([model.inject.weight, model.inject_e.weight], dim=1)
+        v = model.decoder(torch.cat([h, here], dim=1) @ weight.T + model.inject.bias)[:, 0]
+        torch.testing.assert_close(got[i].double(), v, rtol=1e-5, atol=1e-5)
 
 
 def test_slot_order_does_not_matter_and_the_perturbation_does(dataset, panel):
