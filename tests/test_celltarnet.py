@@ -119,6 +119,15 @@ def test_the_first_slot_depends_on_the_context(dataset, panel):
         assert (mu[0, 0] - mu[1, 0]).abs() > 1e-4
 
 
+def test_labels_are_modulated_by_the_perturbations_token(dataset, panel):
+    """The last one of the context."""
+    model = build(dataset, panel, tiny())
+    H = model.encode(*contexts(dataset, panel, 1))[0]
+    for block in model.blocks:
+        shift, scale = block.modulate(H[0, -1]).chunk(2)
+        torch.testing.assert_close(block.context(H)[0][0], block.label * (1 + scale) + shift)
+
+
 def test_log_scale_is_bounded_and_the_flow_starts_as_the_standardised_cell(dataset, panel):
     model, which = build(dataset, panel, tiny(), scale=50.0), torch.arange(2)
     block = model.blocks[0]
@@ -567,7 +576,10 @@ def test_targets_and_context_carry_their_noise(demo, call, tmp_path, monkeypatch
     """With silent cells, what the loss gets is noise alone: sigma on both targets, a level of the genes' own deviation
     in the context, all of it independent."""
     monkeypatch.setattr(data.Dataset, "gather", lambda self, rows, genes=None: torch.zeros(len(rows), len(self.genes)))
-    for net, x, control, noisy, *_ in spied(monkeypatch, call, tmp_path / "run", "--data", demo)[0]:
+    seen = spied(monkeypatch, call, tmp_path / "run", "--data", demo)[0]
+    size = torch.cat([noisy for _, _, _, noisy, *_ in seen]).abs().mean(0)               # (G,)
+    assert torch.corrcoef(torch.stack([size, seen[0][0].std]))[0, 1] > 0.8
+    for net, x, control, noisy, *_ in seen:
         assert x.std() == pytest.approx(0.1, rel=0.15) and control.std() == pytest.approx(0.1, rel=0.15)
         level = (noisy / net.std).std(dim=1)                             # (n,)
         assert 0 < level.min() and level.max() < 1.3 and level.max() > 2 * level.min()

@@ -539,6 +539,8 @@ def test_evaluation_genes_and_moments(demo):
     assert np.allclose(total, fit.sum(0)) and np.allclose(square, (fit ** 2).sum(0))
     train = sum(len(loaded.rows[g]) for g in loaded.part("train"))
     assert len(loaded.fit_rows) == train + 200
+    panel = loaded.panel()
+    assert np.allclose(panel.highest, fit.max(0)) and np.allclose(panel.mean, fit.mean(0))
     parts = [set(loaded.control_rows[part][""]) for part in data.PARTS]
     assert sum(len(p) for p in parts) == len(set.union(*parts)) == 400
 
@@ -1200,6 +1202,12 @@ def test_rows_are_picked_once_each_while_there_are_enough():
     assert sorted(data.pick_rows(rows, 50, 0)) == list(rows) and len(set(data.pick_rows(rows, 30, 0))) == 30
     assert not np.array_equal(data.pick_rows(rows, 50, 0), data.pick_rows(rows, 50, 1))
     assert set(np.bincount(data.pick_rows(rows, 120, 0))) == {2, 3}
+
+
+def test_medians_are_of_the_detected_values_of_a_gene():
+    X = np.array([[0, 2, 0, 1], [0, 0, 5, 2], [0, 0, 0, 9], [0, 0, 7, 3]], np.float32)
+    assert data.detected_medians(sp.csr_matrix(X), np.arange(4)) == [0, 2, 6, 2.5]
+    assert data.detected_medians(sp.csr_matrix(X), np.array([0, 1])) == [0, 2, 5, 1.5]
 
 
 def test_averaged_weights():

@@ -236,6 +236,12 @@ def test_token_k_is_module_k(dataset, panel, clustering):
     assert torch.equal(padded[filled], ae.gather[filled].float())
 
 
+def test_the_encoder_sees_what_differs_from_the_mean(dataset, panel):
+    autoencoder = make(dataset, panel)[0].autoencoder
+    expected = autoencoder.embed.bias + autoencoder.identity[0](autoencoder.module_vectors)
+    torch.testing.assert_close(autoencoder.tokens(autoencoder.mean[None])[0], expected)
+
+
 def test_numbering_of_modules_does_not_matter(dataset, panel):
     model, run = make(dataset, panel)
     ae, order = model.autoencoder, torch.tensor([2, 0, 3, 1])            # new number k was old number order[k]
@@ -325,6 +331,18 @@ def test_pooling_is_its_formula(dataset, panel):
         s = slice(8 * h, 8 * h + 8)
         pooled.append(torch.softmax(k[:, s] @ flow.query[s] / 8, 0) @ v[:, s])
     torch.testing.assert_close(conditions(model, run, ["TF1+TF2"])[0][0], flow.pooled(torch.cat(pooled)))
+
+
+def test_a_dose_modulates_the_vector_of_its_perturbation(dataset, panel):
+    flow = make(dataset, panel, dose_key="dose")[0].flow
+    token, dose = torch.tensor([0, 1]), torch.tensor([0.3, -1.0])
+    scale, shift = flow.dose(dose[:, None]).chunk(2, dim=1)
+    a = flow.norm(flow.embed(flow.pert_vectors[token]) * (1 + 0.5 * torch.tanh(scale)) + dose[:, None] * shift)
+    k, v = flow.kv(a).chunk(2, dim=1)
+    weight = torch.softmax((k * flow.query).view(2, 8, 8).sum(2) / 8, dim=0)             # (slots, heads)
+    expected = flow.pooled((weight[..., None] * v.view(2, 8, 8)).sum(0).flatten())
+    got = flow.condition(token[None], torch.ones(1, 2, dtype=torch.bool), dose[None], torch.zeros(1, 0))[0][0]
+    torch.testing.assert_close(got, expected)
 
 
 def test_linear_effects_add_up_and_start_at_zero(dataset, panel):
@@ -855,6 +873,15 @@ def test_ctrl_c_and_resume_in_either_stage_are_bit_identical(stage, stop, whole,
         lines = list(map(json.loads, (folder / "log.jsonl").read_text().splitlines()))
         logs.append([(line.get("stage"), line["step"], line["loss"]) for line in lines])
     assert logs[0] == logs[1] and logs[0][0][:2] == ("pretraining", 1) and logs[0][-1][:2] == (None, 4)
+
+
+def test_dropout_of_the_condition_keeps_its_mean(demo, call, monkeypatch, tmp_path):
+    """Four of five entries are dropped in the demo preset, the others are five times as large."""
+    seen, forward = [], scbig.Objective.forward
+    monkeypatch.setattr(scbig.Objective, "forward", lambda *args: seen.append(args[4]) or forward(*args))
+    ok(call("scbig.py", "--data", demo, *TINY["scbig"], "--steps", 3, "--out", tmp_path / "run"))
+    keep = torch.cat(seen)
+    assert keep.unique().tolist() == pytest.approx([0, 5]) and keep.mean().item() == pytest.approx(1, abs=0.15)
 
 
 def test_gradients_are_clipped_to_norm_1(demo, call, monkeypatch, tmp_path):
