@@ -98,7 +98,8 @@ class Config(data.RunConfig):
     cosine: bool = False            # let the learning rate fall to 0 over --steps (paper: none given)
     ema: float = 0.0                # decay of averaged weights used for prediction; 0 is none, as in the paper
     guidance: tuple[float, ...] = (1.0, 3.0, 5.0)  # w; the first is the method, the others are further rows (paper)
-    ode_steps: int = 100            # K, Euler (paper)
+    ode: typing.Literal["euler", "midpoint"] = "euler"      # euler: paper; midpoint evaluates twice a step
+    ode_steps: int = 100            # K (paper); 5 of midpoint sample as well, ten times as fast (README)
 
 
 def check(config):
@@ -145,7 +146,7 @@ PRESETS = {                             # steps: 500 epochs each; tables: of P
                              lr=1.73e-4, weight_decay=6.75e-6, sigma=0.01, ot_cells=256),                   # table 6
     "demo-pca": DEMO | AS_PAPER | PCA}
 PRESETS |= {f"{name}-ot": PRESETS[name] | dict(coupling="ot") for name in PRESETS if name.endswith("-pca")}  # table 7
-SAMPLING = {"guidance", "ode_steps"}    # flags that --ckpt may change
+SAMPLING = {"guidance", "ode", "ode_steps"}     # flags that --ckpt may change
 UNSEEN = False                          # whether genes that were never perturbed can be predicted
 USES = {}                               # {flag: what --ckpt is for besides --predict}
 
@@ -441,18 +442,24 @@ def couple(x0, x1, epsilon=1.0):                                         # CellF
 
 @torch.no_grad()
 def sample(velocity, model, x, c, guidance, config):
-    """Carry x (B, S), noise or encoded control cells, from t=0 to t=1 in K Euler steps; guidance is w, c (columns,) the
+    """Carry x (B, S), noise or encoded control cells, from t=0 to t=1 in K steps; guidance is w, c (columns,) the
     condition. velocity: model.net.forward, compiled or not. Returns (B, S) float32."""
-    K = config.ode_steps
-    t = torch.arange(K, dtype=x.dtype, device=x.device) / K
-    conditioned = model.conditioning(t, model.net.condition(c[None]).float())    # a row for each step
+    K, per_step = config.ode_steps, 2 if config.ode == "midpoint" else 1         # evaluations
+    t = torch.arange(K * per_step, dtype=x.dtype, device=x.device) / (K * per_step)
+    conditioned = model.conditioning(t, model.net.condition(c[None]).float())    # a row for each evaluation
     null = model.conditioning(t, model.null[None])
     effect = 0.0 if model.effect is None else model.effect(c[None]).float()      # (1, S)
-    for i in range(K):
+
+    def guided(x, i):
         v = velocity(x, conditioned[i:i + 1]) + effect
-        if guidance != 1:
-            v_null = velocity(x, null[i:i + 1])
-            v = v_null + guidance * (v - v_null)
+        if guidance == 1:
+            return v
+        v_null = velocity(x, null[i:i + 1])
+        return v_null + guidance * (v - v_null)
+    for i in range(0, len(t), per_step):
+        v = guided(x, i)
+        if config.ode == "midpoint":
+            v = guided(x + v / (2 * K), i + 1)
         x = x + v / K
     return x
 
