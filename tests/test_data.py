@@ -683,21 +683,36 @@ FLAGS_OF_SPLITS = {"transfer": dict(covariates="cell_type", hvg=40, min_cells=70
 
 
 def test_gene_statistics_are_those_of_training_and_control_cells(two_types, monkeypatch):
-    """In one block and in many, of all rows and of evenly spaced ones; a silent gene correlates with none."""
+    """In one block and in many, of all rows and of evenly spaced ones; a silent gene correlates with none, nor does one
+    that varies by a rounding."""
     loaded = data.load(two_types, data.DataConfig(covariates="cell_type"), "transfer")
     X = loaded.X.tolil()
     X[:, 4] = 0
+    X[:, 6] = 3.3
+    X[loaded.fit_rows[0], 6] = np.nextafter(np.float32(3.3), np.float32(4))
     loaded.source.X, n = X.tocsr(), len(loaded.fit_rows)
     for rows, options in ((np.arange(n), {}), (np.linspace(0, n - 1, 100), {"most": 100})):
         x = loaded.X[loaded.fit_rows[rows.astype(int)]].toarray().astype(np.float64)
         with np.errstate(invalid="ignore"):
             expected = np.nan_to_num(np.corrcoef(x.T))
+        expected[6] = expected[:, 6] = 0
         for block in (data.BLOCK_NNZ, 5000):
             with monkeypatch.context() as m:
                 m.setattr(data, "BLOCK_NNZ", block)
                 mean, var, corr = data.gene_statistics(loaded, **options)
             assert np.allclose(mean, x.mean(0), atol=1e-6) and np.allclose(var, x.var(0), atol=1e-5)
-            assert np.allclose(corr, expected, atol=1e-5) and corr[4].abs().max() == 0
+            assert np.allclose(corr, expected, atol=1e-5) and corr[[4, 6]].abs().max() == 0
+
+
+def test_training_effects_are_against_the_controls_of_their_own_covariate(two_types):
+    loaded = data.load(two_types, data.DataConfig(covariates="cell_type"), "transfer")
+    groups, effects, control = data.training_effects(loaded)
+    profiles = {v: cells.mean(0) for v, cells in loaded.controls("train").items()}
+    for group, effect in zip(groups, effects):
+        own = profiles[data.split_group(group)[1]]
+        np.testing.assert_allclose(effect, loaded.cells(group).mean(0) - own, atol=1e-5)
+    np.testing.assert_allclose(control, np.mean(list(profiles.values()), axis=0), atol=1e-5)
+    assert groups == loaded.part("train") and len(profiles) == 2
 
 
 @pytest.mark.parametrize("form, split", [("csr-chunks", "transfer"), ("csr-gzip", "additive"),

@@ -169,6 +169,14 @@ def test_interactions_pull_genes_together():
     assert rand_index(with_graph, clique.numpy()) > 0.8 > rand_index(without, clique.numpy())
 
 
+def test_kmeans_keeps_its_best_start():
+    x, spread = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)), {}
+    for starts in (1, 10):
+        label = scbig.kmeans(x, 6, seed=1, restarts=starts)
+        spread[starts] = sum((x[label == k] - x[label == k].mean(0)).square().sum() for k in label.unique())
+    assert spread[10] < spread[1]
+
+
 def test_modules_recover_planted_programs_better_than_kmeans(tmp_path):
     """The simulator's programs, by its own first draws: a gene's is the one with the largest effect."""
     rng, P = np.random.default_rng(0), 16
