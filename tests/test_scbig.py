@@ -642,10 +642,11 @@ def test_pickled_objects_are_not_loaded(tmp_path):
 
 
 def test_genes_that_the_embedding_file_lacks_get_vectors_of_their_own(dataset, panel, tmp_path):
-    """Fitted from expression, never zero: where the file is a linear map of these vectors they are recovered."""
+    """Fitted from expression by ridge, never zero: where the file is a linear map of these vectors they are
+    recovered."""
     torch.manual_seed(0)
-    own = scbig.gene_vectors(FakeRun(tiny(), dataset, panel), data.gene_statistics(dataset)[2])
-    own = own @ torch.randn(own.shape[1], 3) * 10
+    plain = scbig.gene_vectors(FakeRun(tiny(), dataset, panel), data.gene_statistics(dataset)[2])
+    own = plain @ torch.randn(plain.shape[1], 3) * 10
     np.savez(tmp_path / "v.npz", names=np.array(panel.genes[:36]), emb=own[:36].numpy())
     model, run = make(dataset, panel, gene_embeddings=str(tmp_path / "v.npz"))
     assert any("36 of 40 genes" in text for text in run.said)
@@ -653,6 +654,10 @@ def test_genes_that_the_embedding_file_lacks_get_vectors_of_their_own(dataset, p
     unit = own / own.square().mean(1, keepdim=True).sqrt()
     torch.testing.assert_close(got[:36], unit[:36], rtol=1e-4, atol=1e-5)
     assert (F.cosine_similarity(got[36:], unit[36:]) > 0.3).float().mean() >= 0.5 and got.abs().sum(1).min() > 0
+    centred = own[:36] - own[:36].mean(0)
+    fitted = own[:36].mean(0) + plain[36:] @ torch.linalg.lstsq(
+        torch.cat([plain[:36], torch.eye(plain.shape[1])]), F.pad(centred, (0, 0, 0, plain.shape[1]))).solution
+    torch.testing.assert_close(F.normalize(got[36:40], dim=1), F.normalize(fitted, dim=1), rtol=1e-3, atol=1e-3)
 
 
 def test_pathways_default_to_clusters_and_small_sets_are_left_out(dataset, panel, tmp_path):
