@@ -587,7 +587,7 @@ class Objective(nn.Module):
     def forward(self, z0, z1, condition, keep, start, real, control, chosen):
         """z0, z1 (C, b, D) latents of control and perturbed cells, not yet paired; condition, keep, chosen: see Flow;
         for the structure losses start (S, n, D), latents of the control cells (S n, G) or None, and real (S, n, G).
-        Returns the loss (eq. 9) and its terms."""
+        Returns {name: loss (eq. 9), or one of its terms}."""
         config = self.config
         # pairs of control and perturbed latents, a point between them, and the velocity to learn (eq. 6)
         t, u = torch.rand(2, *z0.shape[:2], device=z0.device)
@@ -599,7 +599,8 @@ class Objective(nn.Module):
         zero = torch.zeros_like(flow)
         corr = correlation_loss(pred, real, self.member) if config.corr_weight else zero
         path = pathway_loss(pred, real, self.pathways, 0.1, config.path_iterations) if config.path_weight else zero
-        return flow + config.corr_weight * corr + config.path_weight * path, flow, corr, path
+        loss = flow + config.corr_weight * corr + config.path_weight * path
+        return {"loss": loss, "flow": flow, "corr": corr, "path": path}
 
 
 # -------------------------------------------------------------------------------- sampling
@@ -767,9 +768,9 @@ def train(run, state):
         control = dataset.gather(rows) if config.residual else None                          # (S n, G)
 
         with run.autocast():
-            loss, flow, corr, path = net(z0, z1, told, keep, start, real, control, among)
+            losses = net(z0, z1, told, keep, start, real, control, among)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses["loss"].backward()
         nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -777,7 +778,7 @@ def train(run, state):
 
         if config.eval_every and step % config.eval_every == 0:
             run.validate(step, ema)
-        run.finish(step, content, loss=loss, flow=flow, corr=corr, path=path)      # log line, checkpoint, Ctrl-C
+        run.finish(step, content, **losses)                              # log line, checkpoint, Ctrl-C
     return ema.eval()
 
 # ---------------------------------------------------------------- run section, the same text in all four methods
