@@ -2377,8 +2377,9 @@ def load_checkpoint(path, method, cls):
                  and set(panel.eval_genes) <= set(range(G)) and set(panel.pert_gene) <= set(range(-1, G))
                  and np.isfinite([panel.mean, panel.highest, panel.typical]).all()
                  and set(panel.trained) <= set(panel.perturbations) and set(split) == set(PARTS)
-                 and all(_fits(tuple(names), tuple[str, ...]) for names in split.values())
-                 and type(state["step"]) is int and math.isfinite(state["seconds"]) and type(state["content"]) is dict)
+                 and all(type(names) is list and _fits(tuple(names), tuple[str, ...]) for names in split.values())
+                 and type(state["step"]) is int and math.isfinite(state["seconds"]) and type(state["content"]) is dict
+                 and type(panel.covariates) is dict)
         if not sound:
             raise ValueError("its panel, split or step is no such")
         if not cls:
