@@ -829,11 +829,15 @@ def test_a_fork_trains_resumes_and_predicts_under_its_own_name(demo, run, tmp_pa
 
 
 def test_readme_snippet_reads_a_prediction(all_trained, monkeypatch):
-    scanpy, plain = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    scanpy, plain, *scripts = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     monkeypatch.chdir(all_trained[CHEAP][0])
     names = {}
     exec(plain, names)
     assert names["cells"].shape == (7 * 8, 40) and len(names["pred"].genes) == 40
+    for script in scripts:                          # cells from an array of controls
+        script = script.replace("scdfm", CHEAP).replace("runs/X/", "").replace("KLF1+MAP2K6", "TF1+TF2")
+        exec(script.replace("500", "5"), names)
+        assert names["cells"].shape == (5, 40)
     with h5py.File("pred.h5ad") as file:            # what the scanpy lines rely on, which is no package of ours
         assert "condition" in file["obs"] and b"control" in file["obs/condition/categories"][...]
     assert '"condition", reference="control"' in scanpy
