@@ -166,17 +166,14 @@ def _open(path):
             if not {"obs", "var"} <= set(file):
                 raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(map(str, file)), 8)}): "
                                 "obs, var and X are expected; save it as .h5ad")
-            if not all(isinstance(file[name], h5py.Group) for name in ("obs", "var")):
-                raise DataError(f"{path}: was written by anndata before 0.7, or is damaged; write it with a newer "
-                                "anndata")
             yield file
     except Exception as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         if isinstance(error, DataError) or not any("h5py" in Path(f.f_code.co_filename).parts for f in frames):
             raise
         reason = " ".join(str(error.args[-1] if error.args else error).split())
-        damage = f"cannot be read ({reason}); it is damaged, or not yet whole: download it or write it again"
-        problem = next((problem for sign, problem in HDF5_SAYS.items() if sign in reason), damage)
+        problem = next((problem for sign, problem in HDF5_SAYS.items() if sign in reason),
+                       f"cannot be read ({reason}); it is damaged, or not yet whole: download it or write it again")
         raise DataError(f"{path}: {problem}") from None
 
 
@@ -232,12 +229,11 @@ def _array(node):
             raise _damaged(node, f"{len(values)} values have a mask of {len(missing)}")
         values[missing] = ""
         return values
-    if not isinstance(node, h5py.Dataset) or not node.shape or node.size != max(node.shape):
-        raise _damaged(node, f"is {node}, where one column is expected")
-    if h5py.check_string_dtype(node.dtype):
+    is_text = h5py.check_string_dtype(node.dtype) is not None
+    if not getattr(node, "shape", ()) or node.size != max(node.shape) or not (is_text or node.dtype.kind in "biuf"):
+        raise _damaged(node, f"is {node}, where one column of text or numbers is expected")
+    if is_text:
         return np.asarray(node.asstr(errors="replace")[...], dtype=object).reshape(-1)
-    if node.dtype.kind not in "biuf":
-        raise _damaged(node, f"is {node}, where text or numbers are expected")
     values, levels = node[...].reshape(-1), h5py.check_enum_dtype(node.dtype)
     if levels:                                  # R's factors, and its logicals: TRUE, FALSE, NA
         names = {number: {"TRUE": "True", "FALSE": "False"}.get(name, name) for name, number in levels.items()}
@@ -267,7 +263,7 @@ class Frame:
         found = [name for name in (_attr(node, "_index"), "_index", "index")
                  if isinstance(node, h5py.Group) and name and name in node]
         if not found:
-            raise _damaged(node, "has no index")
+            raise _damaged(node, "has no index, as if written by anndata before 0.7 (write it with a newer anndata)")
         self.index = found[0]
         self.columns = [name for name in _leaves(node) if name != self.index and not name.startswith("__categories")]
         entries = node[self.index]
@@ -278,16 +274,12 @@ class Frame:
         self.n = int(entries.size or 0)
 
     def __getitem__(self, name):
-        node, legacy = self.node[name], self.node.get("__categories")
+        node, old = self.node[name], f"__categories/{name}"
         codes, names = node, None
         if isinstance(node, h5py.Group) and "codes" in node:
             codes, names = node["codes"], _array(node["categories"])
-        elif isinstance(legacy, h5py.Group) and name in legacy:
-            names = _array(legacy[name])
-        elif "categories" in node.attrs:            # the names themselves, or a reference to them
-            names = np.ravel(node.attrs["categories"])
-            if len(names) and isinstance(names[0], h5py.Reference):
-                names = _array(self.node.file[names[0]])
+        elif old in self.node:                      # anndata 0.7
+            names = _array(self.node[old])
         codes = _array(codes)
         if len(codes) != self.n:
             raise _damaged(node, f"has {len(codes)} entries for {self.n} in the index")
@@ -312,48 +304,43 @@ class Frame:
 
 
 def _matrix(node, shape, where, limit):
-    """X or a layer as CSR float32, dense, CSR and CSC alike; StoredRows of it when it takes more than `limit` bytes."""
+    """X or a layer, dense, CSR and CSC alike, as CSR float32; StoredRows of it if it takes more than `limit` bytes."""
     n, G = shape
-    if isinstance(node, h5py.Dataset):
-        if node.shape != shape:
-            raise _damaged(node, f"has shape {node.shape}, but obs and var say {shape}")
-        _check_numbers([node], 2)
-        rows = max(1, BLOCK_NNZ // G)
-        starts = progress(range(0, n, rows), "reading the cells")
-        blocks = (sp.csr_matrix(node[i:i + rows].astype(np.float32)) for i in starts)
+    if isinstance(node, h5py.Group):
+        layout = (_attr(node, "encoding-type") or _attr(node, "h5sparse_format")).removesuffix("_matrix")
+        if layout not in ("csr", "csc"):
+            raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; write it again as a dense, CSR or "
+                            "CSC matrix")
+        arrays, dimensions = [node[name] for name in ("data", "indices", "indptr")], 1
+        stored = tuple(np.ravel(node.attrs.get("shape", node.attrs.get("h5sparse_shape", ()))).tolist())
+    else:
+        arrays, dimensions = [node], 2
+        stored = getattr(node, "shape", None)
+    for array in arrays:
+        if len(getattr(array, "shape", None) or ()) != dimensions or array.dtype.kind not in "biuf":
+            raise _damaged(array, f"is {array}, where numbers in {dimensions} dimensions are expected")
+    if stored != shape:
+        raise _damaged(node, f"has shape {stored}, but obs and var say {shape}: they disagree")
+    step = max(1, BLOCK_NNZ // G)
+    starts = progress(range(0, n, step), "reading the cells")
+    if dimensions == 2:
+        blocks = (sp.csr_matrix(node[i:i + step].astype(np.float32)) for i in starts)
         return _spool(blocks, G, where) if 4 * n * G > limit else sp.vstack(list(blocks), format="csr")
-    layout = (_attr(node, "encoding-type") or _attr(node, "h5sparse_format")).removesuffix("_matrix")
-    arrays = set(node) if isinstance(node, h5py.Group) else set()
-    if layout not in ("csr", "csc") or not {"data", "indices", "indptr"} <= arrays:
-        raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; write it again as a dense, CSR or CSC "
-                        "matrix")
-    data, indices = node["data"], node["indices"]
-    _check_numbers([data, indices, node["indptr"]], 1)
-    indptr = node["indptr"].astype(np.int64)[...]
-    stored = np.ravel(node.attrs.get("shape", node.attrs.get("h5sparse_shape", ()))).tolist()
-    size = len(indices)
-    n_major, n_minor = shape if layout == "csr" else shape[::-1]
-    if (stored != [n, G] or len(indptr) != n_major + 1 or size != len(data)
+    data, indices, indptr = arrays
+    indptr, size = indptr.astype(np.int64)[...], len(data)
+    n_major = n if layout == "csr" else G
+    if (len(indptr) != n_major + 1 or size != len(indices)
             or indptr[0] != 0 or indptr[-1] != size or np.any(np.diff(indptr) < 0)):
         raise _damaged(node, f"its {layout.upper()} arrays disagree with one another or with {n} cells and {G} genes")
     if layout == "csc":                             # columns are turned to rows in memory, whatever the limit
         X = _csr(data[...], indices[...], indptr, n, where).T.tocsr()
-        return _spool((X[block] for block in row_blocks(X)), G, where) if 8 * size > limit else X
+        return _spool([X], G, where) if 8 * size > limit else X
     flat = [_FlatArray.of(array) for array in (data, indices)] if 8 * size > limit else [None]
     if all(flat):
         return StoredRows(flat, indptr, G, where)
-    step = max(1, BLOCK_NNZ // G)
-    bounds = [indptr[i:i + step + 1] for i in range(0, n, step)]
-    blocks = (_csr(data[of[0]:of[-1]], indices[of[0]:of[-1]], of - of[0], G, where)
-              for of in progress(bounds, "reading the cells"))
+    bounds = (indptr[i:i + step + 1] for i in starts)
+    blocks = (_csr(data[of[0]:of[-1]], indices[of[0]:of[-1]], of - of[0], G, where) for of in bounds)
     return _spool(blocks, G, where) if 8 * size > limit else _stacked(blocks, size, shape)
-
-
-def _check_numbers(nodes, dimensions):
-    """What a matrix is stored in: datasets of numbers."""
-    for node in nodes:
-        if not isinstance(node, h5py.Dataset) or len(node.shape or ()) != dimensions or node.dtype.kind not in "biuf":
-            raise _damaged(node, f"is {node}, where numbers in {dimensions} dimensions are expected")
 
 
 def _csr(values, indices, indptr, width, where):
@@ -413,13 +400,6 @@ class Cells:
         """Every (condition, covariate) that has a cell, sorted."""
         return sorted(set(zip(self.condition, self.covariate)))
 
-    @property
-    def names(self):
-        """(n,) cell names, read when asked for."""
-        with _open(self.path) as file:
-            obs = Frame(file["obs"])
-            return obs[obs.index][self.kept]
-
     def take(self, keep):
         """Keep only these cells (boolean mask)."""
         if isinstance(self.X, StoredRows):
@@ -434,10 +414,13 @@ class Cells:
         self.X = keep_columns(self.X, keep)
         self.genes = [g for g, k in zip(self.genes, keep) if k]
 
-    def obs(self, column, flag="--covariates"):
-        """Another obs column of the file, as text, for these cells."""
+    def obs(self, column="", flag="--covariates"):
+        """Another obs column of the file, as text, for these cells: (n,); without a column their names, the index."""
         with _open(self.path) as file:
-            return Frame(file["obs"]).column(column, flag)[self.kept]
+            frame = Frame(file["obs"])
+            return frame.column(column or frame.index, flag)[self.kept]
+
+    names = property(obs)
 
 
 def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True, genes=()):
@@ -521,17 +504,14 @@ def covariate_values(name, n):
 
 def _choose_layer(file, layer, path):
     """The matrix that --layer names, the var group that belongs to it, and what to call it in messages."""
-    layers, raw = (node if isinstance(node, h5py.Group) else {} for node in (file.get("layers"), file.get("raw")))
-    choices = {name: (f"layers/{name}", "var") for name in _leaves(layers)}
-    if "X" in raw:
-        choices["raw"] = "raw/X", "raw/var"
-    if "X" in file:
-        choices[""] = "X", "var"
+    layers = file.get("layers")
+    choices = {name: f"layers/{name}" for name in (_leaves(layers) if isinstance(layers, h5py.Group) else ())}
+    choices |= {name: matrix for name, matrix in (("raw", "raw/X"), ("", "X")) if matrix in file}
     if layer not in choices:
         raise DataError(f"{path}: has no {f'layer {layer!r}' if layer else 'X'}; choose another --layer (it has "
                         f"{_listed(sorted(filter(None, choices)), 30)})")
-    matrix, var = choices[layer]
-    return file[matrix], file[var], f"{path}: {matrix}"
+    matrix = choices[layer]
+    return file[matrix], file["raw/var" if matrix == "raw/X" else "var"], f"{path}: {matrix}"
 
 
 def _expressed(var, notes):

@@ -302,12 +302,6 @@ def nullable_categories(group, key, values):
     node["values"], node["mask"] = names, np.zeros(len(names), dtype=bool)
 
 
-def attribute_categories(group, key, values):
-    names = sorted(set(values) - {""})
-    group[key] = np.array([names.index(v) if v else -1 for v in values], dtype="int8")
-    group[key].attrs.create("categories", names, dtype=TEXT)
-
-
 def r_factor(group, key, values):
     names = sorted(set(values) - {""})
     codes = np.array([names.index(v) if v else len(names) for v in values], dtype="int8")
@@ -352,7 +346,7 @@ def replaced(name, value):
 
 
 FORMS = [text, fixed_bytes, ascii_bytes, categorical, int16_categories, bytes_categories, old_categorical,
-         nullable_strings, nullable_categories, attribute_categories, r_factor, padded, column_matrix, r_attributes]
+         nullable_strings, nullable_categories, r_factor, padded, column_matrix, r_attributes]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
