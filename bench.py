@@ -178,13 +178,10 @@ def pairs(train, Y, test, amp, a0, noise, lam):
     ordered pairs, K((a, b), (c, d)) = amp^2 C[a, c] C[b, d] + a0^2, C the cosine of d in 16 components; noise: sd of a
     gene's effect. A group that is no double of two measured singles is as ridge has it; all are where fewer than three
     such doubles train."""
-    effect, out = dict(zip(train, Y)), np.zeros((len(test), Y.shape[1]))
+    effect, out = dict(zip(train, Y)), ridge(train, Y, test, lam)
     known = [g for g in train if singles_of(g, effect)]
-    asked = [i for i, g in enumerate(test) if len(known) > 2 and singles_of(g, effect)]
-    others = [i for i in range(len(test)) if i not in asked]
-    if others:
-        out[others] = ridge(train, Y, [test[i] for i in others], lam)
-    if not asked:
+    asked = [i for i, g in enumerate(test) if singles_of(g, effect)]
+    if len(known) < 3 or not asked:
         return out
     singles = [g for g in train if len(perturbations(g)) == 1]
     S = np.stack([effect[g] for g in singles])                                       # (P, G)
@@ -634,29 +631,22 @@ def marks(rows, key):
     return {name: order.index(value) for name, value in printed.items() if value in order}
 
 
-def against_baselines(rows, keys):
-    """{method: {key: {against, p, better}}}: Wilcoxon over conditions against the best floor or baseline of each key;
-    and one line per method: where it is better than that, and where it loses to what has learned nothing."""
-    tests, lines = {}, []
+def verdicts(rows, keys):
+    """One line per method and prediction: in how many metrics it is better than every floor and baseline, and where it
+    loses to what has learned nothing."""
+    lines = []
     for name in [n for n, row in rows.items() if row["kind"] in ("method", "prediction")]:
-        of, lost = {}, []
+        won, lost = [], []
         for key in keys:
             values = competing(rows, key)
-            simple = [n for n in values if rows[n]["kind"] in ("floor", "baseline")]
-            if name not in values or not simple:
-                continue
-            against = min(simple, key=values.get)
-            p = metrics.compare(rows[name], rows[against], key)
-            of[key] = {"against": against, "p": p, "better": values[name] < values[against]}
-            if any(values[n] < values[name] for n in simple if rows[n]["kind"] == "floor" and n != "additive"):
-                lost.append(key)
-        won = [key for key in of if of[key]["better"]]
-        tests[name] = of
-        line = f"{name}: better than every floor and baseline in {len(won)} of {len(of)} metrics"
-        if lost:
-            line += f"; LOSES to control or mean in {', '.join(lost)}"
-        lines.append(line)
-    return tests, lines
+            simple = {n: v for n, v in values.items() if rows[n]["kind"] in ("floor", "baseline")}
+            if name in values and simple:
+                won.append(values[name] < min(simple.values()))
+                if any(simple.get(floor, math.inf) < values[name] for floor in ("control", "mean", "mean_cells")):
+                    lost.append(key)
+        line = f"{name}: better than every floor and baseline in {sum(won)} of {len(won)} metrics"
+        lines.append(line + (f"; LOSES to control or mean in {', '.join(lost)}" if lost else ""))
+    return lines
 
 
 # -------------------------------------------------------------------------------- tables
@@ -728,7 +718,7 @@ def bench(config):
         row["mean"]["l2/control"] = None if l2 is None or row["kind"] == "share" else l2 / control
 
     keys = list(config.keys or metrics.TABLE_KEYS)
-    tests, lines = against_baselines(rows, keys)
+    lines = verdicts(rows, keys)
     lines.append("can this metric tell: in this share of the test conditions the replicate, a draw of the truth, beats "
                  "the best floor; where it is near a half, the metric says nothing on these data")
     if "l2" in keys:
@@ -751,15 +741,14 @@ def bench(config):
     notes = "\n".join(f"- {line}" for line in lines)
     data.write_json(out / "bench.json", {
         "data": config.data, "split": config.split, "folds": config.folds, "seeds": config.seeds,
-        "eval_cells": config.eval_cells, "torch": torch.__version__, "rows": rows, "tests": tests})
-    text = [f"# {title}", render(table(rows, keys)), notes, "Paired Wilcoxon tests against the best floor or baseline, "
-            "not corrected for their number: bench.json."]
+        "eval_cells": config.eval_cells, "torch": torch.__version__, "rows": rows})
+    text = [f"# {title}", render(table(rows, keys)), notes]
     if config.stages:
         text.append(render(stages(config, first_runs, first, rows)))
     with data.atomic(out / "bench.md") as temporary:
         temporary.write_text("\n\n".join(text) + "\n")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    print("\n" + "\n\n".join([title, render(table(rows, keys), width), notes, *text[4:]]))
+    print("\n" + "\n\n".join([title, render(table(rows, keys), width), notes, *text[3:]]))
     for job, error in failed.items():
         print(f"FAILED: {job}: {error}", file=sys.stderr)
     if config.plot:
