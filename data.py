@@ -27,7 +27,6 @@ import errno
 import gzip
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -2400,62 +2399,55 @@ def same_version(path):
 
 def restore(run, state, content):
     """Load a checkpoint into the content {name: model or optimiser} of a stage of training, or else, into the models of
-    the first stage, what --init has."""
+    the first stage, what --init has: weights of the same name, along genes and perturbations by their names."""
     if state:
         with same_version(run.out / "ckpt.pt"):
             for name, part in content.items():
                 part.load_state_dict(state["content"][name])
-    elif run.config.init and not run.stage:
-        taken = [initialise(run, content[name]) for name in ("model", "ema") if name in content]
-        run.say(f"--init {run.config.init}: {taken[0]}")
-
-
-def initialise(run, model):
-    """Give a model the weights of --init that have its names, axis by axis: along genes and perturbations by name, else
-    where the sizes agree; the rest stays as it is. Returns what was found."""
+    if state or run.stage or not run.config.init:
+        return
     path, panel = run.config.init, run.panel
-    state = load_checkpoint(path, run.method, None)[1]
-    with same_version(path):
-        old = Panel(**state["panel"])
-        stored = state["content"].get("ema", state["content"]["model"])
-        axes = [pair for kind in zip(named_axes(old), named_axes(panel)) for pair in itertools.product(*kind)]
-        own, taken = dict(model.named_parameters()), 0
-        for name in own.keys() & stored.keys():
-            with torch.no_grad():
-                taken += take_over(own[name], stored[name], axes)
+    other = load_checkpoint(path, run.method, None)[1]
+    old = Panel(**other["panel"])
+    weights = other["content"].get("ema", other["content"]["model"])
+    for model in [content[name] for name in ("model", "ema") if name in content]:
+        own = dict(model.named_parameters())
+        taken = sum(take_over(own[name], weights[name], old, panel, run.config) for name in own.keys() & weights.keys())
     if not taken:
         raise DataError(f"--init {path}: no weight has the name and the size of one here; give a run of this method")
     new = sorted(set(panel.perturbations) - set(old.perturbations))
-    return (f"{taken} of {len(own)} weights taken over; {len(set(panel.genes) - set(old.genes)):,} of "
+    run.say(f"--init {path}: {taken} of {len(own)} weights taken over; {len(set(panel.genes) - set(old.genes)):,} of "
             f"{len(panel.genes):,} genes are new, and {len(new)} perturbations: {_listed(new)}")
 
 
-def named_axes(panel):
-    """What an axis of a weight may follow, each in the lengths that it may have: perturbations; these and covariates;
-    genes, an empty token and what is no gene; genes, padded by up to three."""
-    levels = [f"{column}={value}" for column, values in panel.covariates.items() for value in values]
-    padded = [panel.genes + [f"padding {i}" for i in range(n)] for n in range(4)]
-    tokens = panel.genes + ["padding 0"] + panel.outside()
-    return [panel.perturbations], [panel.perturbations + levels], [tokens], padded
-
-
-def take_over(weight, stored, axes):
-    """Copy stored into weight where their axes agree; whether they do. axes: (old names, new names) of each list."""
-    places = []
-    for size, wanted in zip(stored.shape, weight.shape):
-        names = [pair for pair in axes if (size, wanted) == (len(pair[0]), len(pair[1]))]
-        if names:
-            column = torch.from_numpy(match_genes(*names[0]))           # of the old axis, for each of the new one
-            places.append((column[column >= 0], torch.nonzero(column >= 0).flatten()))
-        else:
-            places.append((torch.arange(size), torch.arange(size)))
-        if not names and size != wanted:
+@torch.no_grad()
+def take_over(weight, stored, old, panel, config):
+    """Copy a stored weight of the panel old, axis by axis. Returns whether it could be told what each axis follows: the
+    names of one list, or none of them; a size that lists share, or a list and a layer, may be either."""
+    columns = []                                # for each axis: where each of its rows stands in the stored one, or -1
+    for have, want in zip(stored.shape, weight.shape):
+        pairs = zip(axis_names(old, have), axis_names(panel, want))
+        places = {tuple(match_genes(names, others)) for names, others in pairs if names and others}
+        layer = any(have % getattr(config, name, have + 1) == 0 for name in ("width", "hidden", "latent"))
+        if have == want and (layer or not places):
+            places.add(tuple(range(have)))
+        if len(places) != 1:
             return False
-    if stored.dim() != weight.dim():
-        return False
-    old, new = (torch.meshgrid(*(place[i] for place in places), indexing="ij") for i in range(2))
-    weight[new] = stored[old].to(weight)
-    return True
+        columns.append(np.array(places.pop()))
+    if stored.dim() == weight.dim():
+        rows = np.ix_(*(column[column >= 0] for column in columns))
+        weight[np.ix_(*(np.flatnonzero(column >= 0) for column in columns))] = stored[rows].to(weight)
+    return stored.dim() == weight.dim()
+
+
+def axis_names(panel, size):
+    """The lists that an axis of this length may follow, None for those that it cannot: perturbations; these and
+    covariates; genes, an empty token and what is no gene; genes, padded."""
+    levels = [f"{column}={value}" for column, values in panel.covariates.items() for value in values]
+    padding = [f"padding {i}" for i in range(min(40, size - len(panel.genes)))]
+    lists = [panel.perturbations, panel.perturbations + levels, panel.genes + ["padding 0"] + panel.outside(),
+             panel.genes + padding]
+    return [names if len(names) == size else None for names in lists]
 
 
 def trained_model(run, state, build):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import h5py
 import numpy as np
@@ -228,6 +229,21 @@ def test_split_all_trains_on_everything_and_predicts_without_a_table(demo, call,
     ask = ["--ckpt", tmp_path / "run" / "ckpt.pt", "--out", tmp_path / "p.h5ad", "--predict"]
     error(call(f"{CHEAP}.py", *ask, "test"), "--predict test", "held no condition out")
     ok(call(f"{CHEAP}.py", *ask, "TF1+TF2", "--cells", 4))
+
+
+@pytest.mark.parametrize("width, taken", [(32, True), (25, False), (50, False)])
+def test_a_weight_is_taken_over_only_where_its_axes_can_be_told(width, taken):
+    """Genes go by their names. A layer may have as many rows as there are genes: such a weight is not taken."""
+    genes = [f"g{i}" for i in range(50)]
+    order = [3, 0, 1, 2, *range(5, 50)]                             # without g4, and with one more
+    old, new = (data.Panel(names, [], [], [], [], [0] * 50, [1] * 50)
+                for names in (genes, [f"g{i}" for i in order] + ["more"]))
+    stored, weight = torch.rand(50, width), torch.zeros(50, width)
+    config = types.SimpleNamespace(width=width)
+    assert data.take_over(weight, stored, old, new, config) == taken
+    assert torch.equal(weight[:49], stored[order] if taken else torch.zeros(49, width)) and not weight[49].any()
+    layer = torch.zeros(2, 3 * width)
+    assert data.take_over(layer, torch.ones(2, 3 * width), old, old, config) and layer.all()
 
 
 def test_init_refuses_what_has_nothing_in_common(all_trained, demo, call, tmp_path):
