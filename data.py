@@ -2223,9 +2223,7 @@ CHECKPOINT_SECONDS = 300                                # between two checkpoint
 FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "exact_cells", "compile", "resume", "cache_gb",
                   "backed"}
-PREDICTING = {"ckpt", "out", "predict", "controls", "cells", "all_genes", "as_counts", "as_", "dtype", "seed",
-              "zeros"} | FREE_ON_RESUME
-UNITS = ("layer", "pert_key", "control_label", "separator", "gene_key", "counts", "lognorm")  # of the user's --controls
+PREDICTING = {"ckpt", "predict", "controls", "cells", "all_genes", "as_counts", "as_", "dtype", "seed", "zeros"}
 
 
 @dataclass
@@ -2279,16 +2277,16 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
         config.out = f"runs/{method}-{Path(config.data).stem}-{split}-f{config.fold}-s{config.seed}"
     if config.ckpt or config.resume:
         stored, state = load_checkpoint(config.ckpt or Path(config.out, "ckpt.pt"), method, cls)
-        kept, free = typed | {"out": config.out}, FREE_ON_RESUME
+        kept, free = {"out": config.out}, set(FREE_ON_RESUME)
         if config.ckpt:
-            units = {name: getattr(DataConfig, name) for name in UNITS} if config.controls else {}
-            kept = units | {"out": "pred.h5ad"} | typed
-            free = PREDICTING | set(sampling) | {f.name for f in fields(DataConfig)}
+            reading = {f.name: f.default for f in fields(ReadConfig) if f.name not in ("covariates", "dose_key")}
+            kept = {"out": "pred.h5ad"} | (reading if config.controls else {})      # another file, other columns
+            free |= PREDICTING | set(sampling) | {f.name for f in fields(DataConfig)}
         for name in sorted(set(typed) - free):
             if typed[name] != getattr(stored, name):
                 raise DataError(f"{_flag(name)} {typed[name]}: this run was started with {getattr(stored, name)}; drop "
                                 "the flag, or start another run with --out")
-        config = replace(stored, **kept)
+        config = replace(stored, **kept | typed)
     uses = ["predict", *uses]
     if bool(config.ckpt) != sum(bool(getattr(config, name)) for name in uses):
         raise DataError(f"--ckpt FILE and {' or '.join(map(_flag, uses))} belong together; to go on with a run use "
@@ -2297,9 +2295,8 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
         if name in typed and not config.ckpt:
             raise DataError(f"{_flag(name)}: belongs to --ckpt FILE --predict; remove it")
     if config.eval_every and (config.train_on_val or config.split == "all"):
-        reason = "--split all" if config.split == "all" else "--train-on-val (--no-train-on-val keeps them apart)"
-        raise DataError(f"--eval-every {config.eval_every}: {reason} leaves no validation conditions to score; drop "
-                        "one of the two")
+        raise DataError(f"--eval-every {config.eval_every}: --split all and --train-on-val leave no validation "
+                        "conditions to score; drop one of the two (--no-train-on-val)")
     least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2, "lr": 1e-20}
     for f in fields(cls):
         value = getattr(config, f.name)
@@ -2326,8 +2323,8 @@ def finished(config, state):
     if not config.resume or (state["stage"], state["step"]) != ("training", config.steps):
         return False
     try:
-        content = json.loads(Path(config.out, "metrics.json").read_text(encoding="utf-8"))
-        same = all(content["config"][name] == getattr(config, name) for name in ("eval_cells", "exact_cells"))
+        content = json.loads(Path(config.out, "metrics.json").read_text(encoding="utf-8"))["config"]
+        same = all(content[name] == getattr(config, name) for name in ("eval_cells", "exact_cells"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):      # not there, or not what a run wrote
         return False
     if same:
@@ -2352,24 +2349,22 @@ def load_checkpoint(path, method, cls):
     with same_version(path):
         panel, split = Panel(**state["panel"]), state["split"]
         G, P = len(panel.genes), len(panel.perturbations)
-        sound = (len(panel.mean) == len(panel.highest) == len(panel.typical) == G and len(panel.pert_gene) == P
-                 and set(panel.eval_genes) <= set(range(G)) and set(panel.pert_gene) <= set(range(-1, G))
-                 and np.isfinite([panel.mean, panel.highest, panel.typical]).all()
-                 and set(panel.trained) <= set(panel.perturbations) and set(split) == set(PARTS)
-                 and all(type(names) is list and _fits(tuple(names), tuple[str, ...]) for names in split.values())
-                 and type(state["step"]) is int and math.isfinite(state["seconds"]) and type(state["content"]) is dict
-                 and type(panel.covariates) is dict)
-        if not sound:
-            raise ValueError("its panel, split or step is no such")
+        lengths = [len(values) for values in (panel.mean, panel.highest, panel.typical, panel.pert_gene)]
+        columns = {-1, *panel.pert_gene, *panel.eval_genes}
+        sound = lengths == [G, G, G, P] and columns <= set(range(-1, G)) and set(split) == set(PARTS)
+        sound = sound and all(type(name) is str for names in split.values() for name in names)
+        if not sound or not np.isfinite([panel.mean, panel.highest, panel.typical]).all():
+            raise ValueError("its panel or split is no such")
         if not cls:
             return None, state
-        kinds, config = typing.get_type_hints(cls), state["config"]
-        for name in sorted(set(kinds) ^ set(config)):
-            raise ValueError(f"its Config {'has' if name in config else 'lacks'} {name}")
-        for name, value in config.items():
+        kinds = typing.get_type_hints(cls) | {"stage": str, "step": int, "seconds": float, "content": dict}
+        held = state["config"] | {name: state[name] for name in ("stage", "step", "seconds", "content")}
+        for name in sorted(set(kinds) ^ set(held)):
+            raise ValueError(f"its Config {'has' if name in held else 'lacks'} {name}")
+        for name, value in held.items():
             if not _fits(value, kinds[name]):
                 raise ValueError(f"its {name} is {value!r}")
-        return cls(**config), state
+        return cls(**state["config"]), state
 
 
 def _fits(value, kind):
@@ -2379,9 +2374,7 @@ def _fits(value, kind):
         return value in of
     if typing.get_origin(kind) is tuple:
         return type(value) is tuple and all(_fits(each, of[0]) for each in value)
-    if of:
-        return any(_fits(value, each) for each in of)
-    return type(value) is kind or kind is float and type(value) is int
+    return type(value) in (of or (kind,)) or kind is float and type(value) is int
 
 
 @contextlib.contextmanager
@@ -2389,12 +2382,9 @@ def same_version(path):
     """Around the use of what a checkpoint holds: whatever does not fit the present code becomes a DataError."""
     try:
         yield
-    except DataError:
-        raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: made by another version of this file: {reason[:200]}; use the file that made it, or "
-                        "train again") from None
+        raise DataError(f"{path}: made by another version of this file: {' '.join(str(error).split())[:200]}; use the "
+                        "file that made it, or train again") from None
 
 
 def restore(run, state, content):
@@ -2470,17 +2460,15 @@ def load_model(method, path, **changes):
     return run, trained_model(run, state, method.build)
 
 
-_claims = {}        # {path: open lock file} of this process: closing one would give its folder up
+_claims = []        # open lock files of this process: closing one gives its folder up
 
 
 def claim(folder):
-    """Take a run's folder for this process until it ends, whatever the way; a folder that is taken is an error."""
-    path = folder / ".lock"
-    if path in _claims:
-        return
+    """Make a run's folder and take it for this process until it ends, whatever the way; one that is taken is an
+    error."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "w")
+        handle = open(folder / ".lock", "w")
     try:
         if os.name == "nt":
             import msvcrt
@@ -2491,38 +2479,22 @@ def claim(folder):
     except OSError as error:                    # file systems without locks: nothing is claimed
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise DataError(f"{folder}: another run is using this folder; choose another --out") from None
-    _claims[path] = handle
-    with writing(folder):
-        mend(folder / "log.jsonl")
-
-
-def mend(log):
-    """Cut off the end of a log's last line that was not written whole."""
-    whole = log.read_bytes() if log.exists() else b""
-    if whole and not whole.endswith(b"\n"):
-        log.write_bytes(whole[:whole.rfind(b"\n") + 1])
+    _claims.append(handle)
 
 
 def open_run(run, state):
     """Give a run its dataset and panel, say what it is, and write what is known before training to its folder, which is
-    claimed; a resumed run must find the genes, conditions and split that it had. Nothing is left of a refused run."""
+    claimed; a resumed run must find the genes, conditions and split that it had. A refused run leaves no folder."""
     config, out = run.config, run.out
     unfinished = {"config.json", "split.json", "log.jsonl", ".lock"}   # of a run that ended before its checkpoint
-    if run.rank == 0 and out.exists():
-        if not out.is_dir():
-            raise DataError(f"{out}: is a file; choose another --out")
-        others = sorted(p.name for p in out.iterdir() if p.name not in unfinished and p.suffix != ".tsv")
-        if others and not state:
-            raise DataError(f"{out}: already holds {_listed(others, 3)}; go on with --resume, choose another --out, or "
-                            "remove it")
-        claim(out)
+    held = sorted(path.name for path in out.glob("*") if path.name not in unfinished and path.suffix != ".tsv")
+    if run.rank == 0 and held and not state:
+        raise DataError(f"{out}: already holds {_listed(held, 3)}; go on with --resume, or choose another --out")
     dataset = load_run(config, run.device)
     panel = dataset.panel()
     if state:
-        found = asdict(panel) | {"split": dataset.split}
-        stored = state["panel"] | {"split": state["split"]}
         for name in ("genes", "eval_genes", "perturbations", "split"):
-            if found[name] != stored[name]:
+            if getattr(dataset if name == "split" else panel, name) != (state | state["panel"])[name]:
                 raise DataError(f"--resume: --data {config.data} --split {config.split} no longer give the {name} of "
                                 f"the run in {out}: a file has changed; restore it, or start another run with --out")
     dataset.prepare_sampling()
@@ -2531,6 +2503,9 @@ def open_run(run, state):
         claim(out)
         write_json(out / "config.json", asdict(config))
         write_json(out / "split.json", dataset.split)
+        log = out / "log.jsonl"
+        if log.exists():                        # a last line that was not written whole goes
+            os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     precision = "bf16" if run.bf16 else "fp32"
     run.say(f"{run.method} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
             f"{config.preset}, {config.steps:,} steps; {run.device}, {precision}{', compiled' if run.compile else ''}; "
@@ -2561,7 +2536,10 @@ def open_prediction(run, state, unseen):
         raise DataError("--predict runs in one process; start it with python")
     if run.out.exists():
         raise DataError(f"--out {run.out}: exists; choose another name, or remove it")
-    carried = config.predict == ("test",)       # the run's test conditions, perhaps to other cells
+    test = config.predict == ("test",)          # the run's test conditions, perhaps of other cells
+    asked = state["split"]["test"] if test else config.predict
+    if test and not asked:
+        raise DataError("--predict test: the run held no condition out; name the conditions")
     columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
     if config.controls:
         controls, missing, totals = read_controls(config.controls, config, panel)
@@ -2580,16 +2558,11 @@ def open_prediction(run, state, unseen):
         raise DataError(f"--as-counts: {config.controls or config.data} holds log-normalised values, and so no library "
                         "sizes of control cells; give --controls with counts")
     sizes = {}
-    asked = state["split"]["test"] if carried else config.predict
-    if carried and not asked:
-        raise DataError("--predict test: the run held no condition out; name the conditions")
     for condition, covariate in asked_conditions(asked, panel.known(unseen)):
-        if carried and covariate not in controls:
-            covariate = ""
-        if covariate and covariate not in controls:
+        if covariate and covariate not in controls and not test:
             raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; choose from "
                             f"{_listed(sorted(controls), 20)}, or leave it out")
-        for value in [covariate] if covariate else sorted(controls):
+        for value in [covariate] if covariate in controls else sorted(controls):
             sizes[group_name(condition, value)] = config.cells
     untrained = sorted({p for g in sizes for p in split_group(g)[0].split("+")} - set(panel.trained))
     if untrained:
@@ -2601,15 +2574,13 @@ def write_prediction(run, cells, asked):
     """--predict's file: predicted cells {group: (n, E)} and the control cells."""
     counts = run.config.as_counts
     write_populations(run, run.out, cells, asked.controls, asked.columns, asked.totals if counts else None)
-    also = "" if run.config.as_.endswith("=") else " and the control cells"
-    run.say(f"wrote {run.out}: {len(cells)} predicted conditions{also}, {'counts' if counts else 'log1p CP10k'}")
+    run.say(f"wrote {run.out}: {len(cells)} predicted conditions, {'counts' if counts else 'log1p CP10k'}")
     if counts and len(asked.columns) < len(run.panel.genes):
         run.say("note: scorers normalise counts over the genes of the file: --all-genes writes all that the model has")
 
 
 def score_file(run, state, unseen, log_p, at_once):
-    """--score: write log p of the cells of a file under conditions, as an AnnData file of cells x conditions. Ctrl-C
-    ends it with the cells that were scored until then.
+    """--score: write log p of the cells of a file under conditions, as an AnnData file of cells x conditions.
 
     log_p: cells (B, G) and control cells (n, G), log1p CP10k, and the names of C groups -> (B, C) nats; at_once: the
     largest B. unseen: as Panel.known. Raises DataError for conditions, covariates or genes that are not there.
@@ -2620,39 +2591,28 @@ def score_file(run, state, unseen, log_p, at_once):
     asked = sorted({condition for condition, _ in asked_conditions(texts, panel.known(unseen), "--score-under")})
     cells = read_cells(config.score, config, control_required=False, perturbed_required=False)
     lognormalise(cells)
-    columns = match_genes(cells.genes, panel.genes)
+    columns, covariate = match_genes(cells.genes, panel.genes), cells.covariate
     missing = [panel.genes[i] for i in np.flatnonzero(columns < 0)]
-    if missing:
-        raise DataError(f"--score {config.score}: lacks {len(missing):,} of the model's {len(columns):,} genes "
-                        f"({_listed(missing)}); add them (zero where not measured)")
-    covariate = cells.covariate
     lost = sorted(set(covariate) - set(controls))
-    if lost:
-        raise DataError(f"--score {config.score}: no control cells for {lost[0]}; there are "
-                        f"{_listed(sorted(controls), 20)}")
+    if missing or lost:
+        raise DataError(f"--score {config.score}: lacks {len(missing):,} of the model's {len(columns):,} genes, and "
+                        f"control cells for {len(lost)} of its covariates ({_listed(missing + lost)}); add them")
 
+    values = np.empty((len(covariate), len(asked)), dtype=np.float32)
     alike = [np.flatnonzero(covariate == value) for value in sorted(set(covariate))]
     chunks = [rows for of in alike for rows in np.array_split(of, math.ceil(len(of) / at_once))]
-    scored = []
-    try:
-        for rows in progress(chunks, "scoring: chunks of cells"):
-            value = covariate[rows[0]]
-            control = pick_rows(controls[value], config.score_controls, seed_of(value, config.seed))
-            groups = [group_name(condition, value) for condition in asked]
-            scored.append(log_p(cells.X[rows][:, columns].toarray(), control, groups))
-    except KeyboardInterrupt:
-        run.say("\ninterrupted: what was scored so far is written")
-    if not scored:
-        raise DataError("--score: interrupted before a cell was scored")
-    rows, values = np.concatenate(chunks[:len(scored)]), np.concatenate(scored)          # (cells,), (cells, conditions)
-    condition = cells.condition[rows]
+    for rows in progress(chunks, "scoring: chunks of cells"):
+        value = covariate[rows[0]]
+        control = pick_rows(controls[value], config.score_controls, seed_of(value, config.seed))
+        groups = [group_name(condition, value) for condition in asked]
+        values[rows] = log_p(cells.X[rows][:, columns].toarray(), control, groups)
     best = np.array(asked, dtype=object)[values.argmax(axis=1)]
-    obs = {"condition": condition, "best": best} | {key: cells.obs(key)[rows] for key in config.covariate_keys}
+    obs = {"condition": cells.condition, "best": best} | {key: cells.obs(key) for key in config.covariate_keys}
     uns = {"method": run.method, "scale": "log p, nats, of log1p CP10k"}
-    write_h5ad(run.out, values, obs, asked, uns, cells.names[rows])
-    right = (best == condition)[np.isin(condition, asked)]
-    run.say(f"wrote {run.out}: log p of {len(rows):,} cells under {len(asked)} conditions; highest under their own for "
-            f"{right.sum():,} of the {len(right):,} whose condition is among these")
+    write_h5ad(run.out, values, obs, asked, uns, cells.names)
+    right = (best == cells.condition)[np.isin(cells.condition, asked)]
+    run.say(f"wrote {run.out}: log p of {len(values):,} cells under {len(asked)} conditions; highest under their own "
+            f"for {right.sum():,} of the {len(right):,} whose condition is among these")
 
 
 def asked_conditions(texts, names, flag="--predict"):
@@ -2660,8 +2620,7 @@ def asked_conditions(texts, names, flag="--predict"):
     names: the perturbations that the model knows. Raises DataError for others, and for controls."""
     pieces = {piece for text in texts for piece in {text} | _pieces(split_group(text)[0])}
     known = {piece for piece in pieces if perturbation_name(piece) in names}
-    rules = LabelRules((), known)
-    asked = []
+    rules, asked = LabelRules((), known), []
     for text in texts:
         label, covariate = split_group(text)
         if perturbation_name(text) in names:                    # a name with '@' in it
@@ -2671,12 +2630,11 @@ def asked_conditions(texts, names, flag="--predict"):
         tokens = [token for token in rules.tokens(label.strip()) if not rules.is_control(token)]
         if not tokens:
             raise DataError(f"{flag} {text}: names no perturbation; control cells are real, not predicted")
-        for token in tokens:
-            if perturbation_name(token) in names:
-                continue
+        for token in [token for token in tokens if perturbation_name(token) not in names]:
             members = [member for member in _JOINT.split(token) if member]
-            if any(member in known for member in members):      # of A_B, the one that is not known
-                token = next(member for member in [*members, token] if member not in known)
+            strange = [member for member in members if member not in known]
+            if 0 < len(strange) < len(members):                 # of A_B, the one that is not known
+                token = strange[0]
             lower = {name.lower(): name for name in names}
             close = difflib.get_close_matches(perturbation_name(token).lower(), lower, 3)
             advice = f"did you mean {', '.join(lower[name] for name in close)}" if close else "check its spelling"
@@ -2725,16 +2683,15 @@ def pick_device(name):
     """The torch.device of --device, '' being the GPU if there is one; under torchrun each process has its own. On a
     GPU, matrix products of float32 may then use TF32."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        own = os.environ["LOCAL_RANK"] if process()[1] > 1 else 0
-        device = torch.device(f"cuda:{own}" if name == "cuda" else name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK'] if process()[1] > 1 else 0}"
+    number = re.fullmatch(r"cuda:(\d+)", name)
+    if name != "cpu" and not number:
         raise DataError(f"--device {name}: unknown; use cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    if number and int(number[1]) >= torch.cuda.device_count():
+        raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    device = torch.device(name)
+    if number:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     return device
@@ -2782,17 +2739,20 @@ class Signals:
     """SIGINT and SIGTERM in training: kept until a step has ended. A second one acts at once."""
 
     def __init__(self, say):
-        self.say = say
-        self.came, self.handlers = 0, {}
+        self.say, self.came = say, 0
 
     def hold(self):
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers.setdefault(number, signal.signal(number, self.keep))
+            signal.signal(number, self.keep)
+
+    def release(self):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def keep(self, number, _):
         self.came = number
+        self.release()
         self.say("\nsaving after this step; a second signal ends the run at once")
-        signal.signal(number, self.handlers[number])
 
     def agreed(self, step, world, device):
         """The signal that came, or 0. Of several processes (world) all end at the same step, one of every ten."""
@@ -2804,21 +2764,17 @@ class Signals:
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return flag.item()
 
-    def release(self):
-        while self.handlers:
-            signal.signal(*self.handlers.popitem())
-
 
 class Journal:
     """What a stage of training leaves behind: lines of log.jsonl and on the console, now and then a checkpoint."""
 
     def __init__(self, run, state):
-        now, before = time.perf_counter(), run.journal
-        self.run = run
-        self.began = now - (state["seconds"] if state else 0)   # the first step, of the first stage
-        if before and not state:
-            self.began = before.began
-        self.logged = self.saved = now
+        self.run, now = run, time.perf_counter()
+        self.logged = self.saved = self.began = now             # the first step, of the first stage
+        if state:
+            self.began = now - state["seconds"]
+        elif run.journal:
+            self.began = run.journal.began
         self.due = now + FIRST_LINE                             # the next line on the console
         self.sums, self.counted = 0.0, 0                        # losses since the last line of the log
 
@@ -2898,9 +2854,7 @@ def seed_of(*what):
 def add_flags(parser, cls, presets=None):
     """One flag per field of a dataclass: name, type and default from the field, help from the comment beside it, in a
     group for each class of the hierarchy. presets {name: {field: value}}: their values are shown beside the default.
-
-    Flags that are not given are absent from the parsed namespace, so that callers see what the user asked for.
-    """
+    Flags that are not given are absent from what is parsed."""
     comments, group_of = {}, {}
     for base in reversed(cls.__mro__[:-1]):
         source = Path(inspect.getfile(base)).read_text(encoding="utf-8")  # inspect.getsource takes ten times as long
@@ -2968,17 +2922,14 @@ def clock(seconds):
 
 def process():
     """(rank, world) of this process, as torchrun says; a RANK that is left over in an environment says nothing."""
-    try:
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        needed = ("RANK", "LOCAL_RANK", "MASTER_PORT") if world > 1 else ()
-        numbers = [int(os.environ[name]) for name in needed]
-        if world < 1 or needed and (not os.environ["MASTER_ADDR"] or numbers[0] not in range(world)):
-            raise ValueError
-    except (KeyError, ValueError):
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    numbers = [int(text) for text in map(os.environ.get, names) if text and text.isdecimal()]
+    if len(numbers) < len(names) or numbers[0] >= numbers[1] or not os.environ.get("MASTER_ADDR"):
         raise DataError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment: several processes are started with "
-                        "torchrun, which sets RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT too; unset it for one "
-                        "process") from None
-    return (numbers[0] if needed else 0), world
+                        f"torchrun, which sets {', '.join(names)} and MASTER_ADDR; unset it for one process")
+    return numbers[0], numbers[1]
 
 
 def status_line(text, last=False):
@@ -3014,12 +2965,11 @@ def clean_errors():
         sys.stdout.flush()
     except DataError as error:
         _fail(*str(error).split("\n"))          # one line, whatever a label or a path holds
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        _fail(f"out of memory ({str(error).split('. ')[0]}); lower --batch-size, --hvg or the model's size")
-    except RuntimeError as error:
-        if "allocate memory" in str(error) or "calculation overflowed" in str(error):        # on a CPU
-            _fail("out of memory; lower --batch-size, --hvg or the model's size")
-        partner = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    except (RuntimeError, MemoryError) as error:
+        text, full = str(error), (torch.OutOfMemoryError, MemoryError)
+        if isinstance(error, full) or "allocate memory" in text or "calculation overflowed" in text:    # on a CPU
+            _fail(f"out of memory ({text.split('. ')[0]}); lower --batch-size, --hvg or the model's size")
+        partner = isinstance(error, torch.distributed.DistError) or "gloo" in text
         if not partner or process()[1] == 1:    # gloo and NCCL, where another process of a run has died
             raise
         _fail("another process of this run has ended; go on from the last checkpoint with --resume")
@@ -3035,8 +2985,7 @@ def clean_errors():
             _fail("the output cannot be written: no space is left where it goes")
         sys.exit(1)
     finally:
-        while _claims:
-            _claims.popitem()[1].close()
+        _claims.clear()
 
 
 def _fail(*words):
@@ -3047,15 +2996,14 @@ def _fail(*words):
 def describe(dataset, split=""):
     """What `python data.py FILE` prints, as one JSON-serialisable object. cells and genes are those of the file, before
     quality control; conditions, controls and parts are counted after it."""
-    cells, size = dataset.source, {}
+    cells, size = dataset.source, Counter()
     for group, condition in zip(dataset.groups, dataset.condition):
-        size[condition] = size.get(condition, 0) + len(dataset.rows[group])
+        size[condition] += len(dataset.rows[group])
     controls = size.pop(CONTROL)
-    orders, sizes = [order(condition) for condition in size], list(size.values())
+    orders, sizes = Counter(map(order, size)), list(size.values())
     facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1],
-             "scale": dataset.file_scale,
-             "conditions": len(size), "singles": orders.count(1), "doubles": orders.count(2),
-             "more": sum(n > 2 for n in orders), "pert_key": cells.pert_key, "controls": controls,
+             "scale": dataset.file_scale, "conditions": len(size), "singles": orders[1], "doubles": orders[2],
+             "more": len(size) - orders[1] - orders[2], "pert_key": cells.pert_key, "controls": controls,
              "control_labels": sorted(cells.rules.seen_controls),
              "cells_per_condition": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
              "covariates": {key: len(set(cells.obs(key))) for key in dataset.config.covariate_keys},
@@ -3091,30 +3039,28 @@ def main(argv=None):
         file = args.pop("file")
         config = FileConfig(**args)
         if file == "demo":
-            out = config.out or "demo.h5ad"
-            simulate(out, config.cells, config.genes, config.cell_types, config.seed)
-            print(f"wrote {out}")
-            return
+            config.out = config.out or "demo.h5ad"
+            simulate(config.out, config.cells, config.genes, config.cell_types, config.seed)
+            return print(f"wrote {config.out}")
         for name in {"cells", "genes", "cell_types", "seed"} & set(args):
-            raise DataError(f"--{name.replace('_', '-')}: belongs to 'python data.py demo'; remove it")
+            raise DataError(f"{_flag(name)}: belongs to 'python data.py demo'; remove it")
         if config.out and Path(config.out).resolve() == Path(file).resolve():
             raise DataError(f"--out {file}: is the input itself and would be lost; choose another name")
         with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):     # how far it is, is no JSON
             dataset = load(file, config, config.split, config.fold, config.folds)
-        facts = describe(dataset, config.split)
+            facts = describe(dataset, config.split)
+            if config.out:
+                write_prepared(config.out, dataset)
+                print(f"wrote {config.out}: log1p CP10k, grouped by condition")
         if config.json:
-            print(json.dumps(facts))
-        else:
-            notes, sizes = facts.pop("notes"), facts.pop("split", {})
-            for key, value in (facts | sizes).items():
-                if isinstance(value, dict):
-                    value = [f"{name} {number:,g}" for name, number in value.items()]
-                print(f"{key.replace('_', ' '):<25} {_listed(value, 9) if isinstance(value, list) else value}")
-            for note in notes:
-                print(f"note: {note}")
-        if config.out:
-            write_prepared(config.out, dataset)
-            print(f"wrote {config.out}: log1p CP10k, grouped by condition", file=sys.stderr if config.json else None)
+            return print(json.dumps(facts))
+        notes, parts = facts.pop("notes"), facts.pop("split", {})
+        for key, value in (facts | parts).items():
+            if isinstance(value, dict):
+                value = [f"{name} {number:,g}" for name, number in value.items()]
+            print(f"{key.replace('_', ' '):<25} {_listed(value, 9) if isinstance(value, list) else value}")
+        for note in notes:
+            print(f"note: {note}")
 
 
 if __name__ == "__main__":
