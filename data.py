@@ -1666,7 +1666,7 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
     """
     config = config or DataConfig()
     for name in ("min_genes", "min_cells", "hvg", "eval_genes", "cache_gb"):
-        if getattr(config, name) < 0:
+        if not getattr(config, name) >= 0:                  # NaN too
             raise DataError(f"{_flag(name)} {getattr(config, name)}: must not be negative")
     if config.hvg_by == "mean" and config.hvg_on == "all":
         raise DataError("--hvg-on all: the mean of --hvg-by mean is of training controls; drop one of the two")
@@ -2301,8 +2301,8 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
     for f in fields(cls):
         value = getattr(config, f.name)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-        if any(not v >= least.get(f.name, 0) for v in numbers):         # NaN of a checkpoint too
-            raise DataError(f"{_flag(f.name)} {value}: must be at least {least.get(f.name, 0)}")
+        if not all(least.get(f.name, 0) <= v < math.inf for v in numbers):      # nor NaN
+            raise DataError(f"{_flag(f.name)} {value}: must be a number, and at least {least.get(f.name, 0)}")
     return config, state
 
 
@@ -2874,22 +2874,14 @@ def add_flags(parser, cls, presets=None):
         elif typing.get_origin(kind) is typing.Literal:
             options |= {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            of = typing.get_args(kind)[0]
-            options |= {"nargs": "+", "type": finite if of is float else of, "metavar": "X"}
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
         else:
-            options |= {"type": finite if kind is float else kind, "metavar": kind.__name__.upper()}
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
         group_of[f.name].add_argument(flag, **options)
 
 
 def _flag(name):
     return "--" + name.rstrip("_").replace("_", "-")        # as_: --as, a word of Python
-
-
-def finite(text):
-    """The number of a flag; NaN would pass every check that compares it."""
-    if not math.isfinite(float(text)):
-        raise ValueError
-    return float(text)
 
 
 def _shown(value):
