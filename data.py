@@ -86,7 +86,7 @@ class ReadConfig:
     separator: str = ""         # what joins the perturbations of a label (+ or _ ...), or none; '' for what is evident
     gene_key: str = ""          # var column with gene names; '' for the index, or the column with the perturbed genes
     covariates: str = ""        # obs columns, comma-separated, within which controls are matched (cell_type,...)
-    dose_key: str = ""          # obs column of the dose, or one per --pert-key: a drug becomes 'drug:dose'
+    dose_key: str = ""          # obs column of the dose, one per --pert-key: a drug becomes 'drug:dose'
     counts: bool = False        # declare the values raw counts
     lognorm: bool = False       # declare the values log-normalised
     cache_gb: float = 4.0       # matrix dense on the device up to this size, else sparse in memory, else on disk
@@ -715,14 +715,12 @@ class LabelRules:
             if len(short) < 3 and any(not text.lower().startswith("nt") for text in controls):
                 self.short = short
         self._find_remarks(texts)
-        todo = list(texts)                      # what stands beside a plus or a control counts as if it stood alone
-        while todo:
-            text = todo.pop()
+        todo = [text for text in texts if not self.is_control(text)]
+        for text in todo:                       # what stands beside a plus or a control counts as if it stood alone
             sides = {side for cut in _cuts(text, _PLUS) for side in cut} | self._beside_control(text)
-            if not self.is_control(text):
-                found = {side for side in sides if side and not _MARKS.fullmatch(side)} - texts
-                texts |= found
-                todo += found
+            found = {side for side in sides if side and not _MARKS.fullmatch(side)} - texts
+            texts |= found
+            todo += [side for side in found if not self.is_control(side)]
         for text in sorted(texts, key=len):     # what a label may be made of is shorter, and known by then
             if self.tokens(text) == [text]:
                 self.known.add(text)
@@ -795,25 +793,21 @@ class LabelRules:
         if self.separator:
             parts = [label] if self.separator == "none" else label.split(self.separator)
             return [part.strip() for part in parts if part.strip()]
-        parts = self._known_parts(label)
-        if parts is None:
-            parts, start = [], 0
-            for left, right in [*_cuts(label, _PLUS), (label, "")]:
-                part = self._bare(label[start:len(left)])
-                parts += self._known_parts(part) or [part]
-                start = len(label) - len(right)
-            if not all(self._knows(part) or re.search(r"[^\W\d_]", part) for part in parts):
-                parts = [label]                 # 05 is no name
+        parts, start = self._known_parts(label) or [], 0
+        for left, right in [] if parts else [*_cuts(label, _PLUS), (label, "")]:
+            part = self._bare(label[start:len(left)])
+            parts += self._known_parts(part) or [part]
+            start = len(label) - len(right)
+        if not all(self._knows(part) or re.search(r"[^\W\d_]", part) for part in parts):
+            parts = [label]                     # 05 is no name
         return [part for part in parts if part]
 
-    def canonical(self, *labels, doses=("",)):
+    def canonical(self, *labels, doses=()):
         """'ctrl+B_A' -> 'A+B', and of a cell with several labels all of them; 'control' when only controls are named;
-        '' for a missing label. A dose belongs to every perturbation: 'A:10+B:10'; doses: one, or one for each label."""
+        '' for a missing label. doses: of each label, for every perturbation in it: 'A:10+B:10'."""
         of_label = [[token for token in self.tokens(label) if self._names(token)] for label in labels]
-        if len(doses) == 1:
-            of_label = [sum(of_label, [])]
         perturbations = set()
-        for tokens, dose in zip(of_label, doses):
+        for tokens, dose in zip(of_label, doses or [""] * len(labels)):
             dose = re.sub(r"(?<=\d[eE])\+", "", dose)      # 1e+06 is one number, 1+1 (GEARS) one dose for each token
             each = dose.split("+") if dose.count("+") == len(tokens) - 1 else [dose.replace("+", "/")] * len(tokens)
             for token, its_dose in zip(tokens, each):
@@ -821,7 +815,8 @@ class LabelRules:
                     self.seen_controls.add(token)
                 else:
                     perturbations.add(perturbation_name(token) + (f":{its_dose}" if its_dose else ""))
-                    self.whole.update([token] if re.search(r"[|;]", token) else [])
+                    if re.search(r"[|;]", token):
+                        self.whole.add(token)
         if not any(of_label):
             return ""
         condition = "+".join(sorted(perturbations)) or CONTROL
@@ -831,28 +826,21 @@ class LabelRules:
 
     def notes(self):
         """What these rules guessed about the labels they were applied to, and how to undo it."""
-        notes, usual = [], {word.lower() for word in CONTROL_LABELS}
-        marked = sorted(token for token in self.seen_controls if token.lower() not in usual)
-        if marked and not self.declared:
-            notes.append(f"took {len(marked)} labels for controls: {_listed(marked)} (--control-label NAME "
-                         "takes that label alone, 'NAME*' all that begin so)")
-        if self.short:
-            notes.append(f"took {_listed(sorted(self.short))} for perturbations, not for numbered controls, since "
-                         "there is another control (--control-label A,B names all of them)")
-        if self.unlabelled:
-            notes.append(f"took {len(self.unlabelled)} labels for cells without a label: "
-                         f"{_listed(sorted(self.unlabelled), 9)} (--control-label, if one is the control)")
-        if self.seen_controls & self.control_genes:
-            notes.append("took a label for the control that is a gene's name too, since no other label is one "
-                         "(--control-label names another)")
-        if self.split and not self.separator:
-            label, name = min(self.split.items(), key=lambda item: (item[0] == item[1], item))
-            notes.append(f"read {len(self.split):,} labels as several perturbations, such as {label} as "
-                         f"{' and '.join(name.split('+'))} (--separator none takes each label whole)")
-        if self.whole and not self.separator:
-            notes.append(f"took {len(self.whole):,} labels with | or ; as one name each, such as {min(self.whole)} "
-                         "(--separator '|' takes them apart)")
-        return notes
+        usual = {word.lower() for word in CONTROL_LABELS}
+        guessed = set() if self.declared else {token for token in self.seen_controls if token.lower() not in usual}
+        several = {f"{label} as {' and '.join(name.split('+'))}" for label, name in self.split.items()}
+        notes = [
+            (guessed, "took {} labels for controls: {} (--control-label NAME takes that label alone, 'NAME*' all that "
+                      "begin so)"),
+            (self.short, "took {} labels for perturbations, not for numbered controls, since there is another control: "
+                         "{} (--control-label A,B names all of them)"),
+            (self.unlabelled, "took {} labels for cells without a label: {} (--control-label, if one is the control)"),
+            (self.seen_controls & self.control_genes, "took {} label for the control that is a gene's name too, since "
+                                                      "no other label is one: {} (--control-label names another)")]
+        if not self.separator:
+            notes += [(several, "read {} labels as several perturbations: {} (--separator none takes each label whole)"),
+                      (self.whole, "took {} labels with | or ; as one name each: {} (--separator '|' takes them apart)")]
+        return [note.format(f"{len(names):,}", _listed(sorted(names), 9)) for names, note in notes if names]
 
 
 class Labels:
@@ -861,10 +849,11 @@ class Labels:
 
     def __init__(self, key, columns, doses, symbols, control_label, separator):
         self.key, self.texts = key, sorted(set().union(*columns))
+        self.asked = control_label or f"a usual label of controls: {', '.join(CONTROL_LABELS)}"
         self.rules = LabelRules(self.texts, symbols, control_label, separator)
         cells = list(zip(*columns, *doses))
         k = len(columns)
-        names = {cell: self.rules.canonical(*cell[:k], doses=cell[k:] or ("",)) for cell in set(cells)}
+        names = {cell: self.rules.canonical(*cell[:k], doses=cell[k:]) for cell in set(cells)}
         self.condition = np.array([names[cell] for cell in cells], dtype=object)
         self.spelling = {}
         for label, name in sorted(("+".join(filter(None, cell[:k])), name) for cell, name in names.items()):
@@ -874,17 +863,15 @@ class Labels:
     def __str__(self):
         return f"{self.key} ({_listed(self.texts, 4)})"
 
-    def lacks(self, control_label, control_required, perturbed_required):
+    def lacks(self, control_required, perturbed_required):
         """Why these cannot be the labels, or ''."""
         if perturbed_required and set(self.spelling) - {""} == {CONTROL}:
             return f"column {self.key} has only control cells; nothing is perturbed"
-        if control_required and not (CONTROL in self.spelling and any(map(self.rules.is_asked,
-                                                                          self.rules.seen_controls))):
-            usual = f"a usual label of controls: {', '.join(CONTROL_LABELS)}"
+        found = CONTROL in self.spelling and any(map(self.rules.is_asked, self.rules.seen_controls))
+        if control_required and not found:
             others = sorted(set(self.texts) - self.genes - {""})
             hint = f" (only {_listed(others)} are no gene)" if self.genes and 0 < len(others) < 4 else ""
-            return (f"column {self.key} has no control cells: none of {_listed(self.texts, 4)} is "
-                    f"{control_label or usual}{hint}")
+            return f"column {self.key} has no control cells: none of {_listed(self.texts, 4)} is {self.asked}{hint}"
         return ""
 
 
@@ -903,28 +890,25 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
         columns["(no label column)"] = [np.full(obs.n, CONTROL, dtype=object)]
         notes.append("took every cell for a control, since there is no label column (--pert-key)")
     doses = named(config.dose_key, "--dose-key") if config.dose_key else []
-    if len(doses) > 1 and any(len(of_key) != len(doses) for of_key in columns.values()):
-        raise DataError(f"{path}: --dose-key {config.dose_key}: {len(doses)} columns; give one, or one for each column "
-                        "of --pert-key A,B")
+    if doses and any(len(of_key) != len(doses) for of_key in columns.values()):
+        raise DataError(f"{path}: --dose-key {config.dose_key}: give one column for each of --pert-key A,B (the same "
+                        "column twice, where both perturbations have one dose)")
 
-    def read(controls, marked=None):
-        """Labels of every column, those that hold what is required, and {what it lacks: Labels} of the others."""
-        lacks = {}
-        for key, of_key in columns.items():
-            if marked is not None:
-                of_key = [np.where(marked, CONTROL, of_key[0]), *(np.where(marked, "", other) for other in of_key[1:])]
-            labels = Labels(key, of_key, doses, symbols, controls, config.separator)
-            lacks[labels] = labels.lacks(config.control_label, control_required, perturbed_required)
-        return [labels for labels, problem in lacks.items() if not problem], lacks
+    def read(controls):
+        """{Labels of a column: what it lacks, or ''}."""
+        labels = [Labels(key, columns[key], doses, symbols, controls, config.separator) for key in columns]
+        return {each: each.lacks(control_required, perturbed_required) for each in labels}
+    lacks = read(config.control_label)
     marked, marker = _marked_controls(obs, config)
-    if marker and config.control_label:
-        found, lacks = read(CONTROL, marked)
-    else:
-        found, lacks = read(config.control_label)
-        if marker and control_required and not found:
-            found, lacks = read("", marked)
-            notes.append(f"took the {int(marked.sum()):,} cells with {marker} for controls, since no label is one "
-                         f"(--control-label {marker}, or another)")
+    if marker and (config.control_label or control_required and all(lacks.values())):
+        notes.append(f"took the {int(marked.sum()):,} cells with {marker} for controls (--control-label LABEL or "
+                     "COLUMN=VALUE chooses others)")
+        for first, *others in columns.values():
+            first[marked] = CONTROL
+            for other in others:
+                other[marked] = ""
+        lacks = read(CONTROL)
+    found = [labels for labels, problem in lacks.items() if not problem]
     how = ("Name the column of the perturbations with --pert-key, and their controls with --control-label LABEL or "
            "COLUMN=VALUE")
     if not found:
@@ -940,9 +924,6 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
             raise DataError(f"{path}: obs columns {chosen} and {other} disagree; choose one with --pert-key")
         if problem and len(other.genes) > 1 and not chosen.genes:
             raise DataError(f"{path}: obs column {chosen} names no gene, and {problem}. {how}")
-    if len(doses) == 1 and "," in chosen.key:
-        notes.append(f"took the dose of {config.dose_key} for each perturbation of {chosen.key} (--dose-key A,B gives "
-                     "each column its own)")
     notes += chosen.rules.notes()
     return chosen
 
@@ -950,11 +931,10 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
 def _marked_controls(obs, config):
     """(n,) bool: the cells that an obs column marks as controls, and that column as COLUMN=VALUE, or ''. The column is
     the one of --control-label, or a usual one."""
-    asked = config.control_label.partition("=")[0] in obs.columns and "=" in config.control_label
-    usual = () if config.control_label else CONTROL_MARKERS
-    for marker in [config.control_label] if asked else usual:
-        name, _, value = marker.partition("=")
-        if name not in obs.columns:
+    asked = config.control_label
+    for marker in [asked] if asked else CONTROL_MARKERS:
+        name, equals, value = marker.partition("=")
+        if not equals or name not in obs.columns:
             continue
         values = np.array([v.lower() for v in obs[name]], dtype=object)
         marked = values == value.lower()

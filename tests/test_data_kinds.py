@@ -198,11 +198,11 @@ def test_each_of_two_drugs_has_its_dose(tmp_path):
         "dose1": ["0", "1", "1", "10"], "dose2": ["0", "0", "10", "1"], "dose3": ["0"] * 4})
     own = conditions(path, pert_key="drug1,drug2", dose_key="dose1,dose2")
     assert own == ["control", "A:1", "A:1+B:10", "A:1+B:10"]
-    cells = read(path, pert_key="drug1,drug2", dose_key="dose1")
+    cells = read(path, pert_key="drug1,drug2", dose_key="dose1,dose1")
     assert list(cells.condition[1:]) == ["A:1", "A:1+B:1", "A:10+B:10"]
-    noted(cells, "the dose of dose1 for each perturbation of drug1,drug2", "--dose-key A,B")
-    with pytest.raises(data.DataError, match="--dose-key dose1,dose2,dose3: 3 columns; give one, or one for each"):
-        read(path, pert_key="drug1,drug2", dose_key="dose1,dose2,dose3")
+    for key in ("dose1", "dose1,dose2,dose3"):
+        with pytest.raises(data.DataError, match=f"--dose-key {key}: give one column for each of --pert-key A,B"):
+            read(path, pert_key="drug1,drug2", dose_key=key)
 
 
 # ------------------------------------------------------------------------------------------------ one or several
