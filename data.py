@@ -703,7 +703,7 @@ class LabelRules:
         self.short = set()                      # perturbations that look like a numbered control: NT157
         self.seen_controls = set()
         self.unlabelled = set()                 # labels that name no perturbation, such as a doublet
-        self.split = {}                         # label -> condition, where one label names several perturbations
+        self.several = set()                    # labels that name several perturbations
         self.whole = set()                      # names with a | or ; in them
         texts = {self._bare(label) for label in labels} - {""}
         if not self.declared:
@@ -819,27 +819,26 @@ class LabelRules:
                         self.whole.add(token)
         if not any(of_label):
             return ""
-        condition = "+".join(sorted(perturbations)) or CONTROL
         if len(perturbations) > 1 and sum(map(bool, labels)) == 1:
-            self.split["".join(labels)] = condition
-        return condition
+            self.several.add("".join(labels))
+        return "+".join(sorted(perturbations)) or CONTROL
 
     def notes(self):
         """What these rules guessed about the labels they were applied to, and how to undo it."""
         usual = {word.lower() for word in CONTROL_LABELS}
-        guessed = set() if self.declared else {token for token in self.seen_controls if token.lower() not in usual}
-        several = {f"{label} as {' and '.join(name.split('+'))}" for label, name in self.split.items()}
+        guessed = {token for token in self.seen_controls if token.lower() not in usual and not self.declared}
         notes = [
             (guessed, "took {} labels for controls: {} (--control-label NAME takes that label alone, 'NAME*' all that "
                       "begin so)"),
-            (self.short, "took {} labels for perturbations, not for numbered controls, since there is another control: "
-                         "{} (--control-label A,B names all of them)"),
+            (self.short, "took {} labels for perturbations, not for numbered controls: {}, since there is another "
+                         "control (--control-label A,B names all of them)"),
             (self.unlabelled, "took {} labels for cells without a label: {} (--control-label, if one is the control)"),
-            (self.seen_controls & self.control_genes, "took {} label for the control that is a gene's name too, since "
-                                                      "no other label is one: {} (--control-label names another)")]
+            (self.seen_controls & self.control_genes, "took {} label for the control: {}, a gene's name too, since no "
+                                                      "other label is one (--control-label names another)")]
         if not self.separator:
-            notes += [(several, "read {} labels as several perturbations: {} (--separator none takes each label whole)"),
-                      (self.whole, "took {} labels with | or ; as one name each: {} (--separator '|' takes them apart)")]
+            notes += [
+                (self.several, "read {} labels as several perturbations: {} (--separator none takes each label whole)"),
+                (self.whole, "took {} labels with | or ; as one name each: {} (--separator '|' takes them apart)")]
         return [note.format(f"{len(names):,}", _listed(sorted(names), 9)) for names, note in notes if names]
 
 
