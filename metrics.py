@@ -90,12 +90,12 @@ KEYS = {
     "deg_recall_50": Key("↑", 1, "recall of the top 50 genes by t-score", lambda x: deg_recall(x.p.t, x.r.t)),
     # perturbation discrimination: whether the own real condition is the nearest
     "pds": Key("↑", 1, "L1, own targets excluded",
-               lambda x: discrimination(x.p, x.r, x.own, targets=x.targets), "mean"),
-    "pds_all_genes": Key("↑", 1, "L1", lambda x: discrimination(x.p, x.r, x.own), "mean"),
-    "pds_l2": Key("↑", 1, "L2", lambda x: discrimination(x.p, x.r, x.own, "euclidean"), "mean"),
-    "pds_cosine": Key("↑", 1, "of effects", lambda x: discrimination(x.p, x.r, x.own, "cosine"), "effect"),
+               lambda x: discrimination(x.p, x.r, targets=x.targets), "mean"),
+    "pds_all_genes": Key("↑", 1, "L1", lambda x: discrimination(x.p, x.r), "mean"),
+    "pds_l2": Key("↑", 1, "L2", lambda x: discrimination(x.p, x.r, "euclidean"), "mean"),
+    "pds_cosine": Key("↑", 1, "of effects", lambda x: discrimination(x.p, x.r, "cosine"), "effect"),
     "pds_cosine_panel": Key("↑", 1, "of effects on pooled counts, without the targets of all conditions (VCC 2026)",
-                            lambda x: discrimination(x.p, x.r, x.own, "cosine"), "effect_off_panel"),
+                            lambda x: discrimination(x.p, x.r, "cosine"), "effect_off_panel"),
     # of the distributions of cells
     "e_distance": Key("↓", 0, "energy distance in 50 PCs", lambda x: x.energy(50)),
     "wasserstein": Key("↓", 0, "entropic transport cost in 50 PCs", lambda x: wasserstein(x.p.pcs, x.r.pcs)),
@@ -171,14 +171,11 @@ def pearson(x, y):
     """Pearson correlation; NaN when either side is constant."""
     if constant(x) or constant(y):
         return math.nan
-    x = x - x.mean()
-    y = y - y.mean()
-    return float(np.clip(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), -1, 1))
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def spearman(x, y):
-    """Spearman correlation with average ranks; NaN as pearson. Infinite values rank at the ends."""
-    x, y = (np.clip(np.asarray(values, dtype=np.float64), -1e300, 1e300) for values in (x, y))
+    """Spearman correlation with average ranks; NaN as pearson."""
     if constant(x) or constant(y):
         return math.nan
     return pearson(stats.rankdata(x), stats.rankdata(y))
@@ -234,8 +231,7 @@ def log_fold_change(q, c, pseudocount=1e-9, exp=True):
     q, c = np.maximum(q, 0), np.maximum(c, 0)
     if exp:
         q, c = np.expm1(q), np.expm1(c)
-    with np.errstate(divide="ignore", invalid="ignore"):  # pseudocount 0: +-inf, and 0/0 is no change
-        return np.where(q == c, 0.0, np.log2(q + pseudocount) - np.log2(c + pseudocount))
+    return np.log2(q + pseudocount) - np.log2(c + pseudocount)
 
 
 def cosine_logfc(q, m, c):
@@ -263,24 +259,21 @@ def _ties(count, gene, n_genes):
     return np.bincount(gene, count ** 3 - count, n_genes)
 
 
-def value_counts(x, block=4_000_000):
+def value_counts(x):
     """Sort every gene of x (n, G) and count equal values; the zeros of a gene are one tie.
     Gene and value become one integer, so that one sorted array serves all genes and no loop runs over genes."""
     n, n_genes = x.shape
-    step = max(1, block // n)
-    parts = []
-    for start in range(0, n_genes, step):
-        part = np.ascontiguousarray(x[:, start:start + step].T, dtype=np.float32)
-        part = np.sort(part, axis=1) + np.float32(0)                 # + 0 makes -0.0 a plain zero
-        first = np.ones(part.shape, dtype=bool)
-        first[:, 1:] = part[:, 1:] != part[:, :-1]
-        position = np.flatnonzero(first)
-        bits = part.ravel()[position].view(np.uint32)
-        bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # now ordered like the floats
-        gene = (start + position // n).astype(np.uint64)
-        parts.append((gene << np.uint64(32) | bits, np.diff(position, append=part.size)))
-    keys, count = (np.concatenate(column) for column in zip(*parts))
-    gene = (keys >> np.uint64(32)).astype(np.int64)
+    x = np.array(x.T, dtype=np.float32, order="C")
+    x.sort(axis=1)
+    x += np.float32(0)                                               # makes -0.0 a plain zero
+    first = np.ones(x.shape, dtype=bool)
+    first[:, 1:] = x[:, 1:] != x[:, :-1]
+    position = np.flatnonzero(first)
+    bits = x.ravel()[position].view(np.uint32)
+    bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))      # now ordered like the floats
+    gene = position // n
+    keys = gene.astype(np.uint64) << np.uint64(32) | bits
+    count = np.diff(position, append=x.size)
     return ValueCounts(n, keys, gene, count, np.concatenate([[0], np.cumsum(count)]), _ties(count, gene, n_genes))
 
 
@@ -351,14 +344,13 @@ def deg_recall(t_pred, t_real, k=50):
     of every pair (P, N). PRiMeFlow's DEG recall; PerturBench 2025 up to its unstable order of equal scores."""
     def member(t):
         """1 for the top k genes of a row, 0 for the others; NaN where t is."""
-        out = np.zeros(np.atleast_2d(t).shape)
-        np.put_along_axis(out, top_k(np.abs(np.atleast_2d(t)), k), 1, axis=1)
+        out = np.zeros(t.shape)
+        np.put_along_axis(out, top_k(np.abs(t), k), 1, axis=-1)
         return np.where(np.isnan(t), math.nan, out)
 
     t_pred, t_real = np.asarray(t_pred), np.asarray(t_real)
     k = min(k, t_real.shape[-1])
-    recall = member(t_pred) @ member(t_real).T / k
-    return float(recall[0, 0]) if np.ndim(t_pred) == 1 else recall
+    return member(t_pred) @ member(t_real).T / k
 
 
 # -------------------------------------------------------------------------------- Virtual Cell Challenge 2026
@@ -437,34 +429,26 @@ def enrichment(modules, genes, sets):
     modules (G,): module of every gene; genes: their names; sets {name: names in capitals}, those with fewer than three
     of the genes left out."""
     capitals = [gene.upper() for gene in genes]
-    sets = {name: np.isin(capitals, list(members)) for name, members in sets.items()}
-    rows = []
-    for module in np.unique(modules):
-        own = modules == module
-        for name, inside in sets.items():
-            if inside.sum() >= 3:
-                overlap, size = int((own & inside).sum()), int(inside.sum())
-                p = stats.hypergeom.sf(overlap - 1, len(genes), size, own.sum())
-                rows.append((int(module), name, overlap, int(own.sum()), size, min(float(p), 1.0)))
-    if not rows:
-        return []
-    adjusted = stats.false_discovery_control(np.array([row[-1] for row in rows]))
-    rows = [(*row, float(a)) for row, a in zip(rows, adjusted) if a < 0.05]
-    return sorted(rows, key=lambda row: (row[-1], row[0], row[1]))
+    known = {name: np.isin(capitals, list(members)) for name, members in sets.items()}
+    rows = [(module, name, np.sum(inside[modules == module]), np.sum(modules == module), np.sum(inside))
+            for module in np.unique(modules).tolist() for name, inside in known.items() if inside.sum() >= 3]
+    counts = np.array([row[2:] for row in rows]).reshape(-1, 3)
+    p = stats.hypergeom.sf(counts[:, 0] - 1, len(genes), counts[:, 2], counts[:, 1])
+    found = [(*row, *tests) for row, *tests in zip(rows, p, stats.false_discovery_control(p)) if tests[1] < 0.05]
+    return sorted(found, key=lambda row: (row[-1], row[:2]))
 
 
 # -------------------------------------------------------------------------------- ranks and discrimination
 
-def own_rank(distance, own=None, rtol=1e-9):
-    """Where distance[i, own[i]] stands within row i of (P, N), 0 the smallest, 1 the largest, ties half: (P,).
+def own_rank(distance, rtol=1e-9):
+    """Where distance[i, i] stands within row i of (P, N), 0 the smallest, 1 the largest, ties half: (P,).
 
     (#smaller + #equal / 2) / (N - 1), equal up to rtol * the largest distance. Undefined own: 0.5; undefined
     competitor: last. NaN with fewer than two columns."""
     rows, columns = distance.shape
-    own = np.arange(rows) if own is None else np.asarray(own)
     if columns < 2:
         return np.full(rows, math.nan)
-    value = distance[np.arange(rows), own][:, None]
+    value = np.diagonal(distance)[:, None]
     other = np.where(np.isnan(distance), np.inf, distance)
     slack = rtol * np.abs(np.nan_to_num(distance)).max(initial=0)
     smaller = np.sum(other < value - slack, axis=1)
@@ -481,10 +465,10 @@ def prediction_rank(distance, rtol=1e-9):
     return own_rank(distance.T, rtol=rtol)
 
 
-def discrimination(q, m, own=None, metric="cityblock", targets=None):
+def discrimination(q, m, metric="cityblock", targets=None):
     """Perturbation discrimination score of each prediction: 1 - rank of the own REAL pseudobulk among all real ones.
 
-    q (P, G) predictions, m (N, G) truths, own (P,) row of m that belongs to each; metric of scipy's cdist; pass effects
+    q (P, G) predictions, m (N, G) truths, those of the predictions first; metric of scipy's cdist; pass effects
     (q - c, m - c) for 'cosine'. targets: a list of gene indices per prediction that are left out of an L1 distance.
     Random or collapsed 0.5; cell-eval and the Virtual Cell Challenge 2025 divide by N instead of N - 1.
     pds: L1 without the perturbed genes of the condition (scDFM eq. 16-20, scBIG eq. 15). Each prediction then has its
@@ -494,7 +478,7 @@ def discrimination(q, m, own=None, metric="cityblock", targets=None):
     distance = cdist(q, m, metric)                                   # cosine of a zero effect: NaN, undefined
     for i, genes in enumerate(targets or []):
         distance[i] -= np.abs(q[i, genes] - m[:, genes]).sum(axis=1)
-    return 1 - own_rank(distance, own)
+    return 1 - own_rank(distance)
 
 
 # -------------------------------------------------------------------------------- distributions
@@ -961,14 +945,13 @@ class Conditions(NamedTuple):
     """What a metric sees of all conditions of a covariate: PDS looks for the truth among all real conditions, the ranks
     compare the predictions that there are."""
     p: list        # what Key.of names, of the P predictions
-    r: list        # the same of the N real conditions
-    own: list      # (P,) place of each prediction's condition in r
+    r: list        # the same of the N real conditions, those of the predictions first
     targets: list  # of P lists of genes
 
     @property
     def truth(self):
-        """The real conditions that were predicted, in the order of p."""
-        return [self.r[i] for i in self.own]
+        """The real conditions that were predicted."""
+        return self.r[:len(self.p)]
 
 
 def _score(populations, real, world, keys, tables=None):
@@ -987,15 +970,12 @@ def _score(populations, real, world, keys, tables=None):
             tables[p.group] = {"gene": np.array(list(world.column)), "control_mean": r.control.mean,
                                "pred_mean": p.mean, "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc,
                                "real_p_adjusted": r.adjusted_p}
-    for covariate in world.covariates:
-        block = [g for g in real if world.covariate(g) == covariate]
-        mine = [g for g in block if g in kept]
-        if not mine:
-            continue
-        own = [block.index(g) for g in mine]
+    for covariate in {world.covariate(g) for g in kept}:
+        mine = [g for g in kept if world.covariate(g) == covariate]
+        others = [g for g in real if world.covariate(g) == covariate and g not in kept]
         targets = [world.targets(g) for g in mine]
         for key, name in compared.items():
-            both = Conditions([kept[g][name] for g in mine], [getattr(real[g], name) for g in block], own, targets)
+            both = Conditions([kept[g][name] for g in mine], [getattr(real[g], name) for g in mine + others], targets)
             for g, value in zip(mine, KEYS[key].score(both)):
                 out[g][key] = float(value)
     return out

@@ -355,8 +355,7 @@ def test_rank_sum_equals_scipy():
     for some in (x, x[:1]):
         p = metrics.rank_sum_test(some, control)
         assert p == pytest.approx(slow_p(some, control), rel=1e-9) and p[3] == p[4] == 1
-    for block in (1, 100):                                            # gene by gene, and in blocks of genes
-        assert np.array_equal(metrics.rank_sum_test(x[:1], metrics.value_counts(control, block)), p)
+    assert np.array_equal(metrics.rank_sum_test(x[:1], metrics.value_counts(control)), p)       # sorted before
     assert (metrics.rank_sum_test(control, control) == 1).all()
 
 
@@ -374,16 +373,14 @@ def test_welch_t_equals_scipy_and_treats_degenerate_genes_as_scanpy():
 
 def test_log_fold_changes():
     q, c = np.log1p([3.0, 0, 0, 1]), np.log1p([1.0, 2, 0, 1])
-    assert metrics.log_fold_change(q, c, 0).tolist() == [pytest.approx(np.log2(3)), -np.inf, 0, 0]
     assert metrics.log_fold_change(q, c) == pytest.approx(np.log2((np.expm1(q) + 1e-9) / (np.expm1(c) + 1e-9)))
     assert metrics.log_fold_change(q, c, 0.1, exp=False) == pytest.approx(np.log2((q + 0.1) / (c + 0.1)))
     assert np.isfinite(metrics.log_fold_change(np.array([-0.5]), np.array([0.5]))).all()  # a model that does not clamp
 
 
-def test_spearman_equals_scipy_with_ties_and_infinities():
+def test_spearman_equals_scipy_with_ties():
     rng = np.random.default_rng(1)
     x, y = rng.integers(0, 6, 50).astype(np.float32), rng.normal(size=50)
-    x[3], x[4] = np.inf, -np.inf
     assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0])
     assert math.isnan(metrics.spearman(np.ones(5), y[:5])) and math.isnan(metrics.spearman(x[:1], y[:1]))
 
@@ -416,15 +413,14 @@ def test_enrichment_is_the_hypergeometric_test_of_every_pair():
 
 def test_ranks_share_ties_and_place_undefined_values():
     nan = math.nan
-    distance = np.array([[1.0, 2, 3], [5, 5, 5], [nan, 1, 2], [1, nan, 0]])
-    assert metrics.own_rank(distance, [0, 1, 2, 2]).tolist() == [0, 0.5, 0.5, 0]
-    assert metrics.own_rank(distance[2:], [0, 0]).tolist() == [0.5, 0.5]      # undefined; one of two smaller
-    assert metrics.own_rank(distance[:1], [2]).tolist() == [1] and np.isnan(metrics.own_rank(np.ones((1, 1)))).all()
+    distance = np.array([[1.0, 2, 3, 4], [5, 5, 5, 5], [nan, 1, 2, 3], [1, 0, nan, nan]])
+    assert metrics.own_rank(distance).tolist() == [0, 0.5, 1 / 3, 0.5]        # an undefined one is last, or is half
+    assert metrics.own_rank(distance[:1, ::-1]).tolist() == [1] and np.isnan(metrics.own_rank(np.ones((1, 1)))).all()
     square = np.array([[2.0, 0, 9], [1, 4, 8], [3, 5, 7]])
     assert metrics.prediction_rank(square).tolist() == [0.5, 0.5, 0]           # column by column
     assert metrics.own_rank(square).tolist() == [0.5, 0.5, 1]                  # the transpose of it
     for gap, rank in ((1e-12, 0.5), (1e-7, 1)):                                # rounding does not break a tie
-        assert metrics.own_rank(np.array([[1.0, 1 - gap]]), [0]).tolist() == [rank]
+        assert metrics.own_rank(np.array([[1.0, 1 - gap]])).tolist() == [rank]
 
 
 def test_mmd_ranks_tie_within_the_accuracy_of_float32(case, monkeypatch):
