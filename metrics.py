@@ -664,42 +664,43 @@ def _rng(seed, *purpose):
     return np.random.default_rng([seed, zlib.crc32("/".join(purpose).encode())])
 
 
+def _perturbations(group):
+    return data.split_group(group)[0].split("+")
+
+
+def _covariate(group):
+    return data.split_group(group)[1]
+
+
 class _World:
     """What all populations of one evaluation share: conditions, gene order, controls, principal components."""
 
     def __init__(self, groups, control, genes, seed, totals=None):
         self.groups, self.seed = groups, seed
         self.pooled = bool(totals)
-        self.with_covariates = isinstance(control, Mapping)
         self.order = np.argsort(np.asarray(genes, dtype=str), kind="stable")   # by name: no tie depends on the input
         self.column = {genes[i]: k for k, i in enumerate(self.order)}
-        self.covariates = sorted({self.covariate(g) for g in groups})
-        control = dict(control) if self.with_covariates else {"": control}
+        self.covariates = sorted({_covariate(g) for g in groups})
+        control = control if isinstance(control, Mapping) else {"": control}
         missing = set(self.covariates) - set(control)
         if missing:
-            raise ValueError(f"no control cells for {sorted(missing)}; control holds {sorted(control)}")
+            raise data.DataError(f"there are no control cells of {sorted(missing)}, but of {sorted(control)}; check "
+                                 "--covariates and --control")
         of_real = totals[1] if totals else {}
         self.control = {v: _Population(x, v, self, "control", of_real.get(v)) for v, x in control.items()}
         self.panel_targets = sorted({i for g in groups for i in self.targets(g)})
         self.reference = {}                          # {group: (G,)} the mean training perturbation
         self.levels = {}                             # {group: mean of all values of what was scored last}
-        self.ticks = iter(())                        # one for every population that is scored: data.progress
         self.basis = None
-
-    def covariate(self, group):
-        return data.split_group(group)[1] if self.with_covariates else ""
-
-    def perturbations(self, group):
-        return (data.split_group(group)[0] if self.with_covariates else group).split("+")
 
     def targets(self, group):
         """Columns of the perturbed genes that are in the panel ('drug:dose' counts as 'drug')."""
-        named = {name for p in self.perturbations(group) for name in (p, data.split_dose(p)[0])}
+        named = {name for p in _perturbations(group) for name in (p, data.split_dose(p)[0])}
         return [self.column[name] for name in sorted(named & self.column.keys())]
 
     def rank_cells(self, group):
         """Most cells of a condition that enter the pairwise MMDs."""
-        n = sum(self.covariate(g) == self.covariate(group) for g in self.groups)
+        n = sum(_covariate(g) == _covariate(group) for g in self.groups)
         return FEW_CELLS if n > MANY_CONDITIONS else RANK_CELLS
 
 
@@ -716,10 +717,10 @@ class _Population:
         if not side:
             return
         if source.ndim != 2 or self.n == 0 or source.shape[1] != len(world.order):
-            raise ValueError(f"{side} cells of '{group}' have shape {source.shape}; expected (cells, "
-                             f"{len(world.order)} genes)")
+            raise data.DataError(f"{side} cells of '{group}' have shape {source.shape}; expected (cells, "
+                                 f"{len(world.order)} genes)")
         if not np.isfinite(source.data if sparse.issparse(source) else source).all():
-            raise ValueError(f"{side} cells of '{group}' hold NaN or infinite values")
+            raise data.DataError(f"{side} cells of '{group}' hold NaN or infinite values")
         self.source = (source if sparse.issparse(source) else np.asarray(source))[:, world.order]
 
     @property
@@ -730,7 +731,7 @@ class _Population:
 
     @property
     def control(self):
-        return self.world.control[self.world.covariate(self.group)]
+        return self.world.control[_covariate(self.group)]
 
     @cached_property
     def mean(self):
@@ -851,7 +852,7 @@ class _Training:
 
     def __init__(self, train, world, most_cells):
         self.world = world
-        self.groups = [g for g in train if world.perturbations(g) != ["control"]]
+        self.groups = [g for g in train if _perturbations(g) != ["control"]]
         self.share = math.ceil(max(2000, 2 * most_cells) / min(len(self.like(v)) for v in world.covariates))
         self.mean = {}
         self.cells = np.empty((len(self.groups), self.share, len(world.column)), np.float32)
@@ -862,7 +863,7 @@ class _Training:
 
     def like(self, covariate):
         """Training groups of the same covariate if there are any, else all."""
-        return [g for g in self.groups if self.world.covariate(g) == covariate] or self.groups
+        return [g for g in self.groups if _covariate(g) == covariate] or self.groups
 
     def centroid(self, covariate):
         """Unweighted mean of the training perturbations' means: the Systema reference and the `mean` floor."""
@@ -870,7 +871,7 @@ class _Training:
 
     def draw(self, group, n):
         """n cells of the training perturbations, conditions equally weighted."""
-        like = np.flatnonzero(np.isin(self.groups, self.like(self.world.covariate(group))))
+        like = np.flatnonzero(np.isin(self.groups, self.like(_covariate(group))))
         drawn = _rng(self.world.seed, "mean_cells", group).choice(len(like) * self.share, n, replace=False)
         return self.cells[like[drawn // self.share], drawn % self.share]
 
@@ -880,21 +881,21 @@ class _Training:
         A single's effect is that in the group's own covariate if it was trained there, else the average over the
         others, each against its own control."""
         world, total = self.world, 0.0
-        for perturbation in world.perturbations(group):
-            singles = [g for g in self.groups if world.perturbations(g) == [perturbation]
-                       and world.covariate(g) in world.control]
-            singles = [g for g in singles if world.covariate(g) == world.covariate(group)] or singles
+        for perturbation in _perturbations(group):
+            singles = [g for g in self.groups if _perturbations(g) == [perturbation]
+                       and _covariate(g) in world.control]
+            singles = [g for g in singles if _covariate(g) == _covariate(group)] or singles
             if not singles:
                 return None
-            effects = [self.mean[g] - world.control[world.covariate(g)].mean for g in singles]
+            effects = [self.mean[g] - world.control[_covariate(g)].mean for g in singles]
             total = total + np.mean(effects, axis=0)
         return total
 
 
 def _floor(name, world, training, sizes):
     """The populations of one floor, one after another, each with as many cells as the prediction."""
-    for group, n in sizes.items():
-        control = world.control[world.covariate(group)]
+    for group, n in data.progress(sizes.items(), f"scoring the {name} floor"):
+        control = world.control[_covariate(group)]
         shift = training.additive(group) if name == "additive" else np.zeros(1)
         if shift is None:
             continue
@@ -960,7 +961,6 @@ def _score(populations, real, world, keys, tables=None):
     compared = {k: KEYS[k].of for k in keys if KEYS[k].of}
     out, kept = {}, {}
     for p in populations:
-        next(world.ticks, None)
         r = real[p.group]
         condition = Condition(p, r)
         world.levels[p.group] = p.mean.mean()
@@ -970,9 +970,9 @@ def _score(populations, real, world, keys, tables=None):
             tables[p.group] = {"gene": np.array(list(world.column)), "control_mean": r.control.mean,
                                "pred_mean": p.mean, "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc,
                                "real_p_adjusted": r.adjusted_p}
-    for covariate in {world.covariate(g) for g in kept}:
-        mine = [g for g in kept if world.covariate(g) == covariate]
-        others = [g for g in real if world.covariate(g) == covariate and g not in kept]
+    for covariate in {_covariate(g) for g in kept}:
+        mine = [g for g in kept if _covariate(g) == covariate]
+        others = [g for g in real if _covariate(g) == covariate and g not in kept]
         targets = [world.targets(g) for g in mine]
         for key, name in compared.items():
             both = Conditions([kept[g][name] for g in mine], [getattr(real[g], name) for g in mine + others], targets)
@@ -990,13 +990,13 @@ def _replicate(truth, world, keys):
             for half, rows in ((one, order[:r.n // 2]), (other, order[r.n // 2:])):
                 rows = np.sort(rows)
                 half[g] = _Population(r.source[rows], g, world, totals=r.totals[rows])
-    return _score(one.values(), other, world, keys)
+    return _score(data.progress(one.values(), "scoring halves of the real cells"), other, world, keys)
 
 
 # -------------------------------------------------------------------------------- evaluation
 
 def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=True, bootstrap=1000, train_mean=None,
-             per_gene=False, totals=None):
+             totals=None, tables=None):
     """Every metric of a prediction, with floors, a replicate reference and intervals. All values log1p CP10k.
 
     pred, real: {group: (cells, G)}, arrays or CSR; a group is a condition 'A' or 'A+B', with covariates
@@ -1006,20 +1006,20 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     of the training perturbations' means. keys: what is computed, default all but the two MMD ranks, 'all' for these
     too. floors=False leaves out floors and replicate, most of the time. bootstrap: resamples of conditions for ci95.
     totals (of pred {group: (cells,)}, of real {group, or covariates of controls: (cells,)}): where both sides were
-    counts, how many each cell had, by which pds_cosine_panel pools them.
+    counts, how many each cell had, by which pds_cosine_panel pools them. tables: a dict that receives {group: {column of
+    genes.tsv: (G,) array}}, genes by name.
 
     Returns a dict that json can write, with None for NaN:
       aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number};
       ci95 {key: [low, high]}; groups {'single', 'double', 'single_unseen', 'double_one_unseen', ...: {key: mean}};
       per_condition {group: {key: value}};
-      floors {name of FLOORS: {key: mean} or None}, floors_n_valid, floors_per_condition, without the keys *_rank;
+      floors {name of FLOORS: {key: mean} or None}, floors_per_condition, without the keys *_rank;
       replicate {key: mean}, one half of the real cells scored against the other; replicate_per_condition;
       score_vs_floor {key: (score - best floor) / (replicate - best floor)};
       can_tell {key: share of conditions in which the replicate beats that floor, or None}: near a half or below, the
       metric cannot tell a draw of the truth from a constant on these data;
-      info: numbers of conditions, genes and cells, seed, notes;
-      with per_gene, per_gene {group: {column of genes.tsv: (G,) array}}, genes by name: see report().
-    Raises ValueError for inputs that do not fit together.
+      info: numbers of conditions, genes and cells, seed, notes.
+    Raises data.DataError for inputs that do not fit together.
     """
     if keys is None:
         keys = [k for k in KEYS if k not in MMD_RANKS]
@@ -1029,11 +1029,12 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     groups = [g for g in pred if g in measured]
     unknown = sorted(set(keys) - set(KEYS))
     if not groups:
-        raise ValueError(f"no real cells of predicted conditions {list(pred)[:5]}" if pred else "nothing is predicted")
+        raise data.DataError(f"there are no real cells of any predicted condition ({_listed(pred)}), but of "
+                             f"{_listed(measured)}; check --pert-key and --covariates")
     if unknown:
-        raise ValueError(f"unknown metrics {unknown}; the keys are {' '.join(KEYS)}")
+        raise data.DataError(f"--keys: unknown metrics {_listed(unknown)}; the metrics are {' '.join(KEYS)}")
     if len(set(genes)) != len(genes):
-        raise ValueError("gene names are not unique")
+        raise data.DataError("gene names are not unique")
     notes = [f"{len(names)} {what} and left out: {_listed(names)}"
              for what, names in (("predicted conditions were not measured", set(pred) - measured),
                                  ("measured conditions are not predicted", measured - set(pred))) if names]
@@ -1046,7 +1047,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     if train is not None and len(train):
         training = _Training(train, world, max(sizes.values()))
         centroids = {v: training.centroid(v) for v in world.covariates}
-        world.reference = {g: centroids[world.covariate(g)] for g in groups}
+        world.reference = {g: centroids[_covariate(g)] for g in groups}
     elif train_mean is not None:
         world.reference = dict.fromkeys(groups, np.asarray(train_mean, np.float64)[world.order])
     keys = [k for k in KEYS if k in keys and (world.reference or k not in SYSTEMA)]
@@ -1054,27 +1055,24 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         fitted_on = [*truth.values(), *(world.control[v] for v in world.covariates)]
         world.basis = fit_pca(lambda: (x.cells for x in fitted_on))
 
-    possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
-    there = [name for name in FLOORS if floors and possible[name]]
-    world.ticks = data.progress(range((1 + bool(floors) + len(there)) * len(groups)), "scoring")
-    tables = {} if per_gene else None
-    predicted = (_Population(x, g, world, "predicted", of_pred.get(g)) for g, x in pred.items())
+    predicted = (_Population(x, g, world, "predicted", of_pred.get(g))
+                 for g, x in data.progress(pred.items(), "scoring the prediction"))
     scores = _score(predicted, truth, world, keys, tables)
     result = _summary(scores, keys)
     result["ci95"] = _intervals(result["per_condition"], keys, _rng(seed, "bootstrap"), bootstrap)
     result["groups"] = {name: _summary({g: scores[g] for g in members}, keys)["aggregate"]
                         for name, members in _condition_groups(world, training).items()}
     result["info"] = _information(world, truth, sizes, keys, notes)
-    result |= {"floors": {}, "floors_n_valid": {}, "floors_per_condition": {}, "replicate": {},
-               "replicate_per_condition": {}, "score_vs_floor": {}, "can_tell": {}}
+    result |= {"floors": {}, "floors_per_condition": {}, "replicate": {}, "replicate_per_condition": {},
+               "score_vs_floor": {}, "can_tell": {}}
     if floors:
+        possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
         partial = set()
         no_ranks = [k for k in keys if not k.endswith("_rank")]
         for name in FLOORS:
-            values = _score(_floor(name, world, training, sizes), truth, world, no_ranks) if name in there else {}
+            values = _score(_floor(name, world, training, sizes), truth, world, no_ranks) if possible[name] else {}
             summary = _summary(values, keys)
             result["floors"][name] = summary["aggregate"] if values else None
-            result["floors_n_valid"][name] = summary["n_valid"] if values else None
             result["floors_per_condition"][name] = summary["per_condition"]
             if 0 < len(values) < len(groups):
                 partial.add(name)
@@ -1084,18 +1082,16 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         result["replicate"], result["replicate_per_condition"] = replicate["aggregate"], replicate["per_condition"]
         for k in keys:
             result["score_vs_floor"][k], result["can_tell"][k] = _against_floor(k, result, partial)
-    for _ in world.ticks:                                            # those of floors that some conditions do not have
-        pass
-    return result | {"per_gene": tables} if per_gene else result
+    return result
 
 
 def _condition_groups(world, training):
     """{'single': [groups], 'double': ..., 'double_one_unseen': ...}; unseen: in no training condition."""
     names = {1: "single", 2: "double", 3: "triple"}
-    known = {p for g in training.groups for p in world.perturbations(g)} if training else None
+    known = {p for g in training.groups for p in _perturbations(g)} if training else None
     out = {}
-    for g in sorted(world.groups, key=lambda g: len(world.perturbations(g))):
-        perturbations = world.perturbations(g)
+    for g in sorted(world.groups, key=lambda g: len(_perturbations(g))):
+        perturbations = _perturbations(g)
         name = names.get(len(perturbations), f"{len(perturbations)}_perturbations")
         out.setdefault(name, []).append(g)
         unseen = 0 if known is None else sum(p not in known for p in perturbations)
@@ -1182,15 +1178,12 @@ def compare(a, b, key):
 
 # -------------------------------------------------------------------------------- tables, command line
 
-VERSUS = "vs floor"
-
-
 def result_rows(result, name):
     """[(row, {key: value})] of an evaluate() result for format_table: floors, the method, replicate, 'vs floor'. A
     run's result may hold variants of the method, which follow it."""
     rows = [*result["floors"].items(), (name, result["aggregate"])]
     rows += [(name + suffix, other["aggregate"]) for suffix, other in result.get("variants", {}).items()]
-    rows += [("replicate", result["replicate"]), (VERSUS, result["score_vs_floor"])]
+    rows += [("replicate", result["replicate"]), ("vs floor", result["score_vs_floor"])]
     return [(row, values) for row, values in rows if values]
 
 
@@ -1212,7 +1205,7 @@ def format_table(rows, keys=None, ci=None, width=None, rest="metrics.json"):
     lines = [name.ljust(start) for name in names]
     shown = []
     for k in keys:
-        column = [k + KEYS[k].arrow] + [_number(values.get(k), name == VERSUS) for name, values in rows]
+        column = [k + KEYS[k].arrow] + [_number(values.get(k)) for _, values in rows]
         size = 1 + max(map(len, column))
         if shown and len(lines[0]) + size > width:
             break
@@ -1232,38 +1225,37 @@ def cannot_tell(result, keys=None):
             "beats the best floor)"] if few else []
 
 
-def _number(value, versus=False):
-    """A number of a table. versus: one between floor and replicate, which has no meaning far from them."""
+def _number(value):
     if value is None or not math.isfinite(value):
         return "-"
-    if versus and value < -9.99:
-        return "<-10"
-    if versus and value > 1.5:
-        return ">1.5"
     return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}"
 
 
 # -------------------------------------------------------------------------------- the report of a run
+
+def _evaluate_part(run, part, pred, **options):
+    """evaluate() of predicted cells {group: (n, E)} of a part of a run's data set."""
+    dataset, columns = run.dataset, run.dataset.eval_genes
+    return evaluate(pred, dataset.populations(part, columns), dataset.controls(part, columns),
+                    [dataset.genes[i] for i in columns], seed=run.config.seed, **options)
+
 
 def report(run, method, rows):
     """Score a run's predicted test conditions: writes metrics.json and genes.tsv, prints the table.
 
     rows {suffix: {group: (n, E)}}: the method's own prediction under '', and further rows of the table, which get no
     floors. run: with config, dataset, out, device, journal (seconds) and capped (values that were cut)."""
-    config, dataset = run.config, run.dataset
-    columns = dataset.eval_genes
-    names = [dataset.genes[i] for i in columns]
-    real, train = (dataset.populations(part, columns) for part in ("test", "train"))
-    control = dataset.controls("test", columns)
-    result = evaluate(rows[""], real, control, names, train, seed=config.seed, per_gene=True)
+    config, tables = run.config, {}
+    train = run.dataset.populations("train", run.dataset.eval_genes)
+    result = _evaluate_part(run, "test", rows[""], train=train, tables=tables)
     if run.capped:
         result["info"]["notes"].append(f"{run.capped:,} generated values were above the training maximum of their gene "
                                        "and were set to it")
     for name, cells in rows.items():
         if name:
-            other = evaluate(cells, real, control, names, train, seed=config.seed, floors=False)
+            other = _evaluate_part(run, "test", cells, train=train, floors=False)
             result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
-    _write_genes(run.out / "genes.tsv", result.pop("per_gene"))
+    _write_genes(run.out / "genes.tsv", tables)
     versions = {module.__name__: module.__version__ for module in (torch, np, scipy, h5py)}
     data.write_json(run.out / "metrics.json", {
         "method": method, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
@@ -1300,10 +1292,7 @@ def show(out):
 def validation(run, step, pred):
     """Console line and log of three metrics of predicted cells {group: (n, E)} of the validation conditions: {key:
     value}, without floors."""
-    dataset, columns = run.dataset, run.dataset.eval_genes
-    result = evaluate(pred, dataset.populations("val", columns), dataset.controls("val", columns),
-                      [dataset.genes[i] for i in columns], keys=["l2", "pearson_delta", "e_distance"],
-                      seed=run.config.seed, floors=False)
+    result = _evaluate_part(run, "val", pred, keys=["l2", "pearson_delta", "e_distance"], floors=False)
     scores = {k: v for k, v in result["aggregate"].items() if v is not None}
     run.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     run.journal.log(step, {"val": scores})
@@ -1316,7 +1305,7 @@ class _Groups(data.Lazy):
     each cell had, empty for a file of log-normalised values; notes: what was guessed, dropped and done to the values.
     """
 
-    def __init__(self, cells, config, columns=slice(None)):
+    def __init__(self, cells, columns=slice(None)):
         super().__init__({}, lambda group: cut(self.names[group]))   # the rows of each group
         self.columns, self.controls = columns, {}
         self.totals = {}
@@ -1355,7 +1344,7 @@ def _load(path, config, genes, **options):
     if missing:
         raise data.DataError(f"{path}: lacks {len(missing)} of the {len(genes)} genes of the prediction "
                              f"({_listed(missing)}); genes are matched by name: check --gene-key, or leave them out")
-    return _Groups(cells, config, columns), cells
+    return _Groups(cells, columns), cells
 
 
 def read_prediction(path, config):
@@ -1367,10 +1356,10 @@ def read_prediction(path, config):
     for column in ("gene_key", "dose_key", "pert_key"):              # which the file may lack, the likeliest first
         with contextlib.suppress(data.DataError):
             cells = data.read_cells(path, config, control_required=False, check=False)
-            return list(cells.genes), _Groups(cells, config)
+            return list(cells.genes), _Groups(cells)
         config = dataclasses.replace(config, **{column: ""})
     cells = data.read_cells(path, dataclasses.replace(config, control_label=""), control_required=False, check=False)
-    return list(cells.genes), _Groups(cells, config)
+    return list(cells.genes), _Groups(cells)
 
 
 @dataclasses.dataclass
@@ -1412,25 +1401,14 @@ def main(argv=None):
     config = ScoreConfig(**args)
     asked = [k.strip() for k in config.keys.split(",") if k.strip()]
     keys = {"all": list(KEYS), "vcc": list(VCC)}.get(config.keys, asked)
-    if set(keys) - set(KEYS):
-        parser.error(f"--keys: unknown metrics {_listed(set(keys) - set(KEYS))}; the metrics are {' '.join(KEYS)}")
     if config.seed < 0:
         parser.error("--seed must not be negative")
     with data.clean_errors():
         genes, pred = read_prediction(paths[0], config)
         real, cells = _load(paths[1], config, genes)
-        scored = set(pred) & set(real)
-        if not scored:
-            raise data.DataError(f"{cells.path}: has no cells of any predicted condition ({_listed(pred)}); it has "
-                                 f"{_listed(real)}. Check --pert-key and --covariates")
-        lonely = {data.split_group(g)[1] for g in scored} - set(real.controls)
-        if lonely:
-            raise data.DataError(f"{cells.path}: has no control cells of {_listed(lonely)}; check --covariates, "
-                                 "--control")
         train, train_mean = _reference(config.reference, config, genes, pred, real, cells)
-        control = real.controls if config.covariates else real.controls[""]
         counts = pred.totals and real.totals
-        result = evaluate(pred, real, control, genes, train, keys or None, config.seed, config.floors,
+        result = evaluate(pred, real, real.controls, genes, train, keys or None, config.seed, config.floors,
                           train_mean=train_mean, totals=(pred.totals, real.totals) if counts else None)
         info = result["info"]
         info["notes"] = [*pred.notes, *real.notes, *info["notes"]]
@@ -1444,11 +1422,9 @@ def main(argv=None):
             info["notes"].append(f"without --reference there is no floor {more}")
         print(f"{info['conditions']} conditions, {info['genes']:,} genes; {info['cells_pred']:,} predicted and "
               f"{info['cells_real']:,} real cells")
-        for note in info["notes"]:
-            print(f"note: {note}")
         rest = config.out or "the file that --out FILE writes"
         print(format_table(result_rows(result, "prediction"), keys, result["ci95"], rest=rest))
-        for note in cannot_tell(result, keys):
+        for note in [*cannot_tell(result, keys), *info["notes"]]:
             print(f"note: {note}")
         if config.out:
             data.write_json(config.out, result)
