@@ -21,18 +21,17 @@ What to keep in mind when reading the numbers:
 - One real control serves both sides. A tool that gives each side its own (cell-eval) differs where the two differ.
 - L2, MSE, MAE and all correlations are of means over cells, then averaged over conditions. The published formulas that
   sum over cells rank a fresh draw of the truth below a constant.
-- NaN is an answer: a condition for which a metric is undefined is left out of the mean, and missing in `n_valid`.
-- A predicted effect below 1e-6 (absolute, or relative to the real one) is rounding: correlations and cosines are NaN.
+- NaN is an answer: a condition for which a metric is undefined is left out of the mean, and missing in `n_valid`. So
+  are correlations and cosines of an effect that is nothing but rounding.
 - Ties share the mid-rank, so a model that predicts the same for every condition scores 0.5, never a perfect 0.
-  In every rank an undefined own score counts 0.5 and an undefined competitor ranks last.
 - e_distance, mmd and mmd_pca30 are V-statistics: they grow as cells become fewer. Floors therefore have as many cells
   as the prediction; the replicate has half of the real cells on each side, so a good model can pass it.
 - Distances grow with the number of genes, and PCA is fitted on the real cells at hand: values of different gene sets or
   different sets of conditions cannot be compared.
 - On the cells of one reference case the keys agree with the reference implementations to 1e-6, but for mmd and
   mmd_pca30 (2e-4, 1e-4), which PerturBench computes in float32. The five keys of the Virtual Cell Challenge 2026 agree
-  with cell-eval 2 where both files hold counts: pds_cosine_panel pools them, and on log1p CP10k is another number (.700
-  where the challenge's is .683). The challenge's sixth score, expr_mse_unbiased_capped_norm, is left to cell-eval 2.
+  with cell-eval 2 where both files hold counts, which pds_cosine_panel pools (on log1p CP10k it has .700 for .683). The
+  challenge's sixth score, expr_mse_unbiased_capped_norm, is left to cell-eval 2.
 """
 import argparse
 import contextlib
@@ -190,11 +189,9 @@ def of_effects(measure, q, m, reference, genes=None):
 
 
 def pearson_delta(q, m, reference, genes=None):
-    """Pearson correlation of the effects.
-
-    pearson_delta: reference = mean of real controls (scBIG's r_all). The mean training perturbation scores high where
-    perturbations share a response, so read it beside pearson_delta_hat (Systema; scDFM, CellTARNet), where that mean is
-    the reference. ..._top20: the 20 genes with the largest |m - c| (scBIG's r_de)."""
+    """Pearson correlation of the effects: pearson_delta against the mean of real controls (scBIG's r_all). The mean of
+    training scores high where perturbations share a response, so read it beside pearson_delta_hat (Systema; scDFM,
+    CellTARNet), where that mean is the reference. ..._top20: genes with the largest |m - c| (scBIG's r_de)."""
     return of_effects(pearson, q, m, reference, genes)
 
 
@@ -310,9 +307,8 @@ def welch_t(mean, var, n, control_mean, control_var):
 
 def de_spearman(lfc_pred, lfc_real, significant):
     """Spearman correlation of log fold changes over truly significant genes (rank-sum test, BH < 0.05 per condition).
-
-    NaN without two significant genes. scDFM's DE-Spearman, CellTARNet's 'DE-Spearman rho', cell-eval's
-    de_spearman_lfc_sig; cell-eval's 'de_spearman_sig' correlates numbers of genes over conditions: another metric."""
+    scDFM's DE-Spearman, CellTARNet's 'DE-Spearman rho', cell-eval's de_spearman_lfc_sig; cell-eval's 'de_spearman_sig'
+    correlates numbers of genes over conditions: another metric."""
     return spearman(lfc_pred[significant], lfc_real[significant])
 
 
@@ -323,10 +319,9 @@ def direction_match(lfc_pred, lfc_real, significant):
 
 
 def overlap_at_n(lfc_pred, significant_pred, lfc_real, significant):
-    """|top-k real DE genes & top-k predicted DE genes| / k, by |log fold change|, k = number of real DE genes.
-
-    0 when either side has no DE gene. cell-eval's overlap_at_N, the 'DES' of the Virtual Cell Challenge 2025. The
-    prediction's own test depends on its number and spread of cells: a point mass has spurious DE genes."""
+    """|top-k real DE genes & top-k predicted DE genes| / k, by |log fold change|, k = number of real DE genes; 0 when
+    either side has none. cell-eval's overlap_at_N, the 'DES' of the Virtual Cell Challenge 2025. The prediction's own
+    test depends on its number and spread of cells: a point mass has spurious DE genes."""
     def strongest(significant, lfc):
         genes = np.flatnonzero(significant)
         return genes[top_k(np.abs(lfc[genes]), k)]
@@ -393,10 +388,8 @@ def direction_fidelity(pred, real):
 
 
 def direction_reach(pred, real):
-    """How deep the real DE genes can be read in the prediction's order while 90% of directions are right.
-
-    Deepest such position / number of real DE genes; 0 without any, NaN without real DE genes. Order: significant first,
-    then adjusted p, p, |log fold change|, name."""
+    """How deep the real DE genes can be read in the prediction's order (adjusted p, p, |log fold change|, name) while
+    90% of directions are right: deepest such position / number of real DE genes, 0 without any. NaN without DE genes."""
     if not real.significant.any():
         return math.nan
     directed = real.significant & np.isfinite(real.lfc) & (real.lfc != 0)
@@ -458,10 +451,8 @@ def own_rank(distance, rtol=1e-9):
 
 
 def prediction_rank(distance, rtol=1e-9):
-    """PerturBench's rank: for each REAL condition (column), the place of its own among all predictions (rows).
-
-    Perfect 0, random or collapsed 0.5. distance (N, N); pass -similarity for similarities. The keys *_rank, PRiMeFlow's
-    tables. PerturBench 2025 shuffles ties. own_rank(distance) is the other direction, the one of 1 - PDS."""
+    """PerturBench's rank (PRiMeFlow's tables): for each REAL condition (column) of (N, N), the place of its own among
+    all predictions (rows). Pass -similarity for similarities. own_rank(distance) is the other direction, that of PDS."""
     return own_rank(distance.T, rtol=rtol)
 
 
@@ -472,8 +463,7 @@ def discrimination(q, m, metric="cityblock", targets=None):
     (q - c, m - c) for 'cosine'. targets: a list of gene indices per prediction that are left out of an L1 distance.
     Random or collapsed 0.5; cell-eval and the Virtual Cell Challenge 2025 divide by N instead of N - 1.
     pds: L1 without the perturbed genes of the condition (scDFM eq. 16-20, scBIG eq. 15). Each prediction then has its
-    own gene set, which leaks: a constant prediction scores above 0.5 (0.60 on the reference case). pds_all_genes (L1),
-    pds_l2 and pds_cosine leave nothing out, pds_cosine_panel the perturbed genes of all conditions."""
+    own gene set, which leaks: a constant prediction scores above 0.5 (0.60 on the reference case)."""
     q, m = np.asarray(q), np.asarray(m)
     distance = cdist(q, m, metric)                                   # cosine of a zero effect: NaN, undefined
     for i, genes in enumerate(targets or []):
@@ -542,10 +532,8 @@ def pair_distances(x, block=1024):
 
 def energy_distance(x, y):
     """2 E||x-y|| - E||x-x'|| - E||y-y'|| with Euclidean norms, all pairs (V-statistic). x (n, d) and y (m, d) cells.
-
-    e_distance: in the 50 PCs of all real cells that are scored and their controls; a point mass scores high.
-    scBIG's E-Dist (its tables fix unsquared norms). With squared norms, as in CellFlow and scPerturb, it is
-    2 ||mean(x) - mean(y)||^2, no distance of distributions."""
+    e_distance: in the 50 PCs of all real cells that are scored and their controls. scBIG's E-Dist (its tables fix
+    unsquared norms). With squared norms, as in CellFlow and scPerturb, it is 2 ||mean(x) - mean(y)||^2."""
     return _energy(mean_distance(x, x), mean_distance(y, y), mean_distance(x, y))
 
 
@@ -581,10 +569,8 @@ def real_kernel(pairs):
 
 def mmd_rbf(x, y):
     """Squared MMD, unbiased, mean over kernels exp(-d^2 / (2 s m)), s in 0.5, 1, 2, 4; scDFM's Algorithm 1 and loss.
-
     x predicted, y real cells; m: lower median of the squared distances between different REAL cells. About 0 for a
-    fresh draw of the truth, slightly negative for the same cells. NaN with one real or one predicted cell. Gene space.
-    """
+    fresh draw of the truth, slightly negative for the same cells. NaN with one real or one predicted cell."""
     if min(len(x), len(y)) < 2:
         return math.nan
     return _mmd_rbf(pair_distances(x), squared_distances(x, y), len(y), real_kernel(pair_distances(y)))
@@ -629,11 +615,9 @@ def sinkhorn(cost, epsilon):
 
 
 def wasserstein(x, y):
-    """Transport cost <P, C> of cells x (n, d) and y (m, d), C Euclidean, P the entropic plan.
-
-    epsilon = 0.05 mean(C); values compare only at one epsilon. NaN where P has not converged. In the 50 PCs of
-    e_distance. scBIG's tables (no code). NOT calibrated: in many dimensions a fresh draw of the truth scores like the
-    point mass at its mean, so read it beside e_distance."""
+    """Transport cost <P, C> of cells x (n, d) and y (m, d), C Euclidean, P the entropic plan with epsilon 0.05 mean(C).
+    NaN where P has not converged. scBIG's tables (no code). NOT calibrated: in many dimensions a fresh draw of the
+    truth scores like the point mass at its mean, so read it beside e_distance."""
     cost = np.sqrt(squared_distances(x, y))
     if not cost.any():
         return 0.0
@@ -995,8 +979,8 @@ def _replicate(truth, world, keys):
 
 # -------------------------------------------------------------------------------- evaluation
 
-def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=True, bootstrap=1000, train_mean=None,
-             totals=None, tables=None):
+def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=True, train_mean=None, totals=None,
+             tables=None):
     """Every metric of a prediction, with floors, a replicate reference and intervals. All values log1p CP10k.
 
     pred, real: {group: (cells, G)}, arrays or CSR; a group is a condition 'A' or 'A+B', with covariates
@@ -1004,10 +988,9 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     or {covariates: (cells, G)}. genes: G names. train: {group: (cells, G)} of the training perturbations, read once,
     for the Systema reference and the floors; without it these are absent, save what train_mean allows, the mean (G,)
     of the training perturbations' means. keys: what is computed, default all but the two MMD ranks, 'all' for these
-    too. floors=False leaves out floors and replicate, most of the time. bootstrap: resamples of conditions for ci95.
-    totals (of pred {group: (cells,)}, of real {group, or covariates of controls: (cells,)}): where both sides were
-    counts, how many each cell had, by which pds_cosine_panel pools them. tables: a dict that receives {group: {column of
-    genes.tsv: (G,) array}}, genes by name.
+    too. floors=False leaves out floors and replicate, most of the time. totals (of pred {group: (cells,)}, of real
+    {group, or covariates of controls: (cells,)}): where both sides were counts, how many each cell had, by which
+    pds_cosine_panel pools them. tables: a dict that receives {group: {column of genes.tsv: (G,) array}}, genes by name.
 
     Returns a dict that json can write, with None for NaN:
       aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number};
@@ -1019,8 +1002,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
       can_tell {key: share of conditions in which the replicate beats that floor, or None}: near a half or below, the
       metric cannot tell a draw of the truth from a constant on these data;
       info: numbers of conditions, genes and cells, seed, notes.
-    Raises data.DataError for inputs that do not fit together.
-    """
+    Raises data.DataError for inputs that do not fit together."""
     if keys is None:
         keys = [k for k in KEYS if k not in MMD_RANKS]
     elif keys == "all":
@@ -1043,9 +1025,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     truth = {g: _Population(real[g], g, world, "real", of_real.get(g)) for g in groups}
     pred = {g: pred[g] for g in groups}
     sizes = {g: x.shape[0] for g, x in pred.items()}
-    training = None
-    if train is not None and len(train):
-        training = _Training(train, world, max(sizes.values()))
+    training = _Training(train, world, max(sizes.values())) if train else None
+    if training:
         centroids = {v: training.centroid(v) for v in world.covariates}
         world.reference = {g: centroids[_covariate(g)] for g in groups}
     elif train_mean is not None:
@@ -1059,7 +1040,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
                  for g, x in data.progress(pred.items(), "scoring the prediction"))
     scores = _score(predicted, truth, world, keys, tables)
     result = _summary(scores, keys)
-    result["ci95"] = _intervals(result["per_condition"], keys, _rng(seed, "bootstrap"), bootstrap)
+    result["ci95"] = _intervals(result["per_condition"], keys, _rng(seed, "bootstrap"))
     result["groups"] = {name: _summary({g: scores[g] for g in members}, keys)["aggregate"]
                         for name, members in _condition_groups(world, training).items()}
     result["info"] = _information(world, truth, sizes, keys, notes)
@@ -1114,15 +1095,15 @@ def _summary(scores, keys):
             "n_valid": {k: len(values) for k, values in defined.items()}, "per_condition": per_condition}
 
 
-def _intervals(per_condition, keys, rng, resamples):
+def _intervals(per_condition, keys, rng, resamples=1000):
     """95% percentile bootstrap over conditions: {key: [low, high], or None with fewer than two defined conditions}."""
     table = np.array([[values[k] for k in keys] for values in per_condition.values()], dtype=float)  # None becomes NaN
     defined = np.isfinite(table)
-    weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), max(resamples, 1)).astype(float)
+    weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table)), resamples).astype(float)
     with np.errstate(invalid="ignore"):                              # 0 / 0: a resample without a defined condition
         means = (weights @ np.where(defined, table, 0)) / (weights @ defined)
     return {k: [float(v) for v in np.nanpercentile(means[:, i], [2.5, 97.5])]
-            if resamples > 0 and defined[:, i].sum() > 1 else None for i, k in enumerate(keys)}
+            if defined[:, i].sum() > 1 else None for i, k in enumerate(keys)}
 
 
 def _against_floor(key, result, partial):
@@ -1178,28 +1159,23 @@ def compare(a, b, key):
 
 # -------------------------------------------------------------------------------- tables, command line
 
-def result_rows(result, name):
-    """[(row, {key: value})] of an evaluate() result for format_table: floors, the method, replicate, 'vs floor'. A
-    run's result may hold variants of the method, which follow it."""
+def result_rows(result, name, intervals=False):
+    """[(row, {key: value})] of an evaluate() result for format_table: floors, the method, with intervals below it,
+    variants that a run's result may hold, replicate, 'vs floor'."""
     rows = [*result["floors"].items(), (name, result["aggregate"])]
+    for i, end in enumerate(("from", "to") if intervals else ()):
+        rows.append((f"  95% {end}", {k: v and v[i] for k, v in result["ci95"].items()}))
     rows += [(name + suffix, other["aggregate"]) for suffix, other in result.get("variants", {}).items()]
     rows += [("replicate", result["replicate"]), ("vs floor", result["score_vs_floor"])]
     return [(row, values) for row, values in rows if values]
 
 
-def format_table(rows, keys=None, ci=None, width=None, rest="metrics.json"):
+def format_table(rows, keys=None, rest="metrics.json"):
     """Text table: a line per (name, {key: value}), a column per key (default TABLE_KEYS) with the better direction.
-
-    ci: evaluate()'s ci95, printed below the first row that is not a floor. Columns beyond `width` characters (default:
-    the terminal's, 120 without one) are left out; a last line says how many more metrics `rest` holds."""
-    rows = list(rows)
+    Columns beyond the terminal (120 characters without one) are left out; a last line says how many `rest` holds."""
     measured = {k for _, values in rows for k in values}
     keys = list(keys or (k for k in TABLE_KEYS if k in measured))
-    width = width or shutil.get_terminal_size((120, 24)).columns
-    if ci:
-        at = next((i + 1 for i, (name, _) in enumerate(rows) if name not in FLOORS), len(rows))
-        limits = [(f"  95% {end}", {k: v and v[i] for k, v in ci.items()}) for i, end in enumerate(("from", "to"))]
-        rows[at:at] = limits
+    width = shutil.get_terminal_size((120, 24)).columns
     names = ["", *(name for name, _ in rows)]
     start = max(map(len, names))
     lines = [name.ljust(start) for name in names]
@@ -1264,16 +1240,15 @@ def report(run, method, rows):
     show(run.out)
 
 
-def _write_genes(path, per_gene):
+def _write_genes(path, tables):
     """genes.tsv: per condition and gene the means of real control, predicted and real cells (log1p CP10k), predicted
     and real log2 fold change, adjusted p-value of the real change (as in de_spearman); the smallest p first."""
-    def rows():
-        for condition, table in sorted(per_gene.items()):
-            order = np.argsort(table["real_p_adjusted"], kind="stable")
-            for gene, *numbers in zip(*(column[order].tolist() for column in table.values())):
-                yield condition, gene, *(f"{number:.6g}" for number in numbers)
-
-    data.write_table(path, ["condition", *next(iter(per_gene.values()))], rows())
+    rows = []
+    for condition, table in sorted(tables.items()):
+        order = np.argsort(table["real_p_adjusted"], kind="stable")
+        for gene, *numbers in zip(*(column[order].tolist() for column in table.values())):
+            rows.append((condition, gene, *(f"{number:.6g}" for number in numbers)))
+    data.write_table(path, ["condition", *table], rows)
 
 
 def show(out):
@@ -1423,7 +1398,7 @@ def main(argv=None):
         print(f"{info['conditions']} conditions, {info['genes']:,} genes; {info['cells_pred']:,} predicted and "
               f"{info['cells_real']:,} real cells")
         rest = config.out or "the file that --out FILE writes"
-        print(format_table(result_rows(result, "prediction"), keys, result["ci95"], rest=rest))
+        print(format_table(result_rows(result, "prediction", intervals=True), keys, rest))
         for note in [*cannot_tell(result, keys), *info["notes"]]:
             print(f"note: {note}")
         if config.out:
