@@ -389,7 +389,7 @@ def direction_fidelity(pred, real):
 
 def direction_reach(pred, real):
     """How deep the real DE genes can be read in the prediction's order (adjusted p, p, |log fold change|, name) while
-    90% of directions are right: deepest such position / number of real DE genes, 0 without any. NaN without DE genes."""
+    90% of directions are right: deepest such position / number of real DE genes, 0 without any. NaN without these."""
     if not real.significant.any():
         return math.nan
     directed = real.significant & np.isfinite(real.lfc) & (real.lfc != 0)
@@ -452,7 +452,7 @@ def own_rank(distance, rtol=1e-9):
 
 def prediction_rank(distance, rtol=1e-9):
     """PerturBench's rank (PRiMeFlow's tables): for each REAL condition (column) of (N, N), the place of its own among
-    all predictions (rows). Pass -similarity for similarities. own_rank(distance) is the other direction, that of PDS."""
+    all predictions (rows). For a similarity pass its negative. own_rank(distance) is the other direction, PDS's."""
     return own_rank(distance.T, rtol=rtol)
 
 
@@ -511,23 +511,16 @@ def squared_distances(x, y, dtype=np.float64):
     return np.maximum(d, 0, out=d)
 
 
-def mean_distance(x, y, block=1024):
-    """E||x - y|| over all pairs, x (n, d), y (m, d), in blocks of rows to save memory."""
-    total = 0.0
-    for start in range(0, len(x), block):
-        d = squared_distances(x[start:start + block], y)
-        total += np.sqrt(d, out=d).sum()
-    return total / (len(x) * len(y))
+def mean_distance(x, y):
+    """E||x - y|| over all pairs, x (n, d), y (m, d)."""
+    d = squared_distances(x, y)
+    return np.sqrt(d, out=d).mean()
 
 
-def pair_distances(x, block=1024):
+def pair_distances(x):
     """Squared Euclidean distances of all pairs of different cells of x (n, d): (n (n - 1) / 2,) float64."""
     x = np.asarray(x, dtype=np.float64)                              # once: the product of an array with itself is half
-    parts = [np.empty(0)]
-    for start in range(0, len(x), block):
-        d = squared_distances(x[start:start + block], x[start:])
-        parts.append(d[np.arange(d.shape[1]) > np.arange(len(d))[:, None]])
-    return np.concatenate(parts)
+    return squared_distances(x, x)[~np.tri(len(x), dtype=bool)]
 
 
 def energy_distance(x, y):
@@ -994,8 +987,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
 
     Returns a dict that json can write, with None for NaN:
       aggregate {key: mean over the conditions where it is defined}, n_valid {key: their number};
-      ci95 {key: [low, high]}; groups {'single', 'double', 'single_unseen', 'double_one_unseen', ...: {key: mean}};
-      per_condition {group: {key: value}};
+      ci95 {key: [low, high]}; groups {'single', 'double', ...: {key: mean}}; per_condition {group: {key: value}};
       floors {name of FLOORS: {key: mean} or None}, floors_per_condition, without the keys *_rank;
       replicate {key: mean}, one half of the real cells scored against the other; replicate_per_condition;
       score_vs_floor {key: (score - best floor) / (replicate - best floor)};
@@ -1041,8 +1033,11 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     scores = _score(predicted, truth, world, keys, tables)
     result = _summary(scores, keys)
     result["ci95"] = _intervals(result["per_condition"], keys, _rng(seed, "bootstrap"))
-    result["groups"] = {name: _summary({g: scores[g] for g in members}, keys)["aggregate"]
-                        for name, members in _condition_groups(world, training).items()}
+    result["groups"] = {}
+    for n in sorted({len(_perturbations(g)) for g in groups}):
+        members = {g: scores[g] for g in groups if len(_perturbations(g)) == n}
+        name = {1: "single", 2: "double"}.get(n, f"{n} perturbations")
+        result["groups"][name] = _summary(members, keys)["aggregate"]
     result["info"] = _information(world, truth, sizes, keys, notes)
     result |= {"floors": {}, "floors_per_condition": {}, "replicate": {}, "replicate_per_condition": {},
                "score_vs_floor": {}, "can_tell": {}}
@@ -1064,22 +1059,6 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         for k in keys:
             result["score_vs_floor"][k], result["can_tell"][k] = _against_floor(k, result, partial)
     return result
-
-
-def _condition_groups(world, training):
-    """{'single': [groups], 'double': ..., 'double_one_unseen': ...}; unseen: in no training condition."""
-    names = {1: "single", 2: "double", 3: "triple"}
-    known = {p for g in training.groups for p in _perturbations(g)} if training else None
-    out = {}
-    for g in sorted(world.groups, key=lambda g: len(_perturbations(g))):
-        perturbations = _perturbations(g)
-        name = names.get(len(perturbations), f"{len(perturbations)}_perturbations")
-        out.setdefault(name, []).append(g)
-        unseen = 0 if known is None else sum(p not in known for p in perturbations)
-        if unseen:
-            number = "" if len(perturbations) == 1 else {1: "_one", 2: "_two", 3: "_three"}.get(unseen, f"_{unseen}")
-            out.setdefault(f"{name}{number}_unseen", []).append(g)
-    return out
 
 
 def _plain(value):
@@ -1202,7 +1181,7 @@ def cannot_tell(result, keys=None):
 
 
 def _number(value):
-    if value is None or not math.isfinite(value):
+    if value is None:
         return "-"
     return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}"
 
@@ -1393,8 +1372,8 @@ def main(argv=None):
         if len(cells.genes) > len(genes):
             info["notes"].append(f"{len(cells.genes) - len(genes):,} genes are not in the prediction and are ignored")
         if train is None:
-            more = "but the control, and no Systema reference" if train_mean is None else "but control and mean"
-            info["notes"].append(f"without --reference there is no floor {more}")
+            more = ", and no Systema reference" if train_mean is None else " and mean"
+            info["notes"].append(f"without --reference there is no floor but control{more}")
         print(f"{info['conditions']} conditions, {info['genes']:,} genes; {info['cells_pred']:,} predicted and "
               f"{info['cells_real']:,} real cells")
         rest = config.out or "the file that --out FILE writes"
