@@ -42,7 +42,7 @@ import platform
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 import h5py
@@ -795,11 +795,6 @@ class _Population:
         return np.delete(np.zeros_like(d) if no_effect(d) else d, self.world.panel_targets)
 
     @cached_property
-    def within(self):
-        """within(k): mean distance between its cells in k components, once for all that is scored against them."""
-        return cache(lambda k: mean_distance(self.pcs[:, :k], self.pcs[:, :k]))
-
-    @cached_property
     def in_genes(self):
         """The same in gene space, and real_kernel()."""
         pairs = pair_distances(self.cells)
@@ -916,7 +911,7 @@ class Condition:
 
     def energy(self, k):
         """Energy distance in k principal components."""
-        return _energy(self.p.within(k), self.r.within(k), mean_distance(self.p.pcs[:, :k], self.r.pcs[:, :k]))
+        return energy_distance(self.p.pcs[:, :k], self.r.pcs[:, :k])
 
 
 class Conditions(NamedTuple):
@@ -1036,7 +1031,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     result["groups"] = {}
     for n in sorted({len(_perturbations(g)) for g in groups}):
         members = {g: scores[g] for g in groups if len(_perturbations(g)) == n}
-        name = {1: "single", 2: "double"}.get(n, f"{n} perturbations")
+        name = {1: "single", 2: "double", 3: "triple"}.get(n, f"{n}_perturbations")
         result["groups"][name] = _summary(members, keys)["aggregate"]
     result["info"] = _information(world, truth, sizes, keys, notes)
     result |= {"floors": {}, "floors_per_condition": {}, "replicate": {}, "replicate_per_condition": {},
