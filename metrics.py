@@ -426,7 +426,7 @@ def enrichment(modules, genes, sets):
     rows = [(module, name, np.sum(inside[modules == module]), np.sum(modules == module), np.sum(inside))
             for module in np.unique(modules).tolist() for name, inside in known.items() if inside.sum() >= 3]
     counts = np.array([row[2:] for row in rows]).reshape(-1, 3)
-    p = stats.hypergeom.sf(counts[:, 0] - 1, len(genes), counts[:, 2], counts[:, 1])
+    p = np.minimum(stats.hypergeom.sf(counts[:, 0] - 1, len(genes), counts[:, 2], counts[:, 1]), 1)  # 1 + 1e-16
     found = [(*row, *tests) for row, *tests in zip(rows, p, stats.false_discovery_control(p)) if tests[1] < 0.05]
     return sorted(found, key=lambda row: (row[-1], row[:2]))
 
