@@ -427,7 +427,8 @@ def enrichment(modules, genes, sets):
             for module in np.unique(modules).tolist() for name, inside in known.items() if inside.sum() >= 3]
     counts = np.array([row[2:] for row in rows]).reshape(-1, 3)
     p = np.minimum(stats.hypergeom.sf(counts[:, 0] - 1, len(genes), counts[:, 2], counts[:, 1]), 1)  # 1 + 1e-16
-    found = [(*row, *tests) for row, *tests in zip(rows, p, stats.false_discovery_control(p)) if tests[1] < 0.05]
+    adjusted = stats.false_discovery_control(p)
+    found = [(*row, p[i], adjusted[i]) for i, row in enumerate(rows) if adjusted[i] < 0.05]
     return sorted(found, key=lambda row: (row[-1], row[:2]))
 
 
