@@ -1121,17 +1121,6 @@ def _information(world, truth, sizes, keys, notes):
     return info
 
 
-def compare(a, b, key):
-    """Paired Wilcoxon signed-rank p-value of a key between two evaluate() results, over conditions that both define.
-    None without shared conditions, 1.0 when all differences are zero. Not corrected for the number of keys."""
-    pairs = [(a["per_condition"][g].get(key), b["per_condition"][g].get(key))
-             for g in a["per_condition"] if g in b["per_condition"]]
-    difference = np.array([x - y for x, y in pairs if x is not None and y is not None])
-    if len(difference) == 0:
-        return None
-    return float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
-
-
 # -------------------------------------------------------------------------------- tables, command line
 
 def result_rows(result, name, intervals=False):

@@ -943,18 +943,6 @@ def test_many_conditions_cap_the_pairwise_ranks(monkeypatch, case, result):
     assert world.rank_cells("g02@one") == metrics.RANK_CELLS
 
 
-def test_compare_is_the_signed_rank_test():
-    rng = np.random.default_rng(0)
-    names = [f"c{i}" for i in range(12)]
-    a, b = ({"per_condition": {n: {"l2": rng.normal(mean), "pds": 1.0} for n in names}} for mean in (0, 1))
-    a["per_condition"]["c3"]["l2"] = None
-    del b["per_condition"]["c5"]
-    shared = [n for n in names if n not in ("c3", "c5")]
-    x, y = ([r["per_condition"][n]["l2"] for n in shared] for r in (a, b))
-    assert metrics.compare(a, b, "l2") == pytest.approx(stats.wilcoxon(x, y).pvalue) == metrics.compare(b, a, "l2")
-    assert metrics.compare(a, b, "pds") == 1 and metrics.compare(a, {"per_condition": {}}, "l2") is None
-
-
 @pytest.mark.parametrize("width", [20, 60, 100, 1000])
 def test_table(result, width, monkeypatch):
     """It fits the width, and says what it leaves out."""
