@@ -1,7 +1,6 @@
 """One table for all methods, the baselines that are hard to beat, and any other tool's predictions.
 
     python bench.py                                                        the demo: every method, two minutes each
-    python bench.py --data norman.h5 --split additive --seeds 0 1 2 3        four seeds of every method
     python bench.py --data norman.h5 --split additive --folds 0 1 2 3 --methods scdfm scdfm:no-mmd "scdfm --knn 10"
     python bench.py --data norman.h5 --split additive --methods all mymethod.py       a fork beside them
     python bench.py --data norman.h5 --split additive --methods none --pred GEARS=gears.h5ad CPA=cpa.h5ad
@@ -19,13 +18,11 @@ Ceilings (the replicate) and published rows do not compete.
 Baselines, fitted to the mean effects (mean of cells minus mean of their controls) of the training conditions and added
 to control cells. Their hyper-parameters are chosen by five-fold cross-validation over training conditions of the kind
 that is tested (doubles for doubles).
-  linear            Y ~ b + G W P': genes G and perturbations P in the space of a gene embedding, W by ridge
-                    (Ahlmann-Eltze, Huber, Anders 2025). The embedding is the PCA of the training means, or --embedding
-  ridge             ridge regression on perturbation indicators, singles and combinations together
-  kernel            weighted mean of training effects: of the same perturbation in other covariates, by the distance of
-                    their control means; of other perturbations, by the distance of their genes' embeddings
-  pairs             effects of the singles, each times a factor learned from training doubles of similar singles (Norman
-                    et al. 2019), tuned by leaving one double out; ridge where a single was not measured
+  linear   bilinear in a gene embedding: PCA of the training means, or --embedding (Ahlmann-Eltze, Huber, Anders 2025)
+  ridge    ridge regression on perturbation indicators, singles and combinations together
+  kernel   weighted mean of the effects of the same perturbation in other covariates, or of perturbations of like genes
+  pairs    effects of the singles, each times a factor learned from training doubles of similar singles (Norman et al.
+           2019), tuned by leaving one double out; ridge where a single was not measured
 Simulated data have two ceilings: fresh cells of the truth, and of an oracle that knows all but the interactions.
 """
 import hashlib
@@ -89,7 +86,7 @@ METHODS = {
     "celltarnet:paper": "celltarnet.py --no-effect-readout --calibration 0 --zeros clamp",
 }
 RESERVED = ("truth", "oracle, no interaction", "replicate", "can this metric tell")
-DEMO_HVG = 1000     # genes of the methods' demo preset: all of them, and the baselines, see the same
+DEMO = {"hvg": 1000, "train_on_val": False}     # of the preset demo, the same for all methods and the baselines
 
 # what the papers print of their own methods, by name of the data and split, and the L2 of the paper's control and of
 # CellFlow, where it has that row
@@ -127,7 +124,7 @@ class Config(data.DataConfig):
     pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
     exact_cells: bool = False       # just that many cells of every condition, however few are real (PRiMeFlow's tables)
-    train_on_val: bool | None = None  # validation conditions train too, as in the papers; default yes, demo preset no
+    train_on_val: bool = True       # validation conditions train too, as in the papers
     preset: str = ""                # of the methods: demo, paper; '' is demo for --data demo, else paper
     device: str = ""                # cpu, cuda, cuda:1; '' takes the GPU if there is one
     out: str = ""                   # folder; '' is runs/bench-DATA-SPLIT
@@ -356,10 +353,6 @@ class Job(typing.NamedTuple):
     def __str__(self):
         return f"{self.name} fold {self.fold} seed {self.seed}"
 
-    def has(self, file):
-        """Whether a file is there: metrics.json, which a run writes last, or a checkpoint to go on from."""
-        return (self.folder / file).exists()
-
 
 def asked_methods(config):
     """{what --methods calls a method: (its script, its flags)}"""
@@ -435,7 +428,7 @@ def run_jobs(todo, n_parallel):
     threads = {"OMP_NUM_THREADS": share} if n_parallel > 1 else {}     # other threads give other last digits
 
     def run(job):
-        begun = job.has("ckpt.pt")
+        begun = (job.folder / "ckpt.pt").exists()
         print(f"{'resuming' if begun else 'running'} {job}", flush=True)
         try:
             flags = [job.command[0], "--resume"] if begun else job.command
@@ -492,7 +485,7 @@ def known_vectors(config, dataset):
     names = sorted({*dataset.genes, *dataset.perturbations, *drugs})
     vectors, known = data.aligned_vectors(config.embedding, names)
     data.coverage(print, config.embedding, known, "genes")
-    return {name: vector for name, vector, there in zip(names, vectors.double().numpy(), known) if there}
+    return {names[i]: vectors[i].double().numpy() for i in known.nonzero()[:, 0]}
 
 
 def ceilings(dataset, sizes, seed):
@@ -503,8 +496,7 @@ def ceilings(dataset, sizes, seed):
         return {}
     kind = {v: int(v.removeprefix("type") or 1) - 1 for v in dataset.covariate}      # of cells
     screen = data.Screen(uns["truth_means"].shape[1], max(kind.values()) + 1, int(uns["seed"]))
-    known = screen.conditions == list(uns["truth_conditions"])                       # else of types not asked for
-    if not known or not {data.split_group(group)[0] for group in sizes} <= set(screen.conditions):
+    if screen.conditions != list(uns["truth_conditions"]):      # it has cell types, which were not asked for
         return {}
     columns = [screen.names.index(dataset.genes[i]) for i in dataset.eval_genes]
     out = {"truth": {}, "oracle, no interaction": {}}
@@ -529,15 +521,13 @@ def score_fold(config, fold):
     others = dict(read_pred(text, dataset, config) for text in config.pred)
     fitted = {name: fit_baseline(name, dataset, vectors) for name in GRIDS} if config.baselines else {}
     keys = [k for k in metrics.KEYS if k not in metrics.MMD_RANKS or k in config.keys]
-    no_effect = np.zeros((len(dataset.part("test")), 1), dtype=np.float32)
     sizes, runs = dataset.sizes("test", config.eval_cells, config.exact_cells), []
     for seed in config.seeds:
-        controls = baseline_populations("control", dataset, no_effect, sizes, seed)
-        first = score(dataset, controls, seed, keys, floors=True)
-        for name in metrics.FLOORS:
-            if first["floors"][name]:
-                floor = {"aggregate": first["floors"][name], "per_condition": first["floors_per_condition"][name]}
-                runs.append((name, "floor", floor))
+        real = {g: data.pick_rows(dataset.cells(g, dataset.eval_genes), n, seed) for g, n in sizes.items()}
+        first = score(dataset, real, seed, keys, floors=True)           # only floors and replicate of it are wanted
+        floors, each = first["floors"], first["floors_per_condition"]
+        runs += [(name, "floor", {"aggregate": floors[name], "per_condition": each[name]}) for name in floors
+                 if floors[name]]
         for name, fit in fitted.items():
             if fit is not None:
                 cells = baseline_populations(name, dataset, fit[0], sizes, seed, config.zeros)
@@ -563,10 +553,7 @@ def score_run(job, dataset, config):
                         "changed. Remove the folder, or choose another --out")
     missing = [k for k in config.keys if k not in result["aggregate"]]
     if missing:
-        more = score(dataset, {g: cells[g] for g in dataset.part("test")}, job.seed, missing)
-        result["aggregate"] |= more["aggregate"]
-        for group, scores in more["per_condition"].items():
-            result["per_condition"][group] |= scores
+        result |= score(dataset, cells, job.seed, [*result["aggregate"], *missing])
     of = {"": result} | result.get("variants", {})
     return [(job.name + suffix, "method", scores) for suffix, scores in of.items()]
 
@@ -578,8 +565,8 @@ def published_rows(config):
                                                                  Path(config.split).stem), ()):
         for name, mean in ((table.split()[0], dict(zip(keys, values))), ("CellFlow", {"l2": cellflow})):
             if mean["l2"]:
-                rows[f"{name}, {table}"] = {"kind": "published", "mean": mean, "sd": {}, "per_condition": {},
-                                            "control_l2": control}
+                mean["l2/control"] = mean["l2"] / control
+                rows[f"{name}, {table}"] = {"kind": "published", "mean": mean, "sd": {}, "per_condition": {}}
     return rows
 
 
@@ -592,23 +579,23 @@ def collect(runs):
     """
     def mean(values):
         return float(np.mean(values)) if values and None not in values else None
-    rows, results = {}, {}
+    rows = {}
     order = ("floor", "baseline", "prediction", "method", "ceiling", "share")
     for name, kind, result in sorted(runs, key=lambda run: order.index(run[1])):
-        rows[name] = {"kind": kind, "mean": {}, "sd": {}, "values": {}, "per_condition": {}}
-        results.setdefault(name, []).append(result)
-    for name, row in rows.items():
-        row["runs"] = len(results[name])
-        for k in dict.fromkeys(k for r in results[name] for k in r["aggregate"]):
-            values = [r["aggregate"][k] for r in results[name] if r["aggregate"].get(k) is not None]
-            row["mean"][k], row["values"][k] = mean(values), values
-            row["sd"][k] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        for group in dict.fromkeys(g for r in results[name] for g in r["per_condition"]):
-            of = [r["per_condition"][group] for r in results[name] if group in r["per_condition"]]
+        rows.setdefault(name, {"kind": kind, "runs": []})["runs"].append(result)
+    for row in rows.values():
+        several, row["runs"] = row["runs"], len(row["runs"])
+        keys = dict.fromkeys(k for r in several for k in r["aggregate"])
+        row["values"] = {k: [r["aggregate"][k] for r in several if r["aggregate"].get(k) is not None] for k in keys}
+        row["mean"] = {k: mean(values) for k, values in row["values"].items()}
+        row["sd"] = {k: float(np.std(values, ddof=1)) for k, values in row["values"].items() if len(values) > 1}
+        row["per_condition"] = {}
+        for group in dict.fromkeys(g for r in several for g in r["per_condition"]):
+            of = [r["per_condition"][group] for r in several if group in r["per_condition"]]
             row["per_condition"][group] = {k: mean([scores.get(k) for scores in of]) for k in of[0]}
         for k in ("seconds", "peak_memory_mb"):
-            row[k] = mean([r.get(k) for r in results[name]])
-        row["options"] = [r["options"] for r in results[name] if "options" in r]
+            row[k] = mean([r.get(k) for r in several])
+        row["options"] = [r["options"] for r in several if "options" in r]
     return rows
 
 
@@ -650,6 +637,22 @@ def verdicts(rows, keys):
 
 
 # -------------------------------------------------------------------------------- tables
+
+def notes(rows, partial, every):
+    """What a reader of the table has to know: lines. partial: rows left out; every: number of test conditions."""
+    lines = ["can this metric tell: in this share of the test conditions the replicate, a draw of the truth, beats the "
+             "best floor; where it is near a half, the metric says nothing on these data"]
+    as_ridge = rows["pairs"]["options"][0]["as ridge"] if "pairs" in rows else 0
+    if as_ridge:
+        lines.append(f"pairs is ridge in {as_ridge} of {every} test conditions: they are no double of two measured "
+                     "singles, or fewer than three such doubles train")
+    if any(row["kind"] == "published" for row in rows.values()):
+        lines.append("published rows are of other genes and cells, where control itself has another l2: of them and "
+                     "ours only l2/control compares")
+    if partial:
+        lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
+    return lines
+
 
 def number(value, sd=None):
     """'0.123', '0.123 ± 0.004'; a standard deviation of zero (a constant) is left out."""
@@ -697,7 +700,7 @@ def bench(config):
     planned = jobs(config, out)
     folds = {fold: score_fold(config, fold) for fold in config.folds}     # cheap, and finds bad input first
     first = folds[config.folds[0]][0]
-    todo = [job for job in planned if not job.has("metrics.json")]
+    todo = [job for job in planned if not (job.folder / "metrics.json").exists()]     # which a run writes last
     if planned:
         print(f"{out} holds {len(planned) - len(todo)} of {len(planned)} runs", flush=True)
     failed = run_jobs(todo, config.jobs)
@@ -711,44 +714,30 @@ def bench(config):
     partial = [name for name in asked if name not in rows or len(rows[name]["per_condition"]) < every]
     for name in partial:
         rows.pop(name, None)
-    published = published_rows(config)
-    rows |= published
+    control = rows["control"]["mean"]["l2"]
     for row in rows.values():
-        l2, control = row["mean"].get("l2"), row.get("control_l2", rows["control"]["mean"]["l2"])
+        l2 = row["mean"].get("l2")
         row["mean"]["l2/control"] = None if l2 is None or row["kind"] == "share" else l2 / control
-
+    rows |= published_rows(config)
     keys = list(config.keys or metrics.TABLE_KEYS)
-    lines = verdicts(rows, keys)
-    lines.append("can this metric tell: in this share of the test conditions the replicate, a draw of the truth, beats "
-                 "the best floor; where it is near a half, the metric says nothing on these data")
+    below = "\n".join(f"- {line}" for line in verdicts(rows, keys) + notes(rows, partial, every))
     if "l2" in keys:
         keys.insert(keys.index("l2") + 1, "l2/control")
-    as_ridge = rows["pairs"]["options"][0]["as ridge"] if "pairs" in rows else 0
-    if as_ridge:
-        lines.append(f"pairs is ridge in {as_ridge} of {every} test conditions: they are no double of two measured "
-                     "singles, or fewer than three such doubles train")
-    if published:
-        lines.append("published rows are of other genes and cells, where control itself has another l2 ("
-                     + ", ".join(dict.fromkeys(f"{row['control_l2']:g}" for row in published.values()))
-                     + "): of them and ours only l2/control compares")
-    if partial:
-        lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
     title = (f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, seeds {list(config.seeds)}: "
              f"{len(first.part('train'))} training and {len(first.part('test'))} test conditions, "
              f"{len(first.eval_genes):,} genes, {'just' if config.exact_cells else 'at most'} {config.eval_cells} "
              "cells per condition")
     first_runs = [job for job in good if (job.fold, job.seed) == (config.folds[0], config.seeds[0])]
-    notes = "\n".join(f"- {line}" for line in lines)
     data.write_json(out / "bench.json", {
         "data": config.data, "split": config.split, "folds": config.folds, "seeds": config.seeds,
         "eval_cells": config.eval_cells, "torch": torch.__version__, "rows": rows})
-    text = [f"# {title}", render(table(rows, keys)), notes]
+    text = [f"# {title}", render(table(rows, keys)), below]
     if config.stages:
         text.append(render(stages(config, first_runs, first, rows)))
     with data.atomic(out / "bench.md") as temporary:
         temporary.write_text("\n\n".join(text) + "\n")
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    print("\n" + "\n\n".join([title, render(table(rows, keys), width), notes, *text[3:]]))
+    print("\n" + "\n\n".join([title, render(table(rows, keys), width), below, *text[3:]]))
     for job, error in failed.items():
         print(f"FAILED: {job}: {error}", file=sys.stderr)
     if config.plot:
@@ -1018,24 +1007,19 @@ def main(argv=None):
     """Command line; exit code 1 when a run failed, 2 for bad input."""
     with data.clean_errors():
         parser = data.Parser(prog="bench.py", description=__doc__)
-        data.add_flags(parser, Config, {"demo": {"hvg": DEMO_HVG}})
+        data.add_flags(parser, Config, {"demo": DEMO})
         typed = parser.parse(argv)
-        config = Config(**typed)
-        config.preset = config.preset or ("demo" if config.data == "demo" else "paper")
-        if config.train_on_val is None:
-            config.train_on_val = config.preset != "demo"
-        if "hvg" not in typed and config.preset == "demo":
-            config.hvg = DEMO_HVG
+        preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
+        config = Config(**(DEMO if preset == "demo" else {}) | typed | {"preset": preset})
         unknown = sorted(set(config.keys) - set(metrics.KEYS))
         if unknown:
             raise DataError(f"--keys {' '.join(unknown)}: unknown; the metrics are {' '.join(metrics.KEYS)}")
         if config.split == "all":
             raise DataError("--split all: holds nothing out, so that there is nothing to compare; choose another split")
-        if config.jobs < 0 or config.eval_cells < 0:
-            raise DataError("--jobs and --eval-cells must not be negative")
-        for of in (config.seeds, config.folds):
+        for of in (config.seeds, config.folds, [config.jobs], [config.eval_cells]):
             if min(of) < 0 or len(set(of)) < len(of):
-                raise DataError(f"--seeds and --folds: {' '.join(map(str, of))} is negative, or has one twice")
+                raise DataError("--seeds, --folds, --jobs and --eval-cells: "
+                                f"{' '.join(map(str, of))} is negative, or has one twice")
         names = [text.partition("=")[0] for text in config.pred]
         ours = {*METHODS, *GRIDS, *metrics.FLOORS, *RESERVED, ""}
         clash = sorted({name for name in names if name in ours or names.count(name) > 1})
