@@ -1719,15 +1719,17 @@ def _choose_panel(dataset, split):
 
 
 def path_of(config):
-    """The file of --data; the demo's has two cell types where covariates are asked for, and lies in runs/, or beside
-    --out where runs/ cannot be written."""
+    """The file of --data. The demo is simulated on first use, with two cell types where covariates are asked for, in
+    runs/, or beside --out where runs/ cannot be written."""
     if config.data != "demo":
         return config.data
     folder = Path("runs")
-    beside = Path(getattr(config, "out", "") or folder / "demo").parent
     if not os.access(folder if folder.is_dir() else ".", os.W_OK):
-        folder = beside
-    return demo_file(2 if config.covariates else 1, folder)
+        folder = Path(config.out or "runs/demo").parent
+    path = folder / ("demo-v1-2types.h5ad" if config.covariates else "demo-v1.h5ad")     # v1: change with the simulator
+    if not path.exists():
+        simulate(path, cell_types=2 if config.covariates else 1)
+    return path
 
 
 def load_run(config, device="cpu"):
@@ -2053,15 +2055,6 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     write_h5ad(path, blocks(), obs, screen.names, uns)
 
 
-def demo_file(cell_types=1, folder="runs"):
-    """Path of the demo file, simulated on first use."""
-    types = f"-{cell_types}types" if cell_types > 1 else ""
-    path = Path(folder) / f"demo-v1{types}.h5ad"  # v1: change with the simulator
-    if not path.exists():
-        simulate(path, cell_types=cell_types)
-    return path
-
-
 # ------------------------------------------------------------------------------------------------ prior knowledge
 
 def _records(path, parse, wanted, header=False):
@@ -2080,15 +2073,13 @@ def _records(path, parse, wanted, header=False):
     except (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, IndexError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}); check the path, or download it again") from None
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                record = parse(line)
-            except ValueError:
-                if header and number == 1:
-                    continue
+        try:
+            if line.strip():
+                yield parse(line)
+        except ValueError:
+            if number > 1 or not header:
                 raise DataError(f"{path}: line {number}: expected {wanted}, found '{line[:40]}'; mend or remove "
                                 "it") from None
-            yield record
 
 
 def read_vectors(path):
@@ -2137,9 +2128,7 @@ def read_edges(path, info=""):
         if len(score) > 1:
             raise ValueError
         return first, second, float(score[0]) if score else 1.0
-    symbol = {}
-    if info:
-        symbol = dict(_records(info, protein, "a protein and its name, separated by a tab"))
+    symbol = dict(_records(info, protein, "a protein and its name, separated by a tab")) if info else {}
     edges = set()
     for first, second, score in _records(path, edge, "gene, gene and perhaps a score", header=True):
         if score >= (700 if score > 1 else 0.7):
