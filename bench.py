@@ -331,8 +331,9 @@ def baseline_populations(name, dataset, effects, sizes, seed, zeros="none"):
     """{group: (n, E)} cells of one baseline for the test groups {group: n}: controls of the same covariates plus the
     effect; by data.as_measured where a zero rule is asked for."""
     out, panel = {}, dataset.panel()
+    controls = dataset.controls("test", dataset.eval_genes)
     for group, effect in zip(dataset.part("test"), effects):
-        cells = dataset.controls("test", dataset.eval_genes, covariate(group))
+        cells = controls[covariate(group)]
         draw = data.seed_of(name, group, seed)
         out[group] = data.pick_rows(cells, sizes[group], draw) + effect
         if zeros != "none":
@@ -805,7 +806,7 @@ def plot(config, out, rows, runs, dataset):
     mean = {v: x.mean(0) for v, x in dataset.controls("test", genes).items()}
     size = {g: np.linalg.norm(dataset.cells(g, genes).mean(0) - mean[covariate(g)]) for g in dataset.part("test")}
     condition = max(size, key=size.get)
-    cells = {"control": dataset.controls("test", genes, covariate(condition)), "real": dataset.cells(condition, genes)}
+    cells = {"control": dataset.controls("test", genes)[covariate(condition)], "real": dataset.cells(condition, genes)}
     for text in config.pred:
         name, pred = read_pred(text, dataset, config)
         cells[name] = pred[condition].toarray()

@@ -396,8 +396,11 @@ class Cells:
 
     @property
     def pairs(self):
-        """Every (condition, covariate) that has a cell, sorted."""
-        return sorted(set(zip(self.condition, self.covariate)))
+        """{(condition, covariate): rows of its cells}, sorted."""
+        rows = {}
+        for row, pair in enumerate(zip(self.condition, self.covariate)):
+            rows.setdefault(pair, []).append(row)
+        return {pair: np.array(rows[pair]) for pair in sorted(rows)}
 
     def take(self, keep):
         """Keep only these cells (boolean mask)."""
@@ -1388,14 +1391,11 @@ class Dataset:
         self.source, self.split = cells, split
         self.config, self.device = config, torch.device(device)
         self.file_scale = cells.scale
-        pairs = sorted(cells.pairs, key=lambda pair: pair[0] != CONTROL)
-        self.groups = [group_name(*pair) for pair in pairs]
-        self.condition = [condition for condition, _ in pairs]
-        self.covariate = [covariate for _, covariate in pairs]
-        number = {pair: i for i, pair in enumerate(pairs)}
-        group_of = np.array([number[pair] for pair in zip(cells.condition, cells.covariate)])
-        by_group = np.argsort(group_of, kind="stable")
-        self.rows = dict(zip(self.groups, np.split(by_group, np.cumsum(np.bincount(group_of))[:-1])))
+        pairs = sorted(cells.pairs.items(), key=lambda item: item[0][0] != CONTROL)
+        self.rows = {group_name(*pair): rows for pair, rows in pairs}
+        self.groups = list(self.rows)
+        self.condition = [split_group(group)[0] for group in self.groups]
+        self.covariate = [split_group(group)[1] for group in self.groups]
         self.perturbations = sorted({p for c in self.condition if c != CONTROL for p in c.split("+")})
         self.control_rows = _control_parts(self, config.control_split)
         self.fit_rows = np.sort(np.concatenate([self.rows[g] for g in self.part("train")]
@@ -1422,17 +1422,6 @@ class Dataset:
         mean = gene_moments(self.X, controls)[0] / len(controls)
         return np.sort(np.argsort(-mean, kind="stable")[:n])
 
-    def choose_genes(self):
-        """Once the panel is final: columns of the perturbed genes, and the evaluation genes, by training controls."""
-        column = {g: i for i, g in enumerate(self.genes)}
-        self.pert_gene = np.array([column.get(p, column.get(split_dose(p)[0], -1)) for p in self.perturbations],
-                                  dtype=np.int64)
-        self.eval_genes = self.most_expressed(self.config.eval_genes or len(self.genes))
-        silent = [p for p, i in zip(self.perturbations, self.pert_gene) if i < 0]
-        if silent:
-            self.source.notes.append(f"{len(silent)} of {len(self.perturbations)} perturbations are no gene of the "
-                                     f"panel ({_listed(silent, 4)}): each gets an embedding of its own")
-
     def prepare_sampling(self):
         """Index of every group, training controls only, and the dense matrix when it fits --cache-gb, on the device.
         Where the matrix is not resident the index (`index_device`) is on the CPU, so that drawing rows waits for
@@ -1445,14 +1434,13 @@ class Dataset:
             self.dense = torch.empty((n, G), dtype=dtype, device=self.device)
             for block in progress(row_blocks(self.X), "moving the cells to the device"):
                 self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)
-        rows = [self.control_rows["train"][self.covariate[i]] if c == CONTROL else self.rows[g]
-                for i, (g, c) in enumerate(zip(self.groups, self.condition))]
-        size = np.array([len(r) for r in rows])
+        training = {group_name(CONTROL, v): rows for v, rows in self.control_rows["train"].items()}
+        rows = list((self.rows | training).values())
         self._index = torch.from_numpy(np.concatenate(rows)).to(self.index_device)
-        self._size = torch.from_numpy(size).to(self.index_device)
-        self._start = torch.from_numpy(np.cumsum(size) - size).to(self.index_device)
-        control = {self.covariate[i]: i for i, c in enumerate(self.condition) if c == CONTROL}
-        self._control = torch.tensor([control[v] for v in self.covariate], device=self.index_device)
+        self._size = torch.tensor([len(r) for r in rows], device=self.index_device)
+        self._start = self._size.cumsum(0) - self._size
+        control = [self.covariate.index(v) for v in self.covariate]         # the first of a covariate, of all groups
+        self._control = torch.tensor(control, device=self.index_device)
 
     def draw(self, groups, n, generator=None):
         """Rows of n cells, with replacement, from each group, of training controls where it is one: groups (C,) long ->
@@ -1481,11 +1469,10 @@ class Dataset:
         """All real cells of a group as float32 (n, G'), genes: column indices or None for all."""
         return self._values(self.rows[group], genes)
 
-    def controls(self, part="train", genes=None, covariate=None):
-        """Real control cells of a part: (n, G') of one covariate, or {covariate: (n, G')}."""
-        if covariate is not None:
-            return self._values(self.control_rows[part][covariate], genes)
-        return {v: self._values(rows, genes) for v, rows in self.control_rows[part].items()}
+    def controls(self, part="train", genes=None):
+        """Lazy mapping {covariate: (n, G')} of the real control cells of a part."""
+        rows = self.control_rows[part]
+        return Lazy(rows, lambda covariate: self._values(rows[covariate], genes))
 
     def sizes(self, part, most, exact=False):
         """{group: cells to generate}: as many as the real condition has, at most `most`; or exactly `most`."""
@@ -1549,8 +1536,7 @@ class Lazy(Mapping):
 
 def _control_parts(dataset, shares):
     """{part: {covariate: rows}} of control cells: shared by all parts, or cut by --control-split within covariates."""
-    controls = {v: dataset.rows[g] for g, c, v in zip(dataset.groups, dataset.condition, dataset.covariate)
-                if c == CONTROL}
+    controls = {v: rows for (condition, v), rows in dataset.source.pairs.items() if condition == CONTROL}
     if not shares:
         return {part: controls for part in PARTS}
     share = [float(s) for s in re.findall(r"-?\d*\.?\d+", shares)]
@@ -1625,9 +1611,8 @@ def read_controls(path, config, panel):
                         f"({_listed(panel.genes[i] for i in missing)}); genes are matched by name: choose the var "
                         "column that holds these names with --gene-key")
     controls, totals = {}, {}
-    for condition, covariate in cells.pairs:
+    for (condition, covariate), rows in cells.pairs.items():
         if condition == CONTROL:
-            rows = np.flatnonzero((cells.condition == CONTROL) & (cells.covariate == covariate))
             x = np.tile(np.array(panel.mean, dtype=np.float32), (len(rows), 1))
             x[:, column >= 0] = cells.X[rows][:, column[column >= 0]].toarray()
             controls[covariate] = x
@@ -1667,14 +1652,10 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
     if not groups:
         raise DataError(f"{path}: no perturbed cells with controls beside them are left after quality control; lower "
                         "--min-genes, or match controls in fewer --covariates")
-    spelling = {c: cells.spelling[c] for c, _ in groups}
-    if split:
-        parts = make_split(split, groups, spelling, fold, folds, cells.rules.canonical, _read_split(split, cells),
-                           train_on_val)
-    else:
-        parts = {"train": sorted(spelling), "val": [], "test": []}
-        if config.hvg and config.hvg_by == "variance" and config.hvg_on == "train":
-            raise DataError("--hvg chooses genes on the training cells of a split: add --split NAME, or --hvg-on all")
+    if not split and config.hvg and config.hvg_by == "variance" and config.hvg_on == "train":
+        raise DataError("--hvg chooses genes on the training cells of a split: add --split NAME, or --hvg-on all")
+    parts = make_split(split or "all", groups, cells.spelling, fold, folds, cells.rules.canonical,
+                       _read_split(split, cells), train_on_val)
     dataset = Dataset(cells, parts, config, device)
     _choose_panel(dataset, split)
     return dataset
@@ -1684,7 +1665,8 @@ def _choose_panel(dataset, split):
     """Genes of a data set: enough detections or perturbed, then --hvg of the log-normalised, the evaluation genes. The
     cells of the panel move into memory where they fit. Nothing after this sees another gene."""
     cells, config, notes = dataset.source, dataset.config, dataset.source.notes
-    perturbed = list({q for p in dataset.perturbations for q in (p, split_dose(p)[0])})
+    drugs = [split_dose(p)[0] for p in dataset.perturbations]
+    perturbed = dataset.perturbations + drugs
     detected = detections(cells.X, dataset.fit_rows)
     keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
@@ -1715,7 +1697,13 @@ def _choose_panel(dataset, split):
     stored = detected.sum() / len(dataset.fit_rows) * cells.X.shape[0]      # values of the panel, as near as matters
     if isinstance(cells.X, StoredRows) and not config.backed and 8 * stored <= config.cache_gb * 2**30:
         cells.X = cells.X.in_memory()
-    dataset.choose_genes()
+    with_dose, without = (match_genes(cells.genes, names) for names in (dataset.perturbations, drugs))
+    dataset.pert_gene = np.where(with_dose >= 0, with_dose, without)
+    dataset.eval_genes = dataset.most_expressed(config.eval_genes or len(cells.genes))
+    silent = [p for p, i in zip(dataset.perturbations, dataset.pert_gene) if i < 0]
+    if silent:
+        notes.append(f"{len(silent)} of {len(dataset.perturbations)} perturbations are no gene of the panel "
+                     f"({_listed(silent, 4)}): each gets an embedding of its own")
 
 
 def path_of(config):
@@ -1805,7 +1793,7 @@ class _Disk(io.FileIO):
             raise self.failure
 
 
-def _write(parent, name, value, **options):
+def _write(parent, name, value):
     """A value as anndata encodes it: dict, text, number, or an array of one of these."""
     if isinstance(value, dict):
         node = parent.create_group(name)
@@ -1817,8 +1805,8 @@ def _write(parent, name, value, **options):
     kind = "array" if value.ndim else "numeric-scalar"
     if value.dtype.kind in "OU":
         kind = "string-array" if value.ndim else "string"
-        value, options["dtype"] = value.astype(object), h5py.string_dtype()
-    _encode(parent.create_dataset(name, data=value, **options), kind)
+        value = value.astype(h5py.string_dtype())
+    _encode(parent.create_dataset(name, data=value), kind)
 
 
 def _encode(node, kind, version="0.2.0"):
@@ -1838,14 +1826,12 @@ def _write_frame(parent, name, index, columns):
         if values.dtype.kind not in "OU":
             _write(group, key, values)
             continue
-        names = sorted(set(values.tolist()))
-        number = {name: code for code, name in enumerate(names)}
+        names, codes = np.unique(values.astype(object), return_inverse=True)
         node = group.create_group(key)
         _encode(node, "categorical")
         node.attrs["ordered"] = False
-        codes = np.array([number[value] for value in values.tolist()])
         _write(node, "codes", codes.astype(np.int32 if len(names) > 127 else np.int8))
-        _write(node, "categories", np.array(names, dtype=object))
+        _write(node, "categories", names)
 
 
 def write_h5ad(path, X, obs, genes, uns=None, names=None):

@@ -290,7 +290,7 @@ def test_baseline_cells_are_shifted_controls_of_the_same_covariate(tmp_path):
     groups = dataset.part("test")
     assert list(cells) == groups and len({bench.covariate(g) for g in groups}) == 2
     for group, effect in zip(groups, effects):
-        controls = dataset.controls("test", dataset.eval_genes, bench.covariate(group))
+        controls = dataset.controls("test", dataset.eval_genes)[bench.covariate(group)]
         assert len(cells[group]) == min(len(dataset.rows[group]), 20)
         distance = np.abs((cells[group] - effect)[:, None] - controls).max(axis=2)
         assert (distance.min(axis=1) < 1e-5).all()

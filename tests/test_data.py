@@ -530,7 +530,7 @@ def test_perturbed_genes_survive_every_filter(demo, tmp_path):
 def test_evaluation_genes_and_moments(demo):
     loaded = data.load(demo, data.DataConfig(eval_genes=30, control_split="0.5,0.25,0.25"), "additive")
     controls = loaded.controls("train")[""]
-    assert len(controls) == 200 and len(loaded.controls("test", covariate="")) == 100
+    assert len(controls) == 200 and len(loaded.controls("test")[""]) == 100
     best = np.argsort(-controls.astype(np.float64).mean(0), kind="stable")[:30]
     assert list(loaded.eval_genes) == sorted(best)
     assert len(data.load(demo, data.DataConfig(eval_genes=0)).eval_genes) == 120

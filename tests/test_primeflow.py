@@ -292,7 +292,7 @@ def test_space_does_not_see_test_cells(options, dataset, demo):
 def test_standardising_centres_each_covariate_on_its_controls(types):
     space = fitted(types, standardise=True)
     for i, covariate in enumerate(space.covariates):
-        control = torch.from_numpy(types.controls("train", covariate=covariate))
+        control = torch.from_numpy(types.controls("train")[covariate])
         profile = space.profiles[i][None]
         z = space.encode(control, profile)
         assert z.mean(0).abs().max() < 1e-4

@@ -731,7 +731,7 @@ def test_residuals_keep_what_the_autoencoder_loses(dataset, panel):
 
 def test_generated_cells_do_not_depend_on_the_chunks(dataset, panel, monkeypatch):
     model, run = make(dataset, panel, zeros="clamp")
-    control, sizes, sample = dataset.controls("test", covariate="")[:9], [], scbig.sample
+    control, sizes, sample = dataset.controls("test")[""][:9], [], scbig.sample
 
     def watched(integrate, model, x, *rest):
         sizes.append(len(x))

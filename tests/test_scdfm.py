@@ -427,7 +427,7 @@ def test_generated_cells_do_not_depend_on_the_chunks(dataset, panel, monkeypatch
     model = build(dataset, panel, config).float()
     run = scdfm.Run(config)
     run.panel = panel
-    control, sizes = dataset.controls("test", covariate="")[:9], []
+    control, sizes = dataset.controls("test")[""][:9], []
 
     def watched(velocity, model, x, *rest):
         sizes.append(len(x))
