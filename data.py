@@ -1041,14 +1041,6 @@ def _add(sums, indices, values):
     sums[1] += np.bincount(indices, values, sums.shape[1])
 
 
-def detections(X, rows):
-    """In how many of some rows each gene is detected, (G,)."""
-    found = np.zeros(X.shape[1], dtype=np.int64)
-    for block in progress(row_blocks(X, rows), "counting the genes' cells"):
-        found += np.bincount(X[block].indices, minlength=len(found))
-    return found
-
-
 def gene_statistics(dataset, most=100_000):
     """Mean (G,), variance (G,) and correlation (G, G) of genes over training and control cells, float32 on the device.
 
@@ -1116,29 +1108,21 @@ def keep_columns(X, keep):
     return sp.csr_matrix((data, indices, indptr), shape=(X.shape[0], int(keep.sum())))
 
 
-def lognormalise(cells, rows=None, target=1e4):
-    """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay.
-    rows: cells of which the same pass returns gene_moments of counts per 10,000, (2, G)."""
-    X, sums = cells.X, None if rows is None else np.zeros((2, cells.X.shape[1]))
+def lognormalise(cells):
+    """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay."""
     if cells.scale == "lognorm":
-        return sums if rows is None else gene_moments(X, rows, torch.expm1)
-    cells.totals, factor = np.zeros(X.shape[0]), np.zeros(X.shape[0], dtype=np.float32)
-    chosen = np.isin(np.arange(X.shape[0]), rows if rows is not None else [])
+        return
+    X, totals = cells.X, np.zeros(cells.X.shape[0])
     for block in progress(row_blocks(X), "normalising"):
         part = X[block]
-        size = np.diff(part.indptr)
-        # each row summed by itself: no cell's value depends on another
-        total = np.bincount(np.repeat(np.arange(len(block)), size), part.data, len(block))
-        cells.totals[block] = total
-        factor[block] = np.divide(target, total, out=np.zeros_like(total), where=total > 0)
-        if rows is not None:
-            _add(sums, part.indices, part.data * np.repeat(factor[block] * chosen[block], size))
+        cell = np.repeat(np.arange(len(block)), np.diff(part.indptr))
+        totals[block] = np.bincount(cell, part.data, len(block))    # by itself: no cell's value depends on another
+    factor = np.divide(1e4, totals, out=np.zeros_like(totals), where=totals > 0).astype(np.float32)
     if isinstance(X, StoredRows):
         X.factor = factor
     else:
         _log_cp10k(X, factor)
-    cells.scale = "lognorm"
-    return sums
+    cells.totals, cells.scale = totals, "lognorm"
 
 
 def _log_cp10k(X, factor):
@@ -1207,16 +1191,15 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
         held = _held_out(name, conditions, multiple, fold, folds)
     if train_on_val:
         held["val"] = set()
-    split = {part: [] for part in PARTS}
-    members = {condition: {part: [] for part in PARTS} for condition in conditions}
+    part_of, parts_of = {}, {condition: set() for condition in conditions}
     for condition, covariate in groups:
         group = group_name(condition, covariate)
         part = next((p for p in ("test", "val") if held[p] & {condition, group}), "train")
-        members[condition][part].append(group)
-    for condition, names in members.items():
-        filled = [part for part in PARTS if names[part]]
-        for part in filled:
-            split[part] += names[part] if len(filled) > 1 else [condition]
+        part_of[condition, group] = part
+        parts_of[condition].add(part)
+    split = {part: set() for part in PARTS}
+    for (condition, group), part in part_of.items():
+        split[part].add(group if len(parts_of[condition]) > 1 else condition)
     for part, use in (("test", "to predict"), ("train", "to learn from")):
         if not split[part] and name != "all":
             raise DataError(f"--split {name}: no {part} condition, nothing {use}; this file has {len(conditions)} "
@@ -1391,13 +1374,14 @@ class Dataset:
         self.source, self.split = cells, split
         self.config, self.device = config, torch.device(device)
         self.file_scale = cells.scale
-        pairs = sorted(cells.pairs.items(), key=lambda item: item[0][0] != CONTROL)
+        pairs = sorted(cells.pairs.items(), key=lambda pair: pair[0][0] != CONTROL)
         self.rows = {group_name(*pair): rows for pair, rows in pairs}
         self.groups = list(self.rows)
         self.condition = [split_group(group)[0] for group in self.groups]
         self.covariate = [split_group(group)[1] for group in self.groups]
         self.perturbations = sorted({p for c in self.condition if c != CONTROL for p in c.split("+")})
-        self.control_rows = _control_parts(self, config.control_split)
+        controls = {v: rows for (condition, v), rows in pairs if condition == CONTROL}
+        self.control_rows = _control_parts(controls, config.control_split)
         self.fit_rows = np.sort(np.concatenate([self.rows[g] for g in self.part("train")]
                                                + list(self.control_rows["train"].values())))
 
@@ -1534,9 +1518,8 @@ class Lazy(Mapping):
         return len(self.names)
 
 
-def _control_parts(dataset, shares):
-    """{part: {covariate: rows}} of control cells: shared by all parts, or cut by --control-split within covariates."""
-    controls = {v: rows for (condition, v), rows in dataset.source.pairs.items() if condition == CONTROL}
+def _control_parts(controls, shares):
+    """{part: {covariate: rows}} of control cells {covariate: rows}: shared by all parts, or cut by --control-split."""
     if not shares:
         return {part: controls for part in PARTS}
     share = [float(s) for s in re.findall(r"-?\d*\.?\d+", shares)]
@@ -1667,7 +1650,7 @@ def _choose_panel(dataset, split):
     cells, config, notes = dataset.source, dataset.config, dataset.source.notes
     drugs = [split_dose(p)[0] for p in dataset.perturbations]
     perturbed = dataset.perturbations + drugs
-    detected = detections(cells.X, dataset.fit_rows)
+    detected = gene_moments(cells.X, dataset.fit_rows, torch.ones_like)[0]
     keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
         raise DataError(f"{cells.path}: no gene is detected in {config.min_cells} training and control cells; lower "
@@ -1680,17 +1663,16 @@ def _choose_panel(dataset, split):
                      f"{config.min_cells} {of}")
         cells.keep_genes(keep)
         detected = detected[keep]
-    choosing = 0 < config.hvg < len(cells.genes)
-    chosen_on = dataset.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
-    sums = lognormalise(cells, chosen_on if choosing and config.hvg_by == "variance" else None)
-    if choosing:
+    lognormalise(cells)
+    if 0 < config.hvg < len(cells.genes):
         keep = np.isin(cells.genes, perturbed)
         if config.hvg_by == "mean":
             chosen = "of the highest mean in training controls"
             keep[dataset.most_expressed(config.hvg)] = True
         else:
+            rows = dataset.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
             chosen = f"highly variable in {'training and control' if config.hvg_on == 'train' else 'ALL'} cells"
-            keep |= highly_variable(*sums, len(chosen_on), config.hvg)
+            keep |= highly_variable(*gene_moments(cells.X, rows, torch.expm1), len(rows), config.hvg)
         notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} {chosen}, and the perturbed")
         cells.keep_genes(keep)
         detected = detected[keep]

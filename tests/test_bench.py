@@ -507,7 +507,7 @@ def stub(demo, tmp_path_factory):
         dataset = data.load(demo, data.DataConfig(hvg=1000), "additive", fold)
         genes, train, test = dataset.eval_genes, dataset.part("train"), dataset.part("test")
         names = [dataset.genes[i] for i in genes]
-        controls = dataset.controls("test", genes, "")
+        controls = dataset.controls("test", genes)[""]
         start = data.pick_rows(controls, 8, seed) - controls.mean(0) / 2
         cells = {g: start + dataset.cells(g, genes).mean(0) / 2 for g in test}
         result = metrics.evaluate(cells, dataset.populations("test", genes), controls, names,
