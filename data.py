@@ -339,7 +339,9 @@ def _matrix(node, shape, where, limit):
         return StoredRows(flat, indptr, G, where)
     bounds = (indptr[i:i + step + 1] for i in starts)
     blocks = (_csr(data[of[0]:of[-1]], indices[of[0]:of[-1]], of - of[0], G, where) for of in bounds)
-    return _spool(blocks, G, where) if 8 * size > limit else _stacked(blocks, size, shape)
+    if 8 * size > limit:
+        return _spool(blocks, G, where)
+    return _stacked(blocks, shape, np.empty(size, dtype=np.float32), np.empty(size, dtype=np.int32))
 
 
 def _csr(values, indices, indptr, width, where):
@@ -354,16 +356,19 @@ def _csr(values, indices, indptr, width, where):
     return X
 
 
-def _stacked(blocks, most, shape):
-    """CSR of its rows in blocks; most: stored values at most. Of so large arrays only what is written takes memory."""
-    data, indices = np.empty(most, dtype=np.float32), np.empty(most, dtype=np.int32)
+def _stacked(blocks, shape, data, indices):
+    """CSR of its rows in blocks, written to arrays that are long enough; of empty ones only what is written takes
+    memory."""
     indptr = [np.zeros(1, dtype=np.int64)]
     for block in blocks:
         end = indptr[-1][-1]
         data[end:end + block.nnz], indices[end:end + block.nnz] = block.data, block.indices
         indptr.append(end + block.indptr[1:])
     indptr = np.concatenate(indptr)
-    return sp.csr_matrix((data[:indptr[-1]], indices[:indptr[-1]], indptr), shape=shape)
+    end = indptr[-1]
+    # a copy frees the arrays; where little was dropped it would cost more than it frees
+    data, indices = (a[:end].copy() if 2 * end < len(a) else a[:end] for a in (data, indices))
+    return sp.csr_matrix((data, indices, indptr), shape=shape)
 
 
 def _uns(group):
@@ -534,9 +539,9 @@ class StoredRows:
     """A matrix that stays in a file: X[rows] reads some rows as CSR float32, cut to the kept columns and normalised.
     Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow."""
 
-    def __init__(self, arrays, indptr, width, where, note="streamed from the file", canonical=False):
+    def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
         self.arrays, self.where = arrays, where
-        self.note, self.canonical = note, canonical             # a copy of our own needs no check
+        self.note = note
         self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
         self.keep = np.ones(width, dtype=bool)                  # columns
         self.factor = None                                      # per cell; counts times this are CP10k
@@ -556,13 +561,7 @@ class StoredRows:
         apart[1:-1] = start[1:] != stop[:-1]
         runs = list(zip(start[apart[:-1]].tolist(), stop[apart[1:]].tolist()))
         values, indices = (array.read(runs) for array in self.arrays)
-        indptr, width = np.append(0, np.cumsum(size)), len(self.keep)
-        if self.canonical:
-            X = sp.csr_matrix((values, indices, indptr), shape=(len(size), width))
-        else:
-            X = _csr(values, indices, indptr, width, self.where)
-        if not self.keep.all():
-            X = keep_columns(X, self.keep)
+        X = _csr(values, indices, np.append(0, np.cumsum(size)), len(self.keep), self.where)[:, self.keep]
         if self.factor is not None:
             _log_cp10k(X, self.factor[rows])
         return X
@@ -570,7 +569,9 @@ class StoredRows:
     def in_memory(self):
         """All rows, as CSR."""
         blocks = progress(row_blocks(self), "taking the chosen genes into memory")
-        return _stacked((self[block] for block in blocks), int(self.size.sum()), self.shape)
+        most = int(self.size.sum())
+        return _stacked((self[block] for block in blocks), self.shape, np.empty(most, np.float32),
+                        np.empty(most, np.int32))
 
 
 class _FlatArray:
@@ -636,7 +637,7 @@ def _spool(blocks, width, where):
     arrays = [_FlatArray(file, dtype, [0]) for file, dtype in zip(files, (np.float32, np.int32))]
     note = (f"streamed from a temporary copy of {indptr[-1] / 2**27:.1f} GB in {folder}; a file prepared with data.py "
             "FILE --out needs none")
-    return StoredRows(arrays, indptr, width, where, note, canonical=True)
+    return StoredRows(arrays, indptr, width, where, note)
 
 
 # ------------------------------------------------------------------------------------------------ labels
@@ -1029,16 +1030,11 @@ def gene_moments(X, rows, transform=None):
     sums = np.zeros((2, X.shape[1]))
     for block in progress(row_blocks(X, rows), "adding up the genes"):
         part = X[block]
-        _add(sums, part.indices, part.data if transform is None else transform(torch.from_numpy(part.data)).numpy())
+        values = part.data if transform is None else transform(torch.from_numpy(part.data)).numpy()
+        values, indices = values.astype(np.float64), part.indices.astype(np.int64)
+        sums[0] += np.bincount(indices, values, X.shape[1])
+        sums[1] += np.bincount(indices, values ** 2, X.shape[1])
     return sums
-
-
-def _add(sums, indices, values):
-    """Values and their squares to the sums of their genes: (2, G) float64."""
-    values, indices = values.astype(np.float64), indices.astype(np.int64)
-    sums[0] += np.bincount(indices, values, sums.shape[1])
-    values *= values
-    sums[1] += np.bincount(indices, values, sums.shape[1])
 
 
 def gene_statistics(dataset, most=100_000):
@@ -1058,12 +1054,10 @@ def gene_statistics(dataset, most=100_000):
     corr = mean.new_zeros(len(mean), len(mean))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")       # whatever a method has set for its model
-    try:
-        for block in progress(row_blocks(X, rows), "correlating the genes"):
-            z = (torch.from_numpy(X[block].toarray()).to(dataset.device) - mean) / std
-            corr.addmm_(z.T, z)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for block in progress(row_blocks(X, rows), "correlating the genes"):
+        z = (torch.from_numpy(X[block].toarray()).to(dataset.device) - mean) / std
+        corr.addmm_(z.T, z)
+    torch.set_float32_matmul_precision(before)
     return mean, var, corr / len(rows) * (varies & varies[:, None])
 
 
@@ -1092,20 +1086,8 @@ def keep_columns(X, keep):
     if isinstance(X, StoredRows):
         X.keep[X.keep] = keep
         return X
-    column = np.cumsum(keep, dtype=np.int32) - 1
-    indptr, end = np.zeros_like(X.indptr), 0
-    for block in row_blocks(X):
-        lo, hi = X.indptr[block[0]], X.indptr[block[-1] + 1]
-        indices = X.indices[lo:hi]
-        kept = np.flatnonzero(keep[indices])
-        indptr[block + 1] = end + np.searchsorted(kept, X.indptr[block + 1] - lo)
-        size = len(kept)
-        X.data[end:end + size] = X.data[lo:hi][kept]
-        X.indices[end:end + size] = column[indices[kept]]
-        end += size
-    # a copy frees the old arrays; where little was dropped it would cost more than it frees
-    data, indices = (a[:end].copy() if 2 * end < len(a) else a[:end] for a in (X.data, X.indices))
-    return sp.csr_matrix((data, indices, indptr), shape=(X.shape[0], int(keep.sum())))
+    blocks = (X[block][:, keep] for block in row_blocks(X))         # each is written where it, or more, was read
+    return _stacked(blocks, (X.shape[0], int(keep.sum())), X.data, X.indices)
 
 
 def lognormalise(cells):
@@ -1224,7 +1206,7 @@ def _held_out(name, conditions, multiple, fold, folds):
                             f"{len(pool)} {kind}")
         if fold >= folds:
             raise DataError(f"--fold {fold}: folds are numbered 0 to {folds - 1}")
-        parts = np.array_split(np.random.RandomState(42).permutation(np.array(pool, dtype=object)), folds)
+        parts = np.array_split(np.random.RandomState(42).permutation(pool), folds)
         return {"test": set(parts[fold]), "val": set(parts[(fold + 1) % folds])}
     if name == "combo":         # PerturBench: 91 of 131 held out, 45 val, 46 test
         rng.shuffle(multiple)
@@ -1275,25 +1257,23 @@ def _transfer(groups, rng):
     if not where:
         raise DataError("--split transfer: no perturbation was measured in two covariates "
                         f"({_listed(covariates)}); choose another --covariates or --split")
-    pairs = {}
     if len(where) < 4:          # few perturbations, many covariates (Kang): hold 30% of the covariates out for each
+        pairs = []
         for condition, present in where.items():
             n = min(len(present) - 1, max(1, round(0.3 * len(present))))
-            for covariate in rng.permutation(np.array(present, dtype=object))[:n]:
-                pairs.setdefault(covariate, []).append(condition)
-        flat = [(c, v) for v in sorted(pairs) for c in pairs[v]]
-        flat = [flat[i] for i in rng.permutation(len(flat))]
-        val, test = flat[:len(flat) // 2], flat[len(flat) // 2:]
+            pairs += [(covariate, condition) for covariate in rng.permutation(present)[:n]]
+        pairs.sort()
+        held = [[group_name(*pairs[i][::-1]) for i in rng.permutation(len(pairs))]]
     else:
-        cap = max(1, int(0.3 * len(where)))
-        names = sorted(where)
-        for condition in [names[i] for i in rng.permutation(len(names))]:
-            free = [v for v in where[condition] if len(pairs.get(v, [])) < cap]
+        out, cap = {v: [] for v in covariates}, max(1, int(0.3 * len(where)))
+        for condition in rng.permutation(list(where)):
+            free = [v for v in where[condition] if len(out[v]) < cap]
             if free:
-                pairs.setdefault(free[rng.randint(len(free))], []).append(condition)
-        val = [(c, v) for v in sorted(pairs) for c in pairs[v][:len(pairs[v]) // 2]]
-        test = [(c, v) for v in sorted(pairs) for c in pairs[v][len(pairs[v]) // 2:]]
-    return {"val": {group_name(*p) for p in val}, "test": {group_name(*p) for p in test}}
+                covariate = free[rng.randint(len(free))]
+                out[covariate].append(group_name(condition, covariate))
+        held = list(out.values())
+    return {"val": {group for of in held for group in of[:len(of) // 2]},
+            "test": {group for of in held for group in of[len(of) // 2:]}}
 
 
 def _read_split(name, cells):
@@ -1321,8 +1301,6 @@ def _read_split(name, cells):
             if not isinstance(names, list):
                 raise ValueError(f"no list of condition names under '{spelling}'")
             given[part] = names
-        if "test" not in given:
-            raise ValueError("no list of condition names under 'test'")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"--split {name}: cannot be read as a split ({error}); a file needs "
                         '{"train": [...], "val": [...], "test": [...]} or {"test": [...]}, a column train, val and '
@@ -1475,12 +1453,10 @@ class Dataset:
         keys = self.config.covariate_keys
         values = zip(*(covariate_values(name, len(keys)) for name in set(self.covariate)))
         covariates = {key: sorted(set(of_key)) for key, of_key in zip(keys, values)}
-        sums, highest = np.zeros((2, len(self.genes))), np.zeros(len(self.genes), dtype=np.float32)
-        for block in progress(row_blocks(self.X, self.fit_rows), "adding up the genes"):
-            part = self.X[block]
-            _add(sums, part.indices, part.data)
-            highest = np.maximum(highest, part.max(axis=0).toarray()[0])
-        mean = sums[0] / len(self.fit_rows)
+        mean = gene_moments(self.X, self.fit_rows)[0] / len(self.fit_rows)
+        highest = np.zeros(len(self.genes), dtype=np.float32)
+        for block in progress(row_blocks(self.X, self.fit_rows), "looking for the highest values"):
+            highest = np.maximum(highest, self.X[block].max(axis=0).toarray()[0])
         return Panel(list(self.genes), self.eval_genes.tolist(), list(self.perturbations), self.pert_gene.tolist(),
                      trained, mean.tolist(), highest.tolist(), covariates, detected_medians(self.X, self.fit_rows))
 

@@ -229,7 +229,7 @@ def test_split_file_with_another_control_spelling(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ("{not json", "cannot be read as a split .* needs"), ("[1, 2]", "cannot be read as a split"),
-    ({"train": ["A"]}, "no list of condition names under 'test'"), ({"test": "A"}, "cannot be read as a split"),
+    ({"train": ["A"]}, "5 conditions of the data are in no part"), ({"test": "A"}, "cannot be read as a split"),
     ({"test": [1]}, "'1' has no cells"), ({"test": ["A", None]}, "'None' has no cells"),
     ("\x00", "cannot be read as a split"),
     ({"test": ["A+ctrl"], "train": ["A"]}, "'A.*' is in both (test|train) and (test|train); a split is by condition"),
