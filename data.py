@@ -540,8 +540,8 @@ class StoredRows:
     Takes 16 bytes per cell and what is asked for. Files are read past HDF5, whose reads of single rows are slow."""
 
     def __init__(self, arrays, indptr, width, where, note="streamed from the file"):
-        self.arrays, self.where = arrays, where
-        self.note = note
+        self.arrays = arrays                                    # values and columns
+        self.where, self.note = where, note
         self.start, self.size = indptr[:-1], np.diff(indptr)    # of each row, in stored values
         self.keep = np.ones(width, dtype=bool)                  # columns
         self.factor = None                                      # per cell; counts times this are CP10k
@@ -993,7 +993,6 @@ def _scale(X, config, where, notes, check=True):
             integer = integer and np.array_equal(values, np.rint(values))
             stored += len(values)
             outside += int((values >= LOG_MAX).sum())
-    above = f"{outside:,} of {stored:,} values are above {LOG_MAX:g}, the highest {high:.6g}"
     declared = config.counts or config.lognorm
     scale = "counts" if config.counts or integer and not config.lognorm else "lognorm"
     problem = ""
@@ -1004,7 +1003,8 @@ def _scale(X, config, where, notes, check=True):
     elif low < 0 and (check or scale == "counts"):
         problem = f"holds negative values (lowest {low:.3g}), as scaled or centred data do"
     elif not declared and not integer and outside > (0 if check else MOST_OUTSIDE * stored):
-        problem = f"{above}, and not all are integers: neither counts nor log-normalised; declare --counts or --lognorm"
+        problem = (f"{outside:,} of {stored:,} values are above {LOG_MAX:g}, the highest {high:.6g}, and not all are "
+                   "integers: neither counts nor log-normalised; declare --counts or --lognorm")
     elif not declared and not integer and high < LOG_LOG_MAX and check:
         problem = f"values end at {high:.3g}: log1p was applied twice, or data are scaled; declare --lognorm if not"
     if problem:
@@ -1190,7 +1190,8 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
 
 
 def _held_out(name, conditions, multiple, fold, folds):
-    """{"val": conditions, "test": conditions} of a split by conditions; multiple: those of several perturbations."""
+    """{"val": conditions, "test": conditions} of a split by conditions; what is in both is test. multiple: those of
+    several perturbations."""
     rng = np.random.RandomState(42 + fold)
     if name in ("additive", "combo", "holdout") and not multiple:
         raise DataError(f"--split {name} needs doubles, this file has 0; use --split cv, unseen, transfer or a split "
@@ -1223,9 +1224,8 @@ def _held_out(name, conditions, multiple, fold, folds):
         n_val = n_test // 2
     else:                       # GEARS: 75% of the singles are training
         n_test, n_val = max(1, round(0.25 * len(genes))), round(0.10 * len(genes))
-    test, val = set(genes[:n_test]), set(genes[n_test:n_test + n_val])
-    held = {"test": {c for c in conditions if test & set(c.split("+"))}}
-    return held | {"val": {c for c in conditions if val & set(c.split("+"))} - held["test"]}
+    chosen = {"test": set(genes[:n_test]), "val": set(genes[n_test:n_test + n_val])}
+    return {part: {c for c in conditions if of & set(c.split("+"))} for part, of in chosen.items()}
 
 
 def group_name(condition, covariate):
@@ -1600,10 +1600,9 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
         keep = detected >= config.min_genes
         notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
         cells.take(keep)
-    with_control = set(cells.covariate[cells.condition == CONTROL])
-    keep = np.array([v in with_control for v in cells.covariate], dtype=bool)
-    if not keep.all():
-        lost = sorted(set(cells.covariate) - with_control)
+    lost = sorted(set(cells.covariate) - set(cells.covariate[cells.condition == CONTROL]))
+    if lost:
+        keep = ~np.isin(cells.covariate, lost)
         notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control cells "
                      f"({_listed(lost, 4)})")
         cells.take(keep)
@@ -1632,9 +1631,8 @@ def _choose_panel(dataset, split):
         raise DataError(f"{cells.path}: no gene is detected in {config.min_cells} training and control cells; lower "
                         "--min-cells")
     if not keep.all():
-        of = "training and control cells"
-        if not split:
-            of = "cells, those that a later split tests included (--min-cells 0 drops none)"
+        of = ("training and control cells" if split else
+              "cells, those that a later split tests included (--min-cells 0 drops none)")
         notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} genes: perturbed, or detected in at least "
                      f"{config.min_cells} {of}")
         cells.keep_genes(keep)
