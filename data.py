@@ -66,7 +66,6 @@ PARTS = ("train", "val", "test")
 # test conditions of scDFM's table 3 (official code); two are single drugs, though the paper says that all of them train
 COMBOSCIPLEX = ["Panobinostat+Crizotinib", "Panobinostat+Curcumin", "Panobinostat+SRT1720", "Panobinostat+Sorafenib",
                 "SRT2104+Alvespimycin", "Alvespimycin", "Dacinostat"]
-PART_ALIAS = {"valid": "val", "validation": "val"}
 LOG_MAX = 15.0         # log1p CP10k cannot exceed log(10001) = 9.2; other target sums reach 14
 LOG_LOG_MAX = 2.33     # log1p(log1p(10,000)): what a log taken twice cannot exceed
 MOST_OUTSIDE = 0.005   # share of a prediction's values above LOG_MAX: more are no logarithms
@@ -1130,18 +1129,16 @@ def highly_variable(total, square, n, n_top, bins=20):
     level = np.log1p(mean)
     edges = np.linspace(level.min(), level.max(), bins + 1)
     which = np.clip(np.searchsorted(edges, level, side="left") - 1, 0, bins - 1)  # right-closed bins, as pandas.cut
-    valid = np.isfinite(dispersion)
-    count = np.bincount(which[valid], minlength=bins)
-    average = np.bincount(which[valid], dispersion[valid], bins) / np.maximum(count, 1)
-    spread = np.bincount(which[valid], (dispersion[valid] - average[which[valid]]) ** 2, bins)
-    spread = np.sqrt(spread / np.maximum(count - 1, 1))
-    alone = count == 1
-    spread[alone], average[alone] = average[alone], 0.0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        score = np.where(valid, (dispersion - average[which]) / spread[which], -np.inf)
-    score[np.isnan(score)] = -np.inf
-    ranked = np.sort(score[score > -np.inf])[::-1]
-    return score >= ranked[min(n_top, len(ranked)) - 1] if len(ranked) else np.zeros(len(total), bool)
+    score = np.full(len(mean), -np.inf)
+    for i in range(bins):
+        genes = np.flatnonzero((which == i) & np.isfinite(dispersion))
+        here = dispersion[genes]
+        if len(genes) == 1:
+            score[genes] = 1.0
+        elif len(genes) and here.min() < here.max():
+            score[genes] = (here - here.mean()) / here.std(ddof=1)
+    lowest = np.sort(score)[-min(n_top, len(score))]
+    return (score >= lowest) & (score > -np.inf)
 
 
 # ------------------------------------------------------------------------------------------------ splits
@@ -1295,7 +1292,7 @@ def _read_split(name, cells):
             pairs = members.items()
         given = {}
         for spelling, names in pairs:
-            part = PART_ALIAS.get(spelling, spelling)
+            part = {"valid": "val", "validation": "val"}.get(spelling, spelling)
             if part not in PARTS or part in given:
                 raise ValueError(f"'{spelling}' is no part" if part not in PARTS else f"'{part}' is there twice")
             if not isinstance(names, list):
