@@ -1030,10 +1030,23 @@ def gene_moments(X, rows, transform=None):
     for block in progress(row_blocks(X, rows), "adding up the genes"):
         part = X[block]
         values = part.data if transform is None else transform(torch.from_numpy(part.data)).numpy()
-        values, indices = values.astype(np.float64), part.indices.astype(np.int64)
-        sums[0] += np.bincount(indices, values, X.shape[1])
-        sums[1] += np.bincount(indices, values ** 2, X.shape[1])
+        _add(sums, part.indices, values)
     return sums
+
+
+def detections(X, rows):
+    """In how many of some rows each gene is detected, (G,)."""
+    found = np.zeros(X.shape[1], dtype=np.int64)
+    for block in progress(row_blocks(X, rows), "counting the genes' cells"):
+        found += np.bincount(X[block].indices, minlength=len(found))
+    return found
+
+
+def _add(sums, indices, values):
+    """Values and their squares to the sums of their genes: (2, G) float64."""
+    values, indices = values.astype(np.float64), indices.astype(np.int64)
+    sums[0] += np.bincount(indices, values, sums.shape[1])
+    sums[1] += np.bincount(indices, values ** 2, sums.shape[1])
 
 
 def gene_statistics(dataset, most=100_000):
@@ -1089,21 +1102,28 @@ def keep_columns(X, keep):
     return _stacked(blocks, (X.shape[0], int(keep.sum())), X.data, X.indices)
 
 
-def lognormalise(cells):
-    """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay."""
+def lognormalise(cells, rows=()):
+    """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay.
+    Returns gene_moments of the counts per 10,000 of some rows, (2, G), which the same pass adds up."""
+    X, sums = cells.X, np.zeros((2, cells.X.shape[1]))
     if cells.scale == "lognorm":
-        return
-    X, totals = cells.X, np.zeros(cells.X.shape[0])
+        return gene_moments(X, rows, torch.expm1) if len(rows) else sums
+    cells.totals, factor = np.zeros(X.shape[0]), np.zeros(X.shape[0], dtype=np.float32)
+    chosen = np.isin(np.arange(X.shape[0]), rows)
     for block in progress(row_blocks(X), "normalising"):
         part = X[block]
-        cell = np.repeat(np.arange(len(block)), np.diff(part.indptr))
-        totals[block] = np.bincount(cell, part.data, len(block))    # by itself: no cell's value depends on another
-    factor = np.divide(1e4, totals, out=np.zeros_like(totals), where=totals > 0).astype(np.float32)
+        size = np.diff(part.indptr)
+        total = np.bincount(np.repeat(np.arange(len(block)), size), part.data, len(block))   # of each row by itself
+        cells.totals[block] = total
+        factor[block] = np.divide(1e4, total, out=np.zeros_like(total), where=total > 0)
+        if len(rows):
+            _add(sums, part.indices, part.data * np.repeat(factor[block] * chosen[block], size))
     if isinstance(X, StoredRows):
         X.factor = factor
     else:
         _log_cp10k(X, factor)
-    cells.totals, cells.scale = totals, "lognorm"
+    cells.scale = "lognorm"
+    return sums
 
 
 def _log_cp10k(X, factor):
@@ -1622,7 +1642,7 @@ def _choose_panel(dataset, split):
     cells, config, notes = dataset.source, dataset.config, dataset.source.notes
     drugs = [split_dose(p)[0] for p in dataset.perturbations]
     perturbed = dataset.perturbations + drugs
-    detected = gene_moments(cells.X, dataset.fit_rows, torch.ones_like)[0]
+    detected = detections(cells.X, dataset.fit_rows)
     keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
         raise DataError(f"{cells.path}: no gene is detected in {config.min_cells} training and control cells; lower "
@@ -1634,16 +1654,17 @@ def _choose_panel(dataset, split):
                      f"{config.min_cells} {of}")
         cells.keep_genes(keep)
         detected = detected[keep]
-    lognormalise(cells)
-    if 0 < config.hvg < len(cells.genes):
+    choosing = 0 < config.hvg < len(cells.genes)
+    rows = dataset.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
+    sums = lognormalise(cells, rows if choosing and config.hvg_by == "variance" else ())
+    if choosing:
         keep = np.isin(cells.genes, perturbed)
         if config.hvg_by == "mean":
             chosen = "of the highest mean in training controls"
             keep[dataset.most_expressed(config.hvg)] = True
         else:
-            rows = dataset.fit_rows if config.hvg_on == "train" else np.arange(cells.X.shape[0])
             chosen = f"highly variable in {'training and control' if config.hvg_on == 'train' else 'ALL'} cells"
-            keep |= highly_variable(*gene_moments(cells.X, rows, torch.expm1), len(rows), config.hvg)
+            keep |= highly_variable(*sums, len(rows), config.hvg)
         notes.append(f"chose {int(keep.sum()):,} genes: {config.hvg:,} {chosen}, and the perturbed")
         cells.keep_genes(keep)
         detected = detected[keep]

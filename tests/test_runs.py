@@ -884,6 +884,6 @@ def test_help_shows_every_flag_with_its_meaning_and_its_defaults(help_of):
         text = " ".join(help_of(f"{method}.py").split())
         for group in ("data:", "run:", "method:"):
             assert group in text
-        for flag, meaning in (("--hvg ", "paper"), ("--covariates ", "matched"), ("--hvg ", "demo 1000"),
+        for flag, meaning in (("--hvg ", "paper"), ("--covariates ", "matched"), ("--lr ", ", demo "),
                               ("--compile", "default on for CUDA")):
             assert flag in text and meaning in text
