@@ -2311,7 +2311,7 @@ def same_version(path):
     try:
         yield
     except Exception as error:
-        raise DataError(f"{path}: made by another version of this file: {' '.join(str(error).split())[:200]}; use the "
+        raise DataError(f"{path}: made by another version of this file: {' '.join(str(error).split())[:400]}; use the "
                         "file that made it, or train again") from None
 
 
@@ -2377,6 +2377,8 @@ def trained_model(run, state, build):
         weights = state["content"]["ema"]
         model = build(run.config, run.panel, weights)
         model.load_state_dict(weights)
+    if state["step"] < run.config.steps:
+        run.say(f"note: {run.config.ckpt}: training has done {state['step']} of {run.config.steps} steps")
     return model.to(run.device).eval()
 
 

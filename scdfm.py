@@ -16,7 +16,7 @@ Official code: github.com/AI4Science-WestlakeU/scDFM @2cf6bca (MIT) (C). Nothing
     torchrun --nproc-per-node 4 scdfm.py --data norman.h5 --split additive
 Ablations of figure 5: --mmd-weight 0 (no MMD), --knn 0 (no gene mask), --no-differential (plain attention).
 
-Deviations (numbers that back them: README, experiments):
+Deviations:
  1. The adapter adds to h, h + MLP([h ; e_p]); P and C replace h.
  2. The sinusoid encodes 1000 t; C encodes t in [0, 1], where most frequencies are nearly constant.
  3. Cross-attention is the paper's, Q from h, K and V from the control cells (eq. 12); C: map 1 on h, map 2 on control.

@@ -887,3 +887,13 @@ def test_help_shows_every_flag_with_its_meaning_and_its_defaults(help_of):
         for flag, meaning in (("--hvg ", "paper"), ("--covariates ", "matched"), ("--lr ", ", demo "),
                               ("--compile", "default on for CUDA")):
             assert flag in text and meaning in text
+
+
+def test_a_half_trained_model_says_so(all_trained, call, tmp_path):
+    """Predictions of a run that was stopped are no error, but not without a word."""
+    state = torch.load(all_trained["primeflow"][0] / "ckpt.pt", weights_only=True)
+    state["step"] -= 1
+    torch.save(state, tmp_path / "ckpt.pt")
+    done = call("primeflow.py", "--ckpt", tmp_path / "ckpt.pt", "--predict", "TF1", "--cells", 3,
+                "--out", tmp_path / "pred.h5ad")
+    assert done.returncode == 0 and f"has done {state['step']} of" in done.stdout, done.stderr
