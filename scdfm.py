@@ -35,6 +35,7 @@ Deviations:
 12. A perturbation that is no gene of the panel (a drug) has its own token with a self loop: a learned vector.
 13. --effect-readout and --precondition (demo): the velocity starts as that of a Gaussian per gene, a linear readout
     of e_p adds a constant per gene, and the network learns the rest: small data do not teach it a table of effects.
+    l2/e_distance on the demo, seeds 0 and 1: 4.39/1.14; without them 5.15/1.55, 4.59/1.26; --zeros clamp 4.38/1.42.
     A constant of 0.3 alone moves the mean by 0.12, 0.20, 0.32, 0.37 at variances 0.02, 0.1, 0.5, 1; the factor of t
     under which it would arrive whole gained nothing.
 14. Every process draws its own batch and gene subset, from (seed, step, process).
