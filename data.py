@@ -2246,20 +2246,6 @@ def require(config, positive, below_one):
             raise DataError(f"{_flag(name)} {getattr(config, name)}: must be below 1")
 
 
-def finished(config, state):
-    """Whether --resume finds nothing left to do: trained to the end, and scored as it would be now."""
-    if not config.resume or (state["stage"], state["step"]) != ("training", config.steps):
-        return False
-    try:
-        content = json.loads(Path(config.out, "metrics.json").read_text(encoding="utf-8"))["config"]
-        same = all(content[name] == getattr(config, name) for name in ("eval_cells", "exact_cells"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):      # not there, or not what a run wrote
-        return False
-    if same:
-        print(f"{config.out}: this run is finished; its table:")
-    return same
-
-
 def load_checkpoint(path, method, cls):
     """(Config, stored dict) of a checkpoint of this method, whose Config is cls; without cls, of any method, (None,
     dict). DataError for anything else."""

@@ -36,7 +36,6 @@ What to keep in mind when reading the numbers:
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import platform
 import shutil
@@ -1197,11 +1196,16 @@ def report(run, method, rows):
             result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
     _write_genes(run.out / "genes.tsv", tables)
     versions = {module.__name__: module.__version__ for module in (torch, np, scipy, h5py)}
+    seconds, memory = round(run.journal.seconds(), 1), data.peak_memory(run.device)
     data.write_json(run.out / "metrics.json", {
         "method": method, "data": config.data, "split": config.split, "fold": config.fold, "seed": config.seed,
-        "seconds": round(run.journal.seconds(), 1), "peak_memory_mb": data.peak_memory(run.device),
-        "config": dataclasses.asdict(config), "versions": {"python": platform.python_version(), **versions}, **result})
-    show(run.out)
+        "seconds": seconds, "peak_memory_mb": memory, "config": dataclasses.asdict(config),
+        "versions": {"python": platform.python_version(), **versions}, **result})
+    print(f"\n{result['info']['conditions']} test conditions, {result['info']['genes']:,} genes; trained and scored in "
+          f"{data.clock(seconds)}, peak memory {memory or 0:,} MB; files in {run.out}\n")
+    print(format_table(result_rows(result, method)))
+    for note in [*cannot_tell(result), *result["info"]["notes"]]:
+        print(f"note: {note}")
 
 
 def _write_genes(path, tables):
@@ -1213,19 +1217,6 @@ def _write_genes(path, tables):
         for gene, *numbers in zip(*(column[order].tolist() for column in table.values())):
             rows.append((condition, gene, *(f"{number:.6g}" for number in numbers)))
     data.write_table(path, ["condition", *table], rows)
-
-
-def show(out):
-    """Print the table of a finished run from its metrics.json, as wide as the terminal."""
-    result = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    if not isinstance(result, dict) or not {"method", "info", "seconds", "aggregate"} <= result.keys():
-        raise data.DataError(f"{out / 'metrics.json'}: is not the result of a run; delete it and --resume scores again")
-    memory = result["peak_memory_mb"] or 0
-    print(f"\n{result['info']['conditions']} test conditions, {result['info']['genes']:,} genes; trained and scored in "
-          f"{data.clock(result['seconds'])}, peak memory {memory:,} MB; files in {out}\n")
-    print(format_table(result_rows(result, result["method"])))
-    for note in [*cannot_tell(result), *result["info"]["notes"]]:
-        print(f"note: {note}")
 
 
 def validation(run, step, pred):

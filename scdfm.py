@@ -530,8 +530,10 @@ class Run:
         self.stage, self.steps = stage, steps or self.config.steps
         self.cells = (cells or self.config.batch_size) * self.world
         self.journal = data.Journal(self, state)
-        self.signals.hold()
-        return state["step"] if state else 0
+        done = state["step"] if state else 0
+        if done < self.steps:
+            self.signals.hold()
+        return done
 
     def start(self, step):
         """Before a step: its random numbers follow from (seed, stage, step, process); a checkpoint needs none."""
@@ -592,8 +594,6 @@ def main(argv=None):
             asked = data.open_prediction(run, state, UNSEEN)
             cells = predict(run, model, asked.sizes, asked.controls, asked.columns)
             return data.write_prediction(run, cells, asked)
-        if data.finished(config, state):
-            return metrics.show(run.out)
         data.open_run(run, state)
         model = train(run, state)
         if run.world > 1:

@@ -1002,7 +1002,7 @@ def reported(case, tmp_path, capsys):
     return tmp_path, capsys.readouterr().out
 
 
-def test_report_writes_scores_and_prints_the_table(case, result, reported, capsys):
+def test_report_writes_scores_and_prints_the_table(case, result, reported):
     folder, text = reported
     written = json.loads((folder / "metrics.json").read_text())
     assert sorted(p.name for p in folder.iterdir()) == ["genes.tsv", "metrics.json"]
@@ -1015,15 +1015,6 @@ def test_report_writes_scores_and_prints_the_table(case, result, reported, capsy
     assert "note: 7 generated values were above" in text and "more metrics in metrics.json" in text
     rows = [line[:10].strip() for line in text.splitlines()]
     assert rows[rows.index("additive"):][:5] == ["additive", "ours", "ours (raw)", "replicate", "vs floor"]
-    metrics.show(folder)
-    assert capsys.readouterr().out == text
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "null"])
-def test_a_result_that_is_none_is_not_shown(tmp_path, content):
-    (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(data.DataError, match="metrics.json: is not the result of a run"):
-        metrics.show(tmp_path)
 
 
 def test_validation_scores_its_conditions_and_logs_them(case, capsys):

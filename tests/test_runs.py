@@ -306,11 +306,14 @@ def test_same_seed_same_numbers_from_disk_and_other_seed_others(all_trained, dem
     assert read(folder)["aggregate"]["l2"] != read(tmp_path / "other")["aggregate"]["l2"]
 
 
-def test_a_finished_run_shows_its_table_again(all_trained, call, monkeypatch):
+def test_a_finished_run_is_scored_again_and_a_signal_ends_that_at_once(all_trained, call, monkeypatch, tmp_path):
+    """Nothing is trained; the same table, or with another number of cells another one."""
     folder, out = all_trained[CHEAP]
-    monkeypatch.setattr(metrics, "evaluate", None)               # nothing is scored again
-    again = ok(call(f"{CHEAP}.py", "--out", folder, "--resume"))
-    assert "finished" in again and again[again.index("l2↓"):] == out[out.index("l2↓"):]
+    shutil.copytree(folder, tmp_path / "run")
+    again = ok(call(f"{CHEAP}.py", "--out", tmp_path / "run", "--resume"))
+    assert again[again.index("l2↓"):] == out[out.index("l2↓"):] and same_weights(folder, tmp_path / "run")
+    monkeypatch.setattr(importlib.import_module(CHEAP), "predict", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT))
+    assert call(f"{CHEAP}.py", "--out", tmp_path / "run", "--resume").returncode == 130
 
 
 def test_the_seconds_of_a_run_cover_the_generation_of_its_cells(all_trained, call, monkeypatch, tmp_path):
@@ -722,14 +725,6 @@ def test_cells_that_are_not_finite_are_refused(all_trained, call, tmp_path):
     assert not (tmp_path / "p.h5ad").exists()
 
 
-@pytest.mark.parametrize("content", ["{}", "[" * 100_000])
-def test_a_table_that_is_none_is_scored_again(content, all_trained, call, tmp_path):
-    shutil.copytree(all_trained[CHEAP][0], tmp_path / "run")
-    (tmp_path / "run" / "metrics.json").write_text(content)
-    assert "l2" in ok(call(f"{CHEAP}.py", "--out", tmp_path / "run", "--resume"))
-    assert read(tmp_path / "run")["method"] == CHEAP
-
-
 def test_consoles_without_arrows_and_full_disks_behind_them(all_trained):
     """A finished run's table on a console of Windows, and where its lines cannot be written."""
     command = [sys.executable, str(ROOT / f"{CHEAP}.py"), "--out", str(all_trained[CHEAP][0]), "--resume"]
@@ -839,7 +834,7 @@ def test_a_fork_trains_resumes_and_predicts_under_its_own_name(demo, run, tmp_pa
     ok(run("mymethod.py", "--data", demo, *FLAGS, "--steps", 3, cwd=tmp_path))
     folder = tmp_path / "runs" / "mymethod-small-additive-f0-s0"
     assert read(folder)["method"] == "mymethod"
-    assert "finished" in ok(run("mymethod.py", "--resume", "--out", folder, cwd=tmp_path))
+    assert "l2" in ok(run("mymethod.py", "--resume", "--out", folder, cwd=tmp_path))
     ok(run("mymethod.py", "--ckpt", folder / "ckpt.pt", "--predict", "TF1", cwd=tmp_path))
     assert (tmp_path / "pred.h5ad").exists()
 
