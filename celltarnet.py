@@ -495,18 +495,42 @@ def log_likelihood(model, x, control, c):
 
 
 def score(run, state):
-    """--score: log p of the cells of a file under conditions, written to --out (data.score_file)."""
-    config, model = run.config, data.trained_model(run, state, build)
-    torch.manual_seed(config.seed)
+    """--score: write log p of the cells of a file under conditions, as an AnnData file of cells x conditions."""
+    config, device = run.config, run.device
+    model, panel = data.trained_model(run, state, build), run.panel
+    controls = data.open_prediction(run, state, UNSEEN).controls
+    texts = config.score_under or [group for part in state["split"].values() for group in part]
+    asked = sorted({c for c, _ in data.asked_conditions(texts, panel.known(UNSEEN), "--score-under")})
+    cells = data.read_cells(config.score, config, control_required=False, perturbed_required=False)
+    data.lognormalise(cells)
+    columns, covariate = data.match_genes(cells.genes, panel.genes), cells.covariate
+    missing = [panel.genes[i] for i in np.flatnonzero(columns < 0)]
+    lost = sorted(set(covariate) - set(controls))
+    if missing or lost:
+        raise DataError(f"--score {config.score}: lacks {len(missing):,} of the model's {len(columns):,} genes, and "
+                        f"control cells for {len(lost)} of its covariates ({', '.join((missing + lost)[:5])}); add them")
 
-    def log_p(x, control, groups):                                       # (B, G), (n, G), C names -> (B, C)
-        x, control = torch.from_numpy(x).to(run.device), torch.from_numpy(control).to(run.device)
+    values = np.empty((len(covariate), len(asked)), dtype=np.float32)
+    at_once = data.cells_at_once(device, cell_bytes(model, config, panel.eval_genes))
+    alike = [np.flatnonzero(covariate == value) for value in sorted(set(covariate))]
+    chunks = [rows for of in alike for rows in np.array_split(of, math.ceil(len(of) / at_once))]
+    torch.manual_seed(config.seed)
+    for rows in data.progress(chunks, "scoring: chunks of cells"):
+        value = covariate[rows[0]]
+        control = data.pick_rows(controls[value], config.score_controls, data.seed_of(value, config.seed))
+        control = torch.from_numpy(control).to(device)
+        x = torch.from_numpy(cells.X[rows][:, columns].toarray()).to(device)
         x = x + config.dequantise * torch.randn_like(x)
-        c = multi_hot(groups, run.panel).to(run.device)
+        told = multi_hot([data.group_name(condition, value) for condition in asked], panel).to(device)
         with run.autocast():
-            return torch.stack([log_likelihood(model, x, control, one[None]) for one in c], dim=1).cpu().numpy()
-    at_once = data.cells_at_once(run.device, cell_bytes(model, config, run.panel.eval_genes))
-    data.score_file(run, state, UNSEEN, log_p, at_once)
+            log_p = [log_likelihood(model, x, control, c[None]) for c in told]
+        values[rows] = torch.stack(log_p, dim=1).float().cpu().numpy()
+    best = np.array(asked, dtype=object)[values.argmax(axis=1)]
+    obs = {"condition": cells.condition, "best": best} | {key: cells.obs(key) for key in config.covariate_keys}
+    data.write_h5ad(run.out, values, obs, asked, {"scale": "log p, nats, of log1p CP10k"}, cells.names)
+    right = (best == cells.condition)[np.isin(cells.condition, asked)]
+    run.say(f"wrote {run.out}: log p of {len(values):,} cells under {len(asked)} conditions; highest under their own "
+            f"for {right.sum():,} of the {len(right):,} whose condition is among these")
 
 
 USES = {"score": score}                 # {flag: what --ckpt is for besides --predict}
@@ -682,6 +706,7 @@ class Run:
 def predict(run, model, sizes, controls, columns, **options):
     """Cells {group: (n, E)} of the groups {group: n}, from control cells {covariate: (m, G)}, for columns (E,) of the
     panel. A group's cells do not depend on the other groups, nor a cell on the chunk that it is generated in."""
+    data.check_groups(run.panel, sizes, controls, UNSEEN)
     out, chosen = {}, torch.as_tensor(columns, device=run.device)
     at_once = data.cells_at_once(run.device, cell_bytes(model, run.config, columns))
     for group, n in data.progress(sizes.items(), "generating: conditions"):

@@ -2495,40 +2495,21 @@ def write_prediction(run, cells, asked):
         run.say("note: scorers normalise counts over the genes of the file: --all-genes writes all that the model has")
 
 
-def score_file(run, state, unseen, log_p, at_once):
-    """--score: write log p of the cells of a file under conditions, as an AnnData file of cells x conditions.
-
-    log_p: cells (B, G) and control cells (n, G), log1p CP10k, and the names of C groups -> (B, C) nats; at_once: the
-    largest B. unseen: as Panel.known. Raises DataError for conditions, covariates or genes that are not there.
-    """
-    config, panel = run.config, run.panel
-    controls = open_prediction(run, state, unseen).controls
-    texts = config.score_under or [group for part in state["split"].values() for group in part]
-    asked = sorted({condition for condition, _ in asked_conditions(texts, panel.known(unseen), "--score-under")})
-    cells = read_cells(config.score, config, control_required=False, perturbed_required=False)
-    lognormalise(cells)
-    columns, covariate = match_genes(cells.genes, panel.genes), cells.covariate
-    missing = [panel.genes[i] for i in np.flatnonzero(columns < 0)]
-    lost = sorted(set(covariate) - set(controls))
-    if missing or lost:
-        raise DataError(f"--score {config.score}: lacks {len(missing):,} of the model's {len(columns):,} genes, and "
-                        f"control cells for {len(lost)} of its covariates ({_listed(missing + lost)}); add them")
-
-    values = np.empty((len(covariate), len(asked)), dtype=np.float32)
-    alike = [np.flatnonzero(covariate == value) for value in sorted(set(covariate))]
-    chunks = [rows for of in alike for rows in np.array_split(of, math.ceil(len(of) / at_once))]
-    for rows in progress(chunks, "scoring: chunks of cells"):
-        value = covariate[rows[0]]
-        control = pick_rows(controls[value], config.score_controls, seed_of(value, config.seed))
-        groups = [group_name(condition, value) for condition in asked]
-        values[rows] = log_p(cells.X[rows][:, columns].toarray(), control, groups)
-    best = np.array(asked, dtype=object)[values.argmax(axis=1)]
-    obs = {"condition": cells.condition, "best": best} | {key: cells.obs(key) for key in config.covariate_keys}
-    uns = {"method": run.method, "scale": "log p, nats, of log1p CP10k"}
-    write_h5ad(run.out, values, obs, asked, uns, cells.names)
-    right = (best == cells.condition)[np.isin(cells.condition, asked)]
-    run.say(f"wrote {run.out}: log p of {len(values):,} cells under {len(asked)} conditions; highest under their own "
-            f"for {right.sum():,} of the {len(right):,} whose condition is among these")
+def check_groups(panel, groups, controls, unseen):
+    """Raise DataError for groups, CONDITION or CONDITION@COVARIATE, that a model of this panel cannot predict from
+    control cells {covariate: (m, G)}. unseen: as Panel.known."""
+    known, G = panel.known(unseen), len(panel.genes)
+    for group in groups:
+        condition, covariate = split_group(group)
+        strange = sorted(set(condition.split("+")) - known)
+        if strange or covariate not in controls:
+            what = f"perturbation {strange[0]}" if strange else f"control cells of '{covariate}'"
+            raise DataError(f"predict {group}: no {what}; known are {_listed(sorted(known))}, with control cells of "
+                            f"{_listed(controls)}")
+    for covariate, x in controls.items():
+        if x[:1].shape[1] != G:
+            raise DataError(f"predict: control cells '{covariate}' have {x[:1].shape[1]} genes; the model has {G}, in "
+                            "the order of run.panel.genes")
 
 
 def asked_conditions(texts, names, flag="--predict"):
@@ -2543,7 +2524,8 @@ def asked_conditions(texts, names, flag="--predict"):
             label, covariate = text, ""
         if not label.strip():
             raise DataError(f"{flag} '{text}': an empty name; give conditions such as A, A+B or A@covariates")
-        tokens = [token for token in rules.tokens(label.strip()) if not rules.is_control(token)]
+        tokens = rules.tokens(label.strip())
+        tokens = [t for t in tokens if perturbation_name(t) in names or not rules.is_control(t)]
         if not tokens:
             raise DataError(f"{flag} {text}: names no perturbation; control cells are real, not predicted")
         for token in [token for token in tokens if perturbation_name(token) not in names]:
@@ -2553,7 +2535,7 @@ def asked_conditions(texts, names, flag="--predict"):
                 token = strange[0]
             lower = {name.lower(): name for name in names}
             close = difflib.get_close_matches(perturbation_name(token).lower(), lower, 3)
-            advice = f"did you mean {', '.join(lower[name] for name in close)}" if close else "check its spelling"
+            advice = f"did you mean {', '.join(lower[name] for name in close)}?" if close else "check its spelling"
             raise DataError(f"{flag} {text}: the model does not know '{token}', which was not in its training file; "
                             f"{advice}")
         asked.append(("+".join(sorted(set(map(perturbation_name, tokens)))), covariate))

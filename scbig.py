@@ -868,6 +868,7 @@ class Run:
 def predict(run, model, sizes, controls, columns, **options):
     """Cells {group: (n, E)} of the groups {group: n}, from control cells {covariate: (m, G)}, for columns (E,) of the
     panel. A group's cells do not depend on the other groups, nor a cell on the chunk that it is generated in."""
+    data.check_groups(run.panel, sizes, controls, UNSEEN)
     out, chosen = {}, torch.as_tensor(columns, device=run.device)
     at_once = data.cells_at_once(run.device, cell_bytes(model, run.config, columns))
     for group, n in data.progress(sizes.items(), "generating: conditions"):

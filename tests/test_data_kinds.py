@@ -275,9 +275,9 @@ def test_a_flag_fixes_the_separator(tmp_path):
 @pytest.mark.parametrize("text, wanted", [
     ("A_B", "A+B"), ("A|B", "A+B"), ("B+A", "A+B"), ("B , A", "A+B"), ("A+ctrl", "A"), ("(+)-JQ1", "(plus)-JQ1"),
     ("A+(+)-JQ1", "(plus)-JQ1+A"), ("(plus)-JQ1", "(plus)-JQ1"), ("JQ1_1e+05", "JQ1_1e05"), ("N,N-DMT|A", "A+N,N-DMT"),
-    ("A", "A"), ("CTRL", "CTRL")])
+    ("A", "A"), ("CTRL", "CTRL"), ("DMSO", "DMSO")])
 def test_predict_takes_the_spellings_of_files(text, wanted):
-    names = {"A", "B", "(plus)-JQ1", "JQ1_1e05", "N,N-DMT", "KLF1", "CTRL"}
+    names = {"A", "B", "(plus)-JQ1", "JQ1_1e05", "N,N-DMT", "KLF1", "CTRL", "DMSO"}
     assert data.asked_conditions([text], names) == [(wanted, "")]
     assert data.asked_conditions([text + "@T,1"], names) == [(wanted, "T,1")]
 

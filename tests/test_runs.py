@@ -849,6 +849,12 @@ def test_readme_snippet_reads_a_prediction(all_trained, monkeypatch):
         script = script.replace("scdfm", CHEAP).replace("runs/X/", "").replace("KLF1+MAP2K6", "TF1+TF2")
         exec(script.replace("500", "5"), names)
         assert names["cells"].shape == (5, 40)
+    predict = functools.partial(importlib.import_module(CHEAP).predict, names["run"], names["model"])
+    for groups, controls, words in (({"NOGENE": 5}, {"": np.ones((3, 40))}, "no perturbation NOGENE"),
+                                    ({"TF1@T": 5}, {"": np.ones((3, 40))}, "no control cells of 'T'"),
+                                    ({"TF1": 5}, {"": np.ones((3, 39))}, "have 39 genes; the model has 40")):
+        with pytest.raises(data.DataError, match=words):
+            predict(groups, controls, [0])
     with h5py.File("pred.h5ad") as file:            # what the scanpy lines rely on, which is no package of ours
         assert "condition" in file["obs"] and b"control" in file["obs/condition/categories"][...]
     assert '"condition", reference="control"' in scanpy
