@@ -102,7 +102,7 @@ def check(config):
     data.require(config, "heads width blocks layers context_layers patch neighbours rank cells_per_context "
                  "score_controls dequantise temperature", below_one="dropout ema")
     if config.lr_min > config.lr:
-        raise DataError(f"--lr-min {config.lr_min}: is above --lr {config.lr}, and the rate would rise")
+        raise DataError(f"--lr-min {config.lr_min}: must not be above --lr {config.lr}; lower it")
     if config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
     if config.cells_per_context < 2:

@@ -2864,8 +2864,8 @@ def clean_errors():
             raise
         _fail("another process of this run has ended; go on from the last checkpoint with --resume")
     except KeyboardInterrupt:
-        print("\ninterrupted; a method that has saved a checkpoint goes on with --resume, bench.py with the same "
-              "command", file=sys.stderr)
+        print("\ninterrupted; a run whose folder holds a ckpt.pt goes on with --resume, any other with the same command",
+              file=sys.stderr)
         sys.exit(130)
     except OSError as error:                    # of stdout: its reader has gone (head, less), or its disk is full
         if error.errno not in (errno.EPIPE, errno.ENOSPC):

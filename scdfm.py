@@ -93,7 +93,7 @@ def check(config):
         raise DataError(f"--batch-size {cells} --conditions-per-batch {conditions}: the batch must hold as many cells "
                         "of one condition as of another, at least two with the MMD")
     if config.lr_min > config.lr:
-        raise DataError(f"--lr-min {config.lr_min}: is above --lr {config.lr}, and the rate would rise")
+        raise DataError(f"--lr-min {config.lr_min}: must not be above --lr {config.lr}; lower it")
     if config.width % config.heads:
         raise DataError(f"--width {config.width}: must be a multiple of --heads {config.heads}")
 
