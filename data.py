@@ -127,7 +127,7 @@ HDF5_SAYS = {
               "HDF5_PLUGIN_PATH to its plugins, or write the file again with gzip"}
 
 
-def _listed(names, most=5):
+def listed(names, most=5):
     """Some names for a message, which never holds an empty list."""
     names = [str(name) for name in names]
     return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "none"
@@ -162,7 +162,7 @@ def _open(path):
                 if name in file and "X" not in file:
                     raise DataError(f"{path}: {message}")
             if not {"obs", "var"} <= set(file):
-                raise DataError(f"{path}: is HDF5 but not AnnData (it holds {_listed(sorted(map(str, file)), 8)}): "
+                raise DataError(f"{path}: is HDF5 but not AnnData (it holds {listed(sorted(map(str, file)), 8)}): "
                                 "obs, var and X are expected; save it as .h5ad")
             yield file
     except Exception as error:
@@ -297,7 +297,7 @@ class Frame:
         """The column that a flag names; an error if there is none."""
         if name not in [*self.columns, self.index]:
             raise DataError(f"{self.node.file.filename}: {self.name} has no column '{name}' ({flag}); it has "
-                            f"{_listed(self.columns, 30)}")
+                            f"{listed(self.columns, 30)}")
         return self[name]
 
 
@@ -487,7 +487,7 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     if not config.pert_key:
         guesses.append(f"labels in obs column {labels.key} (--pert-key)")
     if not config.control_label and labels.rules.seen_controls:
-        guesses.append(f"controls {_listed(sorted(labels.rules.seen_controls))} (--control-label)")
+        guesses.append(f"controls {listed(sorted(labels.rules.seen_controls))} (--control-label)")
     if not config.counts and not config.lognorm:
         guesses.append("raw counts (--lognorm)" if cells.scale == "counts" else "log-normalised values (--counts)")
     if guesses:
@@ -515,7 +515,7 @@ def _choose_layer(file, layer, path):
     choices |= {name: matrix for name, matrix in (("raw", "raw/X"), ("", "X")) if matrix in file}
     if layer not in choices:
         raise DataError(f"{path}: has no {f'layer {layer!r}' if layer else 'X'}; choose another --layer (it has "
-                        f"{_listed(sorted(filter(None, choices)), 30)})")
+                        f"{listed(sorted(filter(None, choices)), 30)})")
     matrix = choices[layer]
     return file[matrix], file["raw/var" if matrix == "raw/X" else "var"], f"{path}: {matrix}"
 
@@ -527,7 +527,7 @@ def _expressed(var, notes):
         genes = np.array([kind.lower() == "gene expression" for kind in kinds])
         if genes.any() and not genes.all():
             notes.append(f"left out {int((~genes).sum()):,} features that are no genes: "
-                         f"{_listed(sorted(set(kinds[~genes])))} in var column {key} (rename it to keep them)")
+                         f"{listed(sorted(set(kinds[~genes])))} in var column {key} (rename it to keep them)")
             return genes
     return np.ones(var.n, dtype=bool)
 
@@ -842,7 +842,7 @@ class LabelRules:
             notes += [
                 (self.several, "read {} labels as several perturbations: {} (--separator none takes each label whole)"),
                 (self.whole, "took {} labels with | or ; as one name each: {} (--separator '|' takes them apart)")]
-        return [note.format(f"{len(names):,}", _listed(sorted(names), 9)) for names, note in notes if names]
+        return [note.format(f"{len(names):,}", listed(sorted(names), 9)) for names, note in notes if names]
 
 
 class Labels:
@@ -863,7 +863,7 @@ class Labels:
         self.genes = {text for text in self.texts if symbols & _pieces(text)} - self.rules.seen_controls
 
     def __str__(self):
-        return f"{self.key} ({_listed(self.texts, 4)})"
+        return f"{self.key} ({listed(self.texts, 4)})"
 
     def lacks(self, control_required, perturbed_required):
         """Why these cannot be the labels, or ''."""
@@ -872,8 +872,8 @@ class Labels:
         found = CONTROL in self.spelling and any(map(self.rules.is_asked, self.rules.seen_controls))
         if control_required and not found:
             others = sorted(set(self.texts) - self.genes - {""})
-            hint = f" (only {_listed(others)} are no gene)" if self.genes and 0 < len(others) < 4 else ""
-            return f"column {self.key} has no control cells: none of {_listed(self.texts, 4)} is {self.asked}{hint}"
+            hint = f" (only {listed(others)} are no gene)" if self.genes and 0 < len(others) < 4 else ""
+            return f"column {self.key} has no control cells: none of {listed(self.texts, 4)} is {self.asked}{hint}"
         return ""
 
 
@@ -916,7 +916,7 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
     if not found:
         problem = next(iter(lacks.values()), f"no perturbation column (looked for {', '.join(PERT_KEYS)})")
         values = {key: sorted(set(obs[key])) for key in obs.columns[:12]}
-        listing = "; ".join(f"{key} ({_listed(of_key, 4)})" for key, of_key in values.items())
+        listing = "; ".join(f"{key} ({listed(of_key, 4)})" for key, of_key in values.items())
         hints = [f", perhaps --pert-key {key}, which holds {label}" for key, of_key in values.items()
                  if key not in columns for label in of_key if is_control_label(label)]
         raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. {how}{''.join(hints[:1])}")
@@ -945,7 +945,7 @@ def _marked_controls(obs, config):
             return marked, marker
         if asked:
             raise DataError(f"{obs.node.file.filename}: --control-label {marker}: {int(marked.sum())} of {obs.n} cells "
-                            f"are controls then; {name} holds {_listed(sorted(set(obs[name])))}: choose another value")
+                            f"are controls then; {name} holds {listed(sorted(set(obs[name])))}: choose another value")
     return None, ""
 
 
@@ -1273,7 +1273,7 @@ def _transfer(groups, rng):
     where = {c: v for c, v in where.items() if len(v) > 1}
     if not where:
         raise DataError("--split transfer: no perturbation was measured in two covariates "
-                        f"({_listed(covariates)}); choose another --covariates or --split")
+                        f"({listed(covariates)}); choose another --covariates or --split")
     if len(where) < 4:          # few perturbations, many covariates (Kang): hold 30% of the covariates out for each
         pairs = []
         for condition, present in where.items():
@@ -1350,7 +1350,7 @@ def _given_split(name, groups, canonical, given):
                                     "condition, never by cell")
     missing = sorted({group_name(*group) for group in groups} - set(part_of))
     if "train" in given and missing:
-        raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part ({_listed(missing)}); "
+        raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part ({listed(missing)}); "
                         'list them, or leave "train" out: the rest then trains')
     return {part: {group for group, p in part_of.items() if p == part} for part in ("val", "test")}
 
@@ -1584,7 +1584,7 @@ def read_controls(path, config, panel):
     missing = np.flatnonzero(column < 0)
     if 2 * len(missing) > len(column):
         raise DataError(f"--controls {path}: lacks {len(missing):,} of the model's {len(column):,} genes "
-                        f"({_listed(panel.genes[i] for i in missing)}); genes are matched by name: choose the var "
+                        f"({listed(panel.genes[i] for i in missing)}); genes are matched by name: choose the var "
                         "column that holds these names with --gene-key")
     controls, totals = {}, {}
     for (condition, covariate), rows in cells.pairs.items():
@@ -1621,7 +1621,7 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
     if lost:
         keep = ~np.isin(cells.covariate, lost)
         notes.append(f"dropped {int((~keep).sum()):,} cells of {len(lost)} covariate values without control cells "
-                     f"({_listed(lost, 4)})")
+                     f"({listed(lost, 4)})")
         cells.take(keep)
     groups = [pair for pair in cells.pairs if pair[0] != CONTROL]
     if not groups:
@@ -1677,7 +1677,7 @@ def _choose_panel(dataset, split):
     silent = [p for p, i in zip(dataset.perturbations, dataset.pert_gene) if i < 0]
     if silent:
         notes.append(f"{len(silent)} of {len(dataset.perturbations)} perturbations are no gene of the panel "
-                     f"({_listed(silent, 4)}): each gets an embedding of its own")
+                     f"({listed(silent, 4)}): each gets an embedding of its own")
 
 
 def path_of(config):
@@ -2321,7 +2321,7 @@ def restore(run, state, content):
         raise DataError(f"--init {path}: no weight has the name and the size of one here; give a run of this method")
     new = sorted(set(panel.perturbations) - set(old.perturbations))
     run.say(f"--init {path}: {taken} of {len(own)} weights taken over; {len(set(panel.genes) - set(old.genes)):,} of "
-            f"{len(panel.genes):,} genes are new, and {len(new)} perturbations: {_listed(new)}")
+            f"{len(panel.genes):,} genes are new, and {len(new)} perturbations: {listed(new)}")
 
 
 @torch.no_grad()
@@ -2405,7 +2405,7 @@ def open_run(run, state):
     unfinished = {"config.json", "split.json", "log.jsonl", ".lock"}   # of a run that ended before its checkpoint
     held = sorted(path.name for path in out.glob("*") if path.name not in unfinished and path.suffix != ".tsv")
     if run.rank == 0 and held and not state:
-        raise DataError(f"{out}: already holds {_listed(held, 3)}; go on with --resume, or choose another --out")
+        raise DataError(f"{out}: already holds {listed(held, 3)}; go on with --resume, or choose another --out")
     dataset = load_run(config, run.device)
     panel = dataset.panel()
     if state:
@@ -2477,12 +2477,12 @@ def open_prediction(run, state, unseen):
     for condition, covariate in asked_conditions(asked, panel.known(unseen)):
         if covariate and covariate not in controls and not test:
             raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; choose from "
-                            f"{_listed(sorted(controls), 20)}, or leave it out")
+                            f"{listed(sorted(controls), 20)}, or leave it out")
         for value in [covariate] if covariate in controls else sorted(controls):
             sizes[group_name(condition, value)] = config.cells
     untrained = sorted({p for g in sizes for p in split_group(g)[0].split("+")} - set(panel.trained))
     if untrained:
-        print(f"note: {_listed(untrained)}: in no training condition")
+        print(f"note: {listed(untrained)}: in no training condition")
     return Asked(sizes, controls, columns, totals)
 
 
@@ -2504,8 +2504,8 @@ def check_groups(panel, groups, controls, unseen):
         strange = sorted(set(condition.split("+")) - known)
         if strange or covariate not in controls:
             what = f"perturbation {strange[0]}" if strange else f"control cells of '{covariate}'"
-            raise DataError(f"predict {group}: no {what}; known are {_listed(sorted(known))}, with control cells of "
-                            f"{_listed(controls)}")
+            raise DataError(f"predict {group}: no {what}; known are {listed(sorted(known))}, with control cells of "
+                            f"{listed(controls)}")
     for covariate, x in controls.items():
         if x[:1].shape[1] != G:
             raise DataError(f"predict: control cells '{covariate}' have {x[:1].shape[1]} genes; the model has {G}, in "
@@ -2948,7 +2948,7 @@ def main(argv=None):
         for key, value in (facts | parts).items():
             if isinstance(value, dict):
                 value = [f"{name} {number:,g}" for name, number in value.items()]
-            print(f"{key.replace('_', ' '):<25} {_listed(value, 9) if isinstance(value, list) else value}")
+            print(f"{key.replace('_', ' '):<25} {listed(value, 9) if isinstance(value, list) else value}")
         for note in notes:
             print(f"note: {note}")
 

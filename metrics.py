@@ -998,13 +998,13 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     groups = [g for g in pred if g in measured]
     unknown = sorted(set(keys) - set(KEYS))
     if not groups:
-        raise data.DataError(f"there are no real cells of any predicted condition ({_listed(pred)}), but of "
-                             f"{_listed(measured)}; check --pert-key and --covariates")
+        raise data.DataError(f"there are no real cells of any predicted condition ({data.listed(sorted(pred))}), but "
+                             f"of {data.listed(sorted(measured))}; check --pert-key and --covariates")
     if unknown:
-        raise data.DataError(f"--keys: unknown metrics {_listed(unknown)}; the metrics are {' '.join(KEYS)}")
+        raise data.DataError(f"--keys: unknown metrics {data.listed(unknown)}; the metrics are {' '.join(KEYS)}")
     if len(set(genes)) != len(genes):
         raise data.DataError("gene names are not unique")
-    notes = [f"{len(names)} {what} and left out: {_listed(names)}"
+    notes = [f"{len(names)} {what} and left out: {data.listed(sorted(names))}"
              for what, names in (("predicted conditions were not measured", set(pred) - measured),
                                  ("measured conditions are not predicted", measured - set(pred))) if names]
     world = _World(groups, control, genes, seed, totals)
@@ -1261,11 +1261,6 @@ class _Groups(data.Lazy):
                 self.totals[name] = cells.totals[rows]
 
 
-def _listed(names, limit=5):
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def _load(path, config, genes, **options):
     """Log-normalised cells of a real file over the genes of the prediction, as _Groups; and the file's Cells."""
     cells = data.read_cells(path, config, **options)
@@ -1273,7 +1268,8 @@ def _load(path, config, genes, **options):
     missing = [gene for gene, column in zip(genes, columns) if column < 0]
     if missing:
         raise data.DataError(f"{path}: lacks {len(missing)} of the {len(genes)} genes of the prediction "
-                             f"({_listed(missing)}); genes are matched by name: check --gene-key, or leave them out")
+                             f"({data.listed(missing)}); genes are matched by name: check --gene-key, or leave them "
+                             "out")
     return _Groups(cells, columns), cells
 
 
