@@ -1017,10 +1017,9 @@ def main(argv=None):
             raise DataError(f"--keys {' '.join(unknown)}: unknown; the metrics are {' '.join(metrics.KEYS)}")
         if config.split == "all":
             raise DataError("--split all: holds nothing out, so that there is nothing to compare; choose another split")
-        for of in (config.seeds, config.folds, [config.jobs], [config.eval_cells]):
-            if min(of) < 0 or len(set(of)) < len(of):
-                raise DataError("--seeds, --folds, --jobs and --eval-cells: "
-                                f"{' '.join(map(str, of))} is negative, or has one twice")
+        for of in (config.seeds, config.folds):
+            if len(set(of)) < len(of):
+                raise DataError(f"--seeds and --folds: {' '.join(map(str, of))} has one twice")
         names = [text.partition("=")[0] for text in config.pred]
         ours = {*METHODS, *GRIDS, *metrics.FLOORS, *RESERVED, ""}
         clash = sorted({name for name in names if name in ours or names.count(name) > 1})

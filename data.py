@@ -1605,9 +1605,6 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
     the genes that are left (as scanpy's usual script does); HVG on training and control cells; evaluation genes.
     """
     config = config or DataConfig()
-    for name in ("min_genes", "min_cells", "hvg", "eval_genes", "cache_gb"):
-        if not getattr(config, name) >= 0:                  # NaN too
-            raise DataError(f"{_flag(name)} {getattr(config, name)}: must not be negative")
     if config.hvg_by == "mean" and config.hvg_on == "all":
         raise DataError("--hvg-on all: the mean of --hvg-by mean is of training controls; drop one of the two")
     cells = read_cells(path, config)
@@ -2225,12 +2222,7 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
     if config.eval_every and (config.train_on_val or config.split == "all"):
         raise DataError(f"--eval-every {config.eval_every}: --split all and --train-on-val leave no validation "
                         "conditions to score; drop one of the two (--no-train-on-val)")
-    least = {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2, "lr": 1e-20}
-    for f in fields(cls):
-        value = getattr(config, f.name)
-        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-        if not all(least.get(f.name, 0) <= v < math.inf for v in numbers):      # nor NaN
-            raise DataError(f"{_flag(f.name)} {value}: must be a number, and at least {least.get(f.name, 0)}")
+    check_numbers(vars(config), {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2, "lr": 1e-20})
     return config, state
 
 
@@ -2778,6 +2770,14 @@ def add_flags(parser, cls, presets=None):
         group_of[f.name].add_argument(flag, **options)
 
 
+def check_numbers(values, least):
+    """Refuse what is not finite, or below its least value (0) in flags {field: value}: no flag has a use for it."""
+    for name, value in values.items():
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+        if not all(least.get(name, 0) <= v < math.inf for v in numbers):    # nor NaN
+            raise DataError(f"{_flag(name)} {_shown(value)}: must be a number, and at least {least.get(name, 0)}")
+
+
 def _flag(name):
     return "--" + name.rstrip("_").replace("_", "-")        # as_: --as, a word of Python
 
@@ -2799,7 +2799,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv):
         """{field: value} of the flags that were given; lists as tuples."""
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in vars(self.parse_args(argv)).items()}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(self.parse_args(argv)).items()}
+        check_numbers(given, {})
+        return given
 
     def error(self, message):
         self.exit(2, f"error: {message}; see python {self.prog} --help\n")

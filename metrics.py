@@ -1322,14 +1322,12 @@ def main(argv=None):
     parser.add_argument("real", help="real cells with their controls; counts are normalised over all genes of the file")
     parser.add_argument("--control", dest="control_label", default=argparse.SUPPRESS, help="short for --control-label")
     data.add_flags(parser, ScoreConfig)
-    args = parser.parse(argv)
-    paths = args.pop("pred"), args.pop("real")
-    config = ScoreConfig(**args)
-    asked = [k.strip() for k in config.keys.split(",") if k.strip()]
-    keys = {"all": list(KEYS), "vcc": list(VCC)}.get(config.keys, asked)
-    if config.seed < 0:
-        parser.error("--seed must not be negative")
     with data.clean_errors():
+        args = parser.parse(argv)
+        paths = args.pop("pred"), args.pop("real")
+        config = ScoreConfig(**args)
+        asked = [k.strip() for k in config.keys.split(",") if k.strip()]
+        keys = {"all": list(KEYS), "vcc": list(VCC)}.get(config.keys, asked)
         genes, pred = read_prediction(paths[0], config)
         real, cells = _load(paths[1], config, genes)
         train, train_mean = _reference(config.reference, config, genes, pred, real, cells)

@@ -689,7 +689,8 @@ def test_a_folder_belongs_to_one_set_of_flags(demo):
     (["--pred", "truth=x.h5ad"], ["--pred truth:"]),
     (["--pred", "X=nothing.h5ad"], ["nothing.h5ad", "no such file"]),
     (["--seeds", "0", "0"], ["twice"]),
-    (["--jobs", "-1"], ["--jobs"]),
+    (["--jobs", "-1"], ["--jobs -1"]),
+    (["--cache-gb", "inf"], ["--cache-gb inf: must be a number"]),
     (["--split", "all"], ["--split all", "nothing"]),
     (["--embedding", "nothing.npz"], ["nothing.npz"]),
 ])

@@ -1228,7 +1228,8 @@ def test_unusable_input_is_refused(files, case, score, tmp_path):
                            ((pred, alone), "control"), ((pred, short), "train_pert_mean"), ((pred, hole), "a number"),
                            ((pred, good, "--reference", alone), "holds only predicted conditions"),
                            ((tmp_path / "none.h5ad", good), "error: "), ((pred, good, "--keys", "l2,l3"), "l3"),
-                           ((pred, good, "--frobnicate"), "--frobnicate"), ((pred, good, "--seed", -1), "--seed")):
+                           ((pred, good, "--frobnicate"), "--frobnicate"), ((pred, good, "--seed", -1), "--seed -1: "),
+                           ((pred, good, "--cache-gb", "nan"), "--cache-gb nan: must be a number")):
         done = score(*flags)
         assert done.code == 2 and done.error.startswith("error: ") and message in done.error, message
         assert not done.text and done.written is None
