@@ -322,8 +322,8 @@ def _matrix(node, shape, where, limit):
     step = max(1, BLOCK_NNZ // G)
     starts = progress(range(0, n, step), "reading the cells")
     if dimensions == 2:
-        blocks = (sp.csr_matrix(node[i:i + step].astype(np.float32)) for i in starts)
-        return _spool(blocks, G, where) if 4 * n * G > limit else sp.vstack(list(blocks), format="csr")
+        parts = (sp.csr_matrix(node[i:i + step].astype(np.float32)) for i in starts)
+        return _spool(parts, G, where) if 4 * n * G > limit else sp.vstack(list(parts), format="csr")
     data, indices, indptr = arrays
     indptr, size = indptr.astype(np.int64)[...], len(data)
     n_major = n if layout == "csr" else G
@@ -337,10 +337,10 @@ def _matrix(node, shape, where, limit):
     if all(flat):
         return StoredRows(flat, indptr, G, where)
     bounds = (indptr[i:i + step + 1] for i in starts)
-    blocks = (_csr(data[of[0]:of[-1]], indices[of[0]:of[-1]], of - of[0], G, where) for of in bounds)
+    parts = (_csr(data[of[0]:of[-1]], indices[of[0]:of[-1]], of - of[0], G, where) for of in bounds)
     if 8 * size > limit:
-        return _spool(blocks, G, where)
-    return _stacked(blocks, shape, np.empty(size, dtype=np.float32), np.empty(size, dtype=np.int32))
+        return _spool(parts, G, where)
+    return _stacked(parts, shape, np.empty(size, dtype=np.float32), np.empty(size, dtype=np.int32))
 
 
 def _csr(values, indices, indptr, width, where):
@@ -355,14 +355,14 @@ def _csr(values, indices, indptr, width, where):
     return X
 
 
-def _stacked(blocks, shape, data, indices):
-    """CSR of its rows in blocks, written to arrays that are long enough; of empty ones only what is written takes
+def _stacked(parts, shape, data, indices):
+    """CSR of its rows in parts, written to arrays that are long enough; of empty ones only what is written takes
     memory."""
     indptr = [np.zeros(1, dtype=np.int64)]
-    for block in blocks:
+    for part in parts:
         end = indptr[-1][-1]
-        data[end:end + block.nnz], indices[end:end + block.nnz] = block.data, block.indices
-        indptr.append(end + block.indptr[1:])
+        data[end:end + part.nnz], indices[end:end + part.nnz] = part.data, part.indices
+        indptr.append(end + part.indptr[1:])
     indptr = np.concatenate(indptr)
     end = indptr[-1]
     # a copy frees the arrays; where little was dropped it would cost more than it frees
@@ -560,17 +560,19 @@ class StoredRows:
         apart[1:-1] = start[1:] != stop[:-1]
         runs = list(zip(start[apart[:-1]].tolist(), stop[apart[1:]].tolist()))
         values, indices = (array.read(runs) for array in self.arrays)
-        X = _csr(values, indices, np.append(0, np.cumsum(size)), len(self.keep), self.where)[:, self.keep]
+        X = _csr(values, indices, np.append(0, np.cumsum(size)), len(self.keep), self.where)
+        if not self.keep.all():
+            X = X[:, self.keep]
         if self.factor is not None:
-            _log_cp10k(X, self.factor[rows])
+            X.data *= np.repeat(self.factor[rows], np.diff(X.indptr))
+            torch.from_numpy(X.data).log1p_()
         return X
 
     def in_memory(self):
         """All rows, as CSR."""
-        blocks = progress(row_blocks(self), "taking the chosen genes into memory")
         most = int(self.size.sum())
-        return _stacked((self[block] for block in blocks), self.shape, np.empty(most, np.float32),
-                        np.empty(most, np.int32))
+        parts = (part for _, part in blocks(self, "taking the chosen genes into memory"))
+        return _stacked(parts, self.shape, np.empty(most, np.float32), np.empty(most, np.int32))
 
 
 class _FlatArray:
@@ -985,8 +987,8 @@ def _scale(X, config, where, notes, check=True):
     low, high = np.inf, -np.inf
     integer = True
     stored = outside = 0
-    for block in progress(row_blocks(X), "looking at the values"):
-        values = X[block].data
+    for _, part in blocks(X, "looking at the values"):
+        values = part.data
         if len(values):
             low, high = np.minimum(low, values.min()), np.maximum(high, values.max())  # NaN stays NaN
             integer = integer and np.array_equal(values, np.rint(values))
@@ -1017,36 +1019,31 @@ def _scale(X, config, where, notes, check=True):
     return scale
 
 
-def row_blocks(X, rows=None):
-    """Split row indices, all by default, into runs of at most BLOCK_NNZ values; the borders depend on their number."""
+def blocks(X, what, rows=None):
+    """A pass over some rows of a matrix, all by default: (rows, CSR of them) of at most BLOCK_NNZ entries, one by one.
+    The borders depend on the number of rows alone. what: for the status line."""
     rows = np.arange(X.shape[0]) if rows is None else rows
     step = max(1, BLOCK_NNZ // max(1, X.shape[1]))
-    return [rows[i:i + step] for i in range(0, len(rows), step)]
+    for i in progress(range(0, len(rows), step), what):
+        yield rows[i:i + step], X[rows[i:i + step]]
 
 
 def gene_moments(X, rows, transform=None):
-    """Sum and sum of squares of every gene over some rows, (G,) float64, of transform(values), transform(0) = 0."""
+    """Sum and sum of squares of every gene over some rows, (2, G) float64, of transform(values), transform(0) = 0."""
     sums = np.zeros((2, X.shape[1]))
-    for block in progress(row_blocks(X, rows), "adding up the genes"):
-        part = X[block]
-        values = part.data if transform is None else transform(torch.from_numpy(part.data)).numpy()
-        _add(sums, part.indices, values)
+    for _, part in blocks(X, "adding up the genes", rows):
+        if transform:
+            part.data = transform(torch.from_numpy(part.data)).numpy()
+        _add(sums, part, np.ones(part.shape[0]))
     return sums
 
 
-def detections(X, rows):
-    """In how many of some rows each gene is detected, (G,)."""
-    found = np.zeros(X.shape[1], dtype=np.int64)
-    for block in progress(row_blocks(X, rows), "counting the genes' cells"):
-        found += np.bincount(X[block].indices, minlength=len(found))
-    return found
-
-
-def _add(sums, indices, values):
-    """Values and their squares to the sums of their genes: (2, G) float64."""
-    values, indices = values.astype(np.float64), indices.astype(np.int64)
-    sums[0] += np.bincount(indices, values, sums.shape[1])
-    sums[1] += np.bincount(indices, values ** 2, sums.shape[1])
+def _add(sums, part, weights):
+    """The values of some cells and their squares, times the weights of the cells, to the sums of the genes."""
+    part = part.astype(np.float64)
+    sums[0] += weights @ part
+    part.data **= 2
+    sums[1] += weights @ part
 
 
 def gene_statistics(dataset, most=100_000):
@@ -1066,8 +1063,8 @@ def gene_statistics(dataset, most=100_000):
     corr = mean.new_zeros(len(mean), len(mean))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")       # whatever a method has set for its model
-    for block in progress(row_blocks(X, rows), "correlating the genes"):
-        z = (torch.from_numpy(X[block].toarray()).to(dataset.device) - mean) / std
+    for _, part in blocks(X, "correlating the genes", rows):
+        z = (torch.from_numpy(part.toarray()).to(dataset.device) - mean) / std
         corr.addmm_(z.T, z)
     torch.set_float32_matmul_precision(before)
     return mean, var, corr / len(rows) * (varies & varies[:, None])
@@ -1088,7 +1085,7 @@ def detected_medians(X, rows, most=20_000):
     """Median of every gene's values that are not 0, [G], 0 for a silent gene; of more than `most` rows that many are
     taken, evenly spaced."""
     rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(np.int64)]
-    by_gene = sp.vstack([X[block] for block in row_blocks(X, rows)], format="csc")
+    by_gene = sp.vstack([part for _, part in blocks(X, "looking for typical values", rows)], format="csc")
     ends = by_gene.indptr
     return [float(np.median(by_gene.data[i:j])) if j > i else 0.0 for i, j in zip(ends[:-1], ends[1:])]
 
@@ -1098,8 +1095,8 @@ def keep_columns(X, keep):
     if isinstance(X, StoredRows):
         X.keep[X.keep] = keep
         return X
-    blocks = (X[block][:, keep] for block in row_blocks(X))         # each is written where it, or more, was read
-    return _stacked(blocks, (X.shape[0], int(keep.sum())), X.data, X.indices)
+    kept = (part[:, keep] for _, part in blocks(X, "dropping genes"))           # written where it, or more, was read
+    return _stacked(kept, (X.shape[0], int(keep.sum())), X.data, X.indices)
 
 
 def lognormalise(cells, rows=()):
@@ -1108,30 +1105,21 @@ def lognormalise(cells, rows=()):
     X, sums = cells.X, np.zeros((2, cells.X.shape[1]))
     if cells.scale == "lognorm":
         return gene_moments(X, rows, torch.expm1) if len(rows) else sums
-    cells.totals, factor = np.zeros(X.shape[0]), np.zeros(X.shape[0], dtype=np.float32)
-    chosen = np.isin(np.arange(X.shape[0]), rows)
-    for block in progress(row_blocks(X), "normalising"):
-        part = X[block]
-        size = np.diff(part.indptr)
-        total = np.bincount(np.repeat(np.arange(len(block)), size), part.data, len(block))   # of each row by itself
-        cells.totals[block] = total
+    n, G = X.shape
+    cells.totals, factor = np.zeros(n), np.zeros(n, dtype=np.float32)
+    chosen = np.isin(np.arange(n), rows)
+    for block, part in blocks(X, "normalising"):
+        cells.totals[block] = total = part @ np.ones(G)
         factor[block] = np.divide(1e4, total, out=np.zeros_like(total), where=total > 0)
+        part.data *= np.repeat(factor[block], np.diff(part.indptr))
         if len(rows):
-            _add(sums, part.indices, part.data * np.repeat(factor[block] * chosen[block], size))
+            _add(sums, part, chosen[block])
+        if not isinstance(X, StoredRows):
+            X.data[X.indptr[block[0]]:X.indptr[block[-1] + 1]] = torch.from_numpy(part.data).log1p_()
     if isinstance(X, StoredRows):
         X.factor = factor
-    else:
-        _log_cp10k(X, factor)
     cells.scale = "lognorm"
     return sums
-
-
-def _log_cp10k(X, factor):
-    """In place: log1p of every row of a CSR matrix times its factor."""
-    for block in row_blocks(X):
-        values = X.data[X.indptr[block[0]]:X.indptr[block[-1] + 1]]
-        values *= np.repeat(factor[block], np.diff(X.indptr)[block])
-        torch.from_numpy(values).log1p_()
 
 
 def highly_variable(total, square, n, n_top, bins=20):
@@ -1411,8 +1399,8 @@ class Dataset:
         if not self.config.backed and n * G * dtype.itemsize <= self.config.cache_gb * 2**30:
             self.index_device = self.device
             self.dense = torch.empty((n, G), dtype=dtype, device=self.device)
-            for block in progress(row_blocks(self.X), "moving the cells to the device"):
-                self.dense[block[0]:block[-1] + 1] = torch.from_numpy(self.X[block].toarray()).to(self.device, dtype)
+            for rows, part in blocks(self.X, "moving the cells to the device"):
+                self.dense[rows[0]:rows[-1] + 1] = torch.from_numpy(part.toarray()).to(self.device, dtype)
         training = {group_name(CONTROL, v): rows for v, rows in self.control_rows["train"].items()}
         rows = list((self.rows | training).values())
         self._index = torch.from_numpy(np.concatenate(rows)).to(self.index_device)
@@ -1472,8 +1460,8 @@ class Dataset:
         covariates = {key: sorted(set(of_key)) for key, of_key in zip(keys, values)}
         mean = gene_moments(self.X, self.fit_rows)[0] / len(self.fit_rows)
         highest = np.zeros(len(self.genes), dtype=np.float32)
-        for block in progress(row_blocks(self.X, self.fit_rows), "looking for the highest values"):
-            highest = np.maximum(highest, self.X[block].max(axis=0).toarray()[0])
+        for _, part in blocks(self.X, "looking for the highest values", self.fit_rows):
+            highest = np.maximum(highest, part.max(axis=0).toarray()[0])
         return Panel(list(self.genes), self.eval_genes.tolist(), list(self.perturbations), self.pert_gene.tolist(),
                      trained, mean.tolist(), highest.tolist(), covariates, detected_medians(self.X, self.fit_rows))
 
@@ -1610,7 +1598,7 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
     cells = read_cells(path, config)
     notes = cells.notes
     if config.min_genes > 0:
-        detected = np.concatenate([np.diff(cells.X[block].indptr) for block in row_blocks(cells.X)])
+        detected = np.concatenate([np.diff(part.indptr) for _, part in blocks(cells.X, "counting the cells' genes")])
         keep = detected >= config.min_genes
         notes.append(f"kept {int(keep.sum()):,} of {len(keep):,} cells with {config.min_genes} detected genes")
         cells.take(keep)
@@ -1639,7 +1627,7 @@ def _choose_panel(dataset, split):
     cells, config, notes = dataset.source, dataset.config, dataset.source.notes
     drugs = [split_dose(p)[0] for p in dataset.perturbations]
     perturbed = dataset.perturbations + drugs
-    detected = detections(cells.X, dataset.fit_rows)
+    detected = sum(part.getnnz(axis=0) for _, part in blocks(cells.X, "counting the genes' cells", dataset.fit_rows))
     keep = (detected >= config.min_cells) | np.isin(cells.genes, perturbed)
     if not keep.any():
         raise DataError(f"{cells.path}: no gene is detected in {config.min_cells} training and control cells; lower "
@@ -1878,8 +1866,8 @@ def write_prepared(path, dataset):
     uns = {"preprocessing": {"scale": "log1p CP10k", "source": Path(cells.path).name,
                              "notes": np.array(notes, dtype=object), "min_genes": dataset.config.min_genes,
                              "min_cells": dataset.config.min_cells, "hvg": dataset.config.hvg}}
-    blocks = (cells.X[block] for block in row_blocks(cells.X, rows))
-    write_h5ad(path, blocks, obs, cells.genes, uns, _unique(cells.names[rows])[0])
+    parts = (part for _, part in blocks(cells.X, "writing the cells", rows))
+    write_h5ad(path, parts, obs, cells.genes, uns, _unique(cells.names[rows])[0])
 
 
 # ------------------------------------------------------------------------------------------------ the demo

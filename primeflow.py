@@ -351,7 +351,7 @@ class Space(nn.Module):
         if self.standardise:
             self.scale.copy_(torch.from_numpy(np.sqrt(variance)).clamp(min=0.01))        # a silent gene stays silent
         if self.pca:
-            basis = metrics.fit_pca(lambda: (X[block].toarray() for block in data.row_blocks(X, rows)), self.size)
+            basis = metrics.fit_pca(lambda: (part.toarray() for _, part in data.blocks(X, "PCA", rows)), self.size)
             self.mean.copy_(torch.from_numpy(basis.mean))
             self.loadings[:, :len(rows) - 1] = torch.from_numpy(basis.loadings.copy())   # few cells span fewer
             self.scale.fill_(math.sqrt(variance.sum() * basis.explained.mean()))         # root mean eigenvalue
