@@ -293,6 +293,10 @@ class Frame:
             return re.sub(r"[\W_]", "", name).lower()
         return [name for key in keys for name in self.columns if plain(name) == plain(key)]
 
+    def named(self, text):
+        """Names of the columns of a flag: one, or several with commas between them."""
+        return [text] if text in self.columns else [name.strip() for name in text.split(",")]
+
     def column(self, name, flag):
         """The column that a flag names; an error if there is none."""
         if name not in [*self.columns, self.index]:
@@ -493,6 +497,17 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     if guesses:
         notes.insert(0, f"found {', '.join(guesses)}")
     return cells
+
+
+def lacking(path, config):
+    """Those of --pert-key, --dose-key and --gene-key that name no column of this file, as fields of the config."""
+    with _open(path) as file:
+        _check_heaps(path)
+        raw = config.layer == "raw" and "raw/var" in file
+        obs, var = Frame(file["obs"]), Frame(file["raw/var" if raw else "var"])
+        of = {"pert_key": obs, "dose_key": obs, "gene_key": var}
+        return {key for key, frame in of.items()
+                if not {*frame.named(getattr(config, key))} <= {*frame.columns, frame.index, ""}}
 
 
 def covariate_name(values):
@@ -883,17 +898,12 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
     """Labels of --pert-key, or of the first usual column that holds what is required. Where no label is a control, a
     column may mark the controls: that of --control-label COLUMN=VALUE, or a usual one."""
     path = obs.node.file.filename
-
-    def named(keys, flag):
-        """The columns of a flag: one, or several with commas between them."""
-        keys = [keys] if keys in obs.columns else [key.strip() for key in keys.split(",")]
-        return [obs.column(key, flag) for key in keys]
     keys = [config.pert_key] if config.pert_key else obs.usual(PERT_KEYS)
-    columns = {key: named(key, "--pert-key") for key in keys}
+    columns = {key: [obs.column(name, "--pert-key") for name in obs.named(key)] for key in keys}
     if not columns and not perturbed_required:
         columns["(no label column)"] = [np.full(obs.n, CONTROL, dtype=object)]
         notes.append("took every cell for a control, since there is no label column (--pert-key)")
-    doses = named(config.dose_key, "--dose-key") if config.dose_key else []
+    doses = [obs.column(name, "--dose-key") for name in obs.named(config.dose_key)] if config.dose_key else []
     if doses and any(len(of_key) != len(doses) for of_key in columns.values()):
         raise DataError(f"{path}: --dose-key {config.dose_key}: give one column for each of --pert-key A,B (the same "
                         "column twice, where both perturbations have one dose)")
@@ -903,7 +913,7 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
         labels = [Labels(key, columns[key], doses, symbols, controls, config.separator) for key in columns]
         return {each: each.lacks(control_required, perturbed_required) for each in labels}
     lacks = read(config.control_label)
-    marked, marker = _marked_controls(obs, config)
+    marked, marker = _marked_controls(obs, config.control_label, control_required)
     if marker and (config.control_label or control_required and all(lacks.values())):
         notes.append(f"took the {int(marked.sum()):,} cells with {marker} for controls (--control-label LABEL or "
                      "COLUMN=VALUE chooses others)")
@@ -932,10 +942,9 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
     return chosen
 
 
-def _marked_controls(obs, config):
+def _marked_controls(obs, asked, required):
     """(n,) bool: the cells that an obs column marks as controls, and that column as COLUMN=VALUE, or ''. The column is
     the one of --control-label, or a usual one."""
-    asked = config.control_label
     for marker in [asked] if asked else CONTROL_MARKERS:
         name, equals, value = marker.partition("=")
         if not equals or name not in obs.columns:
@@ -945,7 +954,7 @@ def _marked_controls(obs, config):
         says_so = asked or value == "0" or {"true", "false", "1", "0", ""}.issuperset(values)
         if says_so and marked.any() and not marked.all():
             return marked, marker
-        if asked:
+        if asked and required:
             raise DataError(f"{obs.node.file.filename}: --control-label {marker}: {int(marked.sum())} of {obs.n} cells "
                             f"are controls then; {name} holds {listed(sorted(set(obs[name])))}: choose another value")
     return None, ""

@@ -34,7 +34,6 @@ What to keep in mind when reading the numbers:
   challenge's sixth score, expr_mse_unbiased_capped_norm, is left to cell-eval 2.
 """
 import argparse
-import contextlib
 import dataclasses
 import math
 import platform
@@ -1279,18 +1278,14 @@ def read_prediction(path, config):
     config: data.ReadConfig, whose columns are used as far as the file has them, else searched for. Counts are
     normalised; other values are taken as they are, even those that log1p CP10k does not have, which a note says."""
     config = dataclasses.replace(config, layer="", counts=False, lognorm=False)
-    for column in ("gene_key", "dose_key", "pert_key"):              # which the file may lack, the likeliest first
-        with contextlib.suppress(data.DataError):
-            cells = data.read_cells(path, config, control_required=False, check=False)
-            return list(cells.genes), _Groups(cells)
-        config = dataclasses.replace(config, **{column: ""})
-    cells = data.read_cells(path, dataclasses.replace(config, control_label=""), control_required=False, check=False)
+    config = dataclasses.replace(config, **dict.fromkeys(data.lacking(path, config), ""))
+    cells = data.read_cells(path, config, control_required=False, check=False)
     return list(cells.genes), _Groups(cells)
 
 
 @dataclasses.dataclass
 class ScoreConfig(data.ReadConfig):
-    """The flags of metrics.py; those of data.ReadConfig describe the real file and the reference."""
+    """The flags of metrics.py; --layer, --counts and --lognorm describe the real file and the reference."""
     reference: str = ""     # training cells, for the Systema reference and the floors
     keys: str = ""          # metrics to compute and print, comma-separated, 'all' or 'vcc'; '' for all but MMD ranks
     floors: bool = True     # floors and replicate, most of the time
@@ -1298,13 +1293,21 @@ class ScoreConfig(data.ReadConfig):
     out: str = ""           # JSON file for every number
 
 
-def _reference(path, config, genes, pred, real, cells):
+def _configs(config, paths):
+    """How to read each file: by the flags that name columns, but for those columns that it lacks and another file has;
+    they are searched for."""
+    lacks = [data.lacking(path, config) for path in paths]
+    nowhere = set.intersection(*lacks)
+    return [dataclasses.replace(config, **dict.fromkeys(keys - nowhere, "")) for keys in lacks]
+
+
+def _reference(config, genes, pred, real, cells):
     """(training cells, mean of their perturbations' means), either may be None: --reference, or the real file's uns."""
-    if path:
-        train, _ = _load(path, config, genes, control_required=False)
+    if config.reference:
+        train, _ = _load(config.reference, config, genes, control_required=False)
         train.names = {g: rows for g, rows in train.names.items() if g not in pred.names}
         if not train:
-            raise data.DataError(f"{path}: holds only predicted conditions; give the training cells")
+            raise data.DataError(f"{config.reference}: holds only predicted conditions; give the training cells")
         return train, None
     if "train_pert_mean" not in cells.uns:
         return None, None
@@ -1328,9 +1331,10 @@ def main(argv=None):
         config = ScoreConfig(**args)
         asked = [k.strip() for k in config.keys.split(",") if k.strip()]
         keys = {"all": list(KEYS), "vcc": list(VCC)}.get(config.keys, asked)
-        genes, pred = read_prediction(paths[0], config)
-        real, cells = _load(paths[1], config, genes)
-        train, train_mean = _reference(config.reference, config, genes, pred, real, cells)
+        of = _configs(config, [*paths, config.reference] if config.reference else paths)
+        genes, pred = read_prediction(paths[0], of[0])
+        real, cells = _load(paths[1], of[1], genes)
+        train, train_mean = _reference(of[-1], genes, pred, real, cells)
         counts = pred.totals and real.totals
         result = evaluate(pred, real, real.controls, genes, train, keys or None, config.seed, config.floors,
                           train_mean=train_mean, totals=(pred.totals, real.totals) if counts else None)

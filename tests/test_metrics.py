@@ -1157,15 +1157,34 @@ def test_counts_in_the_real_file_are_normalised_over_all_its_genes(case, score, 
     assert done.code == 0 and done.written["aggregate"]["l2"] < 1e-4 and done.written["info"]["genes"] == 20
 
 
-def test_other_columns_and_labels(files, case, score, tmp_path):
-    """The flags describe the real file; a prediction whose column is called otherwise is read all the same."""
-    real = write(tmp_path / "real.h5ad", {"NTC": case["control"]} | case["real"], case["genes"], key="what")
-    with h5py.File(real, "r+") as file:
-        file["var/symbol"] = np.array(case["genes"], dtype=bytes)
-    alike = write(tmp_path / "pred.h5ad", case["pred"], case["genes"], key="what")
-    for pred in (files / "pred.h5ad", alike):
-        flags = ("--pert-key", "what", "--control", "NTC", "--gene-key", "symbol", "--keys", "l2")
-        assert score(pred, real, *flags).code == 0
+def test_columns_and_labels_apply_to_the_files_that_have_them(files, case, score, tmp_path):
+    """A column that only one file has is searched for in the others; one that no file has is an error."""
+    def renamed(name, cells, key="what"):
+        """A file with other names: the column, and the genes but for one column of var."""
+        path = write(tmp_path / name, cells, [f"ENSG{i}" for i in range(90)], key=key)
+        with h5py.File(path, "r+") as file:
+            file["var/my_symbol"] = np.array(case["genes"], dtype=bytes)
+        return path
+
+    pred, real, train = (renamed(f"{name}.h5ad", case[name] | ({"NTC": case["control"]} if name == "real" else {}))
+                         for name in ("pred", "real", "train"))
+    usual = write(tmp_path / "usual.h5ad", {"NTC": case["control"]} | case["real"], case["genes"])
+    flags = ("--pert-key", "what", "--control", "NTC", "--gene-key", "my_symbol", "--keys", "l2")
+    for three in ((files / "pred.h5ad", real), (pred, real), (pred, usual),
+                  (files / "pred.h5ad", usual, "--reference", train)):
+        done = score(*three, *flags)
+        assert done.code == 0 and done.written["per_condition"].keys() == case["pred"].keys(), (three, done.error)
+    done = score(files / "pred.h5ad", usual, *flags)
+    assert done.code == 2 and "no column 'my_symbol' (--gene-key)" in done.error
+
+
+def test_a_column_that_marks_the_controls_marks_none_of_a_prediction(case, score, tmp_path):
+    for side, cells in (("pred", case["pred"]), ("real", case["real"] | {"NTC": case["control"]})):
+        labels = np.repeat(list(cells), [len(x) for x in cells.values()])
+        data.write_h5ad(tmp_path / f"{side}.h5ad", np.vstack(list(cells.values())),
+                        {"condition": labels, "nperts": (labels != "NTC").astype(int)}, case["genes"])
+    done = score(tmp_path / "pred.h5ad", tmp_path / "real.h5ad", "--control", "nperts=0", "--keys", "l2")
+    assert done.code == 0 and done.written["per_condition"].keys() == case["pred"].keys(), done.error
 
 
 def test_covariates_on_the_command_line(score, tmp_path):
