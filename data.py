@@ -2927,12 +2927,13 @@ def main(argv=None):
         args = parser.parse(argv)
         file = args.pop("file")
         config = FileConfig(**args)
+        of_demo = {"cells", "genes", "cell_types", "seed"}
+        for name in set(args) - of_demo - {"out"} if file == "demo" else of_demo & set(args):
+            raise DataError(f"{_flag(name)}: belongs to 'python data.py {'FILE' if file == 'demo' else 'demo'}'; remove it")
         if file == "demo":
             config.out = config.out or "demo.h5ad"
             simulate(config.out, config.cells, config.genes, config.cell_types, config.seed)
             return print(f"wrote {config.out}")
-        for name in {"cells", "genes", "cell_types", "seed"} & set(args):
-            raise DataError(f"{_flag(name)}: belongs to 'python data.py demo'; remove it")
         if config.out and Path(config.out).resolve() == Path(file).resolve():
             raise DataError(f"--out {file}: is the input itself and would be lost; choose another name")
         with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):     # how far it is, is no JSON

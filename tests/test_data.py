@@ -1125,6 +1125,10 @@ def test_bad_flags(tmp_path, capsys, flags, message):
         assert part in error
 
 
+def test_the_demo_takes_no_flag_of_a_file(tmp_path, capsys):
+    assert "--covariates: belongs to 'python data.py FILE'" in refused(capsys, tmp_path, "demo", "--covariates", "x")
+
+
 def test_the_input_is_not_overwritten(tmp_path, capsys):
     path = write_file(tmp_path / "out.h5ad", make_counts(60), LABELS)
     assert "is the input itself" in refused(capsys, tmp_path, path)
