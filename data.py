@@ -29,9 +29,11 @@ import inspect
 import io
 import json
 import math
+import mmap
 import os
 import re
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -115,7 +117,8 @@ NOT_HDF5 = (
     (rb"\Z", "is empty (0 bytes); download it again"),
     (rb"(\xef\xbb\xbf)?\s*<(!|html|head|\?xml)", "is a web page; the link needs a login or has moved"),
     (rb"version https://git-lfs", "is a pointer to a file in Git LFS; fetch it with git lfs pull"),
-    (rb"\x1f\x8b|PK|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "is a compressed archive; unpack it first"))
+    (rb"\x1f\x8b|PK|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|(?s:.{257}ustar)",
+     "is an archive (zip, gz, zst, tar; a checkpoint is one too); unpack it until there is an .h5ad file"))
 NOT_ANNDATA = {
     "row_attrs": "is a loom file; convert it to .h5ad (anndata.read_loom, then write_h5ad)",
     "matrix": "is a 10x Cell Ranger matrix, without perturbations; join it with the guide calls and save it as .h5ad",
@@ -177,23 +180,17 @@ def _open(path):
 
 def _check_heaps(path):
     """HDF5 never returns from a heap of strings with an object of size 0, as a hole in a file leaves: look first."""
-    whole = os.path.getsize(path)
-    if whole > 2**32:                             # it would take a while, and so large a file is hardly all text
+    if os.path.getsize(path) > 2**30:               # so large a file is hardly all text
         return
-    with open(path, "rb") as file:
-        for start in range(0, whole, 2**20):
-            file.seek(start)
-            for found in re.finditer(b"GCOL\1\0\0\0", file.read(2**20 + 7)):
-                file.seek(start + found.start() + 8)
-                heap = file.read(min(whole, max(0, int.from_bytes(file.read(8), "little") - 16)))
-                at = 0
-                while at + 16 <= len(heap):     # index (2 bytes), references (2), unused (4), size (8), content
-                    index = int.from_bytes(heap[at:at + 2], "little")
-                    size = int.from_bytes(heap[at + 8:at + 16], "little")
-                    if index == 0 and size < 16:
-                        raise DataError(f"{path}: byte {start + found.start() + 16 + at}: has a hole in its text; the "
-                                        "file is truncated or damaged: download it again")
-                    at += size if index == 0 else 16 + -(-size // 8) * 8
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for found in re.finditer(b"GCOL\1\0\0\0", content):
+            heap = content[found.start():found.start() + int.from_bytes(content[found.end():found.end() + 8], "little")]
+            at = 16
+            while at + 16 <= len(heap):
+                index, size = struct.unpack_from("<H6xQ", heap, at)
+                if index == 0 and size < 16:
+                    raise DataError(f"{path}: has a hole in its text; it is truncated or damaged: download it again")
+                at += size if index == 0 else 16 + -(-size // 8) * 8
 
 
 def _attr(node, name):
@@ -511,16 +508,14 @@ def lacking(path, config):
 
 
 def covariate_name(values):
-    """The covariates of a cell as one name: 'B,1'. A comma within a later one is written '\\,'."""
+    """The covariates of a cell as one name: 'B,1'. A comma within one that is not the first becomes ';'."""
     first, *rest = [*values] or [""]
-    return ",".join([first, *(value.replace(",", r"\,") for value in rest)])
+    return ",".join([first, *(value.replace(",", ";") for value in rest)])
 
 
 def covariate_values(name, n):
     """The n covariates that a name joins."""
-    parts = re.split(r"(?<!\\),", name)
-    first = ",".join(parts[:len(parts) - n + 1])
-    return [first, *(part.replace(r"\,", ",") for part in parts[len(parts) - n + 1:])]
+    return name.rsplit(",", n - 1)
 
 
 def _choose_layer(file, layer, path):
@@ -1178,24 +1173,23 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
         raise DataError(f"--fold {fold}: folds are numbered from 0")
     conditions = sorted({c for c, _ in groups})
     multiple = sorted((c for c in conditions if order(c) > 1), key=lambda c: spelling.get(c, c))
-    held = {"val": set(), "test": set()}
+    val, test = [], []                  # conditions or groups; what is in both is test
     if given is not None:
-        held = _given_split(name, groups, canonical, given)
+        val, test = _given_split(name, groups, canonical, given)
     elif name == "transfer":
-        held = _transfer(groups, np.random.RandomState(42 + fold))
+        val, test = _transfer(groups, np.random.RandomState(42 + fold))
     elif name != "all":
-        held = _held_out(name, conditions, multiple, fold, folds)
-    if train_on_val:
-        held["val"] = set()
-    part_of, parts_of = {}, {condition: set() for condition in conditions}
+        val, test = _held_out(name, conditions, multiple, fold, folds)
+    held = dict.fromkeys([] if train_on_val else val, "val") | dict.fromkeys(test, "test")
+    groups_of = {condition: {} for condition in conditions}         # {its group: part}
     for condition, covariate in groups:
         group = group_name(condition, covariate)
-        part = next((p for p in ("test", "val") if held[p] & {condition, group}), "train")
-        part_of[condition, group] = part
-        parts_of[condition].add(part)
+        groups_of[condition][group] = held.get(group) or held.get(condition, "train")
     split = {part: set() for part in PARTS}
-    for (condition, group), part in part_of.items():
-        split[part].add(group if len(parts_of[condition]) > 1 else condition)
+    for condition, part_of in groups_of.items():
+        apart = len(set(part_of.values())) > 1
+        for group, part in part_of.items():
+            split[part].add(group if apart else condition)
     for part, use in (("test", "to predict"), ("train", "to learn from")):
         if not split[part] and name != "all":
             raise DataError(f"--split {name}: no {part} condition, nothing {use}; this file has {len(conditions)} "
@@ -1204,8 +1198,7 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
 
 
 def _held_out(name, conditions, multiple, fold, folds):
-    """{"val": conditions, "test": conditions} of a split by conditions; what is in both is test. multiple: those of
-    several perturbations."""
+    """Validation and test conditions of a split by conditions. multiple: those of several perturbations."""
     rng = np.random.RandomState(42 + fold)
     if name in ("additive", "combo", "holdout") and not multiple:
         raise DataError(f"--split {name} needs doubles, this file has 0; use --split cv, unseen, transfer or a split "
@@ -1213,7 +1206,7 @@ def _held_out(name, conditions, multiple, fold, folds):
     if name == "additive":      # official scDFM folds: data.py:128-141; validation is ours
         rng.shuffle(multiple)
         n_test, n_val = max(1, int(0.3 * len(multiple))), int(0.1 * len(multiple))
-        return {"test": set(multiple[:n_test]), "val": set(multiple[n_test:n_test + n_val])}
+        return multiple[n_test:n_test + n_val], multiple[:n_test]
     if name == "cv":
         pool, kind = (multiple, "doubles") if multiple else (conditions, "singles")
         if not 3 <= folds <= len(pool):
@@ -1222,11 +1215,11 @@ def _held_out(name, conditions, multiple, fold, folds):
         if fold >= folds:
             raise DataError(f"--fold {fold}: folds are numbered 0 to {folds - 1}")
         parts = np.array_split(np.random.RandomState(42).permutation(pool), folds)
-        return {"test": set(parts[fold]), "val": set(parts[(fold + 1) % folds])}
+        return parts[(fold + 1) % folds], parts[fold]
     if name == "combo":         # PerturBench: 91 of 131 held out, 45 val, 46 test
         rng.shuffle(multiple)
         n = int(0.7 * len(multiple))
-        return {"val": set(multiple[:n // 2]), "test": set(multiple[n // 2:n])}
+        return multiple[:n // 2], multiple[n // 2:n]
     if name not in ("holdout", "unseen"):
         raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, all, "
                         "combosciplex, FILE.json or obs:COLUMN")
@@ -1238,8 +1231,8 @@ def _held_out(name, conditions, multiple, fold, folds):
         n_val = n_test // 2
     else:                       # GEARS: 75% of the singles are training
         n_test, n_val = max(1, round(0.25 * len(genes))), round(0.10 * len(genes))
-    chosen = {"test": set(genes[:n_test]), "val": set(genes[n_test:n_test + n_val])}
-    return {part: {c for c in conditions if of & set(c.split("+"))} for part, of in chosen.items()}
+    chosen = set(genes[n_test:n_test + n_val]), set(genes[:n_test])
+    return [[c for c in conditions if of & set(c.split("+"))] for of in chosen]
 
 
 def group_name(condition, covariate):
@@ -1260,7 +1253,7 @@ def split_dose(perturbation):
 
 
 def _transfer(groups, rng):
-    """Hold (perturbation, covariate) pairs out, each perturbation in at most one covariate (PerturBench)."""
+    """Validation and test groups, each perturbation held out in at most one covariate (PerturBench)."""
     covariates = sorted({v for _, v in groups})
     where = {}
     for condition, covariate in sorted(groups):
@@ -1286,8 +1279,7 @@ def _transfer(groups, rng):
                 covariate = free[rng.randint(len(free))]
                 out[covariate].append(group_name(condition, covariate))
         held = list(out.values())
-    return {"val": {group for of in held for group in of[:len(of) // 2]},
-            "test": {group for of in held for group in of[len(of) // 2:]}}
+    return [g for of in held for g in of[:len(of) // 2]], [g for of in held for g in of[len(of) // 2:]]
 
 
 def _read_split(name, cells):
@@ -1316,14 +1308,15 @@ def _read_split(name, cells):
                 raise ValueError(f"no list of condition names under '{spelling}'")
             given[part] = names
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"--split {name}: cannot be read as a split ({error}); a file needs "
+        reason = getattr(error, "strerror", error)          # of a file that is not there, just that
+        raise DataError(f"--split {name}: cannot be read as a split ({reason}); a file needs "
                         '{"train": [...], "val": [...], "test": [...]} or {"test": [...]}, a column train, val and '
                         "test") from None
     return given
 
 
 def _given_split(name, groups, canonical, given):
-    """{part: groups} of a split whose names come in any order and control form, whole conditions or single groups."""
+    """Validation and test groups of names in any order and control form, whole conditions or single groups."""
     members = {}
     for condition, covariate in groups:
         group = group_name(condition, covariate)
@@ -1349,7 +1342,7 @@ def _given_split(name, groups, canonical, given):
     if "train" in given and missing:
         raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part ({listed(missing)}); "
                         'list them, or leave "train" out: the rest then trains')
-    return {part: {group for group, p in part_of.items() if p == part} for part in ("val", "test")}
+    return [[group for group, p in part_of.items() if p == part] for part in ("val", "test")]
 
 
 # ------------------------------------------------------------------------------------------------ the data set
