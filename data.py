@@ -716,10 +716,6 @@ class LabelRules:
         self.control_genes = set()              # names of genes that are the control, since no other label is
         self.remarks = set()                    # controls with a word for what they are: DMSO_TF
         self.short = set()                      # perturbations that look like a numbered control: NT157
-        self.seen_controls = set()
-        self.unlabelled = set()                 # labels that name no perturbation, such as a doublet
-        self.several = set()                    # labels that name several perturbations
-        self.whole = set()                      # names with a | or ; in them
         texts = {self._bare(label) for label in labels} - {""}
         if not self.declared:
             controls = {text for text in texts if self.is_control(text)}
@@ -739,6 +735,10 @@ class LabelRules:
         for text in sorted(texts, key=len):     # what a label may be made of is shorter, and known by then
             if self.tokens(text) == [text]:
                 self.known.add(text)
+        tokens = {token for label in labels for token in self.tokens(label)}
+        self.seen_controls = set(filter(self.is_control, tokens))
+        others = tokens - self.seen_controls - self.genes
+        self.unlabelled = set(filter(_NO_LABEL.fullmatch, others))      # what names no perturbation, such as a doublet
 
     def _beside_control(self, text):
         """What stands beside a control in a label, the longest there is: {'A'} of A_NT_1."""
@@ -770,12 +770,6 @@ class LabelRules:
         if token in CONTROL_LABELS or token in self.remarks:
             return True
         return is_control_label(token) and token not in self.genes and token not in self.short
-
-    def _names(self, token):
-        """Does it name a perturbation or a control, and not say that a cell has no label? What does is noted."""
-        if token not in self.genes and not self.is_control(token) and _NO_LABEL.fullmatch(token):
-            self.unlabelled.add(token)
-        return token not in MISSING and token not in self.unlabelled
 
     def _is_guide(self, token):
         guide = _GUIDE.fullmatch(token)
@@ -820,41 +814,18 @@ class LabelRules:
     def canonical(self, *labels, doses=()):
         """'ctrl+B_A' -> 'A+B', and of a cell with several labels all of them; 'control' when only controls are named;
         '' for a missing label. doses: of each label, for every perturbation in it: 'A:10+B:10'."""
-        of_label = [[token for token in self.tokens(label) if self._names(token)] for label in labels]
+        nothing = MISSING | self.unlabelled
+        of_label = [[token for token in self.tokens(label) if token not in nothing] for label in labels]
         perturbations = set()
         for tokens, dose in zip(of_label, doses or [""] * len(labels)):
             dose = re.sub(r"(?<=\d[eE])\+", "", dose)      # 1e+06 is one number, 1+1 (GEARS) one dose for each token
             each = dose.split("+") if dose.count("+") == len(tokens) - 1 else [dose.replace("+", "/")] * len(tokens)
             for token, its_dose in zip(tokens, each):
-                if self.is_control(token):
-                    self.seen_controls.add(token)
-                else:
+                if not self.is_control(token):
                     perturbations.add(perturbation_name(token) + (f":{its_dose}" if its_dose else ""))
-                    if re.search(r"[|;]", token):
-                        self.whole.add(token)
         if not any(of_label):
             return ""
-        if len(perturbations) > 1 and sum(map(bool, labels)) == 1:
-            self.several.add("".join(labels))
         return "+".join(sorted(perturbations)) or CONTROL
-
-    def notes(self):
-        """What these rules guessed about the labels they were applied to, and how to undo it."""
-        usual = {word.lower() for word in CONTROL_LABELS}
-        guessed = {token for token in self.seen_controls if token.lower() not in usual and not self.declared}
-        notes = [
-            (guessed, "took {} labels for controls: {} (--control-label NAME takes that label alone, 'NAME*' all that "
-                      "begin so)"),
-            (self.short, "took {} labels for perturbations, not for numbered controls: {}, since there is another "
-                         "control (--control-label A,B names all of them)"),
-            (self.unlabelled, "took {} labels for cells without a label: {} (--control-label, if one is the control)"),
-            (self.seen_controls & self.control_genes, "took {} label for the control: {}, a gene's name too, since no "
-                                                      "other label is one (--control-label names another)")]
-        if not self.separator:
-            notes += [
-                (self.several, "read {} labels as several perturbations: {} (--separator none takes each label whole)"),
-                (self.whole, "took {} labels with | or ; as one name each: {} (--separator '|' takes them apart)")]
-        return [note.format(f"{len(names):,}", listed(sorted(names), 9)) for names, note in notes if names]
 
 
 class Labels:
@@ -888,6 +859,23 @@ class Labels:
             return f"column {self.key} has no control cells: none of {listed(self.texts, 4)} is {self.asked}{hint}"
         return ""
 
+    def notes(self):
+        """What was guessed about the labels, and how to undo it."""
+        rules, usual = self.rules, {word.lower() for word in CONTROL_LABELS}
+        guessed = {token for token in rules.seen_controls if token.lower() not in usual and not rules.declared}
+        guessed |= rules.seen_controls & rules.control_genes
+        notes = [
+            (guessed, "taken for controls", "--control-label NAME takes that label alone, 'NAME*' all that begin so"),
+            (rules.short, "not taken for numbered controls", "another is there; --control-label A,B names all of them"),
+            (rules.unlabelled, "taken for cells without a label", "--control-label, if one is the control")]
+        if not rules.separator:
+            several = {text for text in self.texts if "+" in rules.canonical(text)}
+            whole = {text for text in self.texts if re.search("[|;]", rules.canonical(text))}
+            notes += [(several, "read as several perturbations", "--separator none takes each label whole"),
+                      (whole, "with | or ; taken as one name each", "--separator '|' takes them apart")]
+        return [f"{len(names):,} label{'s' * (len(names) > 1)} {what}: {listed(sorted(names), 9)} ({undo})"
+                for names, what, undo in notes if names]
+
 
 def _find_labels(obs, config, symbols, control_required, perturbed_required, notes):
     """Labels of --pert-key, or of the first usual column that holds what is required. Where no label is a control, a
@@ -908,15 +896,11 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
         labels = [Labels(key, columns[key], doses, symbols, controls, config.separator) for key in columns]
         return {each: each.lacks(control_required, perturbed_required) for each in labels}
     lacks = read(config.control_label)
-    marked, marker = _marked_controls(obs, config.control_label, control_required)
-    if marker and (config.control_label or control_required and all(lacks.values())):
-        notes.append(f"took the {int(marked.sum()):,} cells with {marker} for controls (--control-label LABEL or "
-                     "COLUMN=VALUE chooses others)")
-        for first, *others in columns.values():
-            first[marked] = CONTROL
-            for other in others:
-                other[marked] = ""
-        lacks = read(CONTROL)
+    if config.control_label or control_required and all(lacks.values()):
+        marked = _mark_controls(obs, config.control_label, control_required, columns.values())
+        if marked:
+            notes.append(marked)
+            lacks = read(CONTROL)
     found = [labels for labels, problem in lacks.items() if not problem]
     how = ("Name the column of the perturbations with --pert-key, and their controls with --control-label LABEL or "
            "COLUMN=VALUE")
@@ -933,13 +917,13 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
             raise DataError(f"{path}: obs columns {chosen} and {other} disagree; choose one with --pert-key")
         if problem and len(other.genes) > 1 and not chosen.genes:
             raise DataError(f"{path}: obs column {chosen} names no gene, and {problem}. {how}")
-    notes += chosen.rules.notes()
+    notes += chosen.notes()
     return chosen
 
 
-def _marked_controls(obs, asked, required):
-    """(n,) bool: the cells that an obs column marks as controls, and that column as COLUMN=VALUE, or ''. The column is
-    the one of --control-label, or a usual one."""
+def _mark_controls(obs, asked, required, columns):
+    """Label as controls the cells that an obs column marks: that of --control-label COLUMN=VALUE, or a usual one.
+    Returns a note of it, or ''."""
     for marker in [asked] if asked else CONTROL_MARKERS:
         name, equals, value = marker.partition("=")
         if not equals or name not in obs.columns:
@@ -948,11 +932,15 @@ def _marked_controls(obs, asked, required):
         marked = values == value.lower()
         says_so = asked or value == "0" or {"true", "false", "1", "0", ""}.issuperset(values)
         if says_so and marked.any() and not marked.all():
-            return marked, marker
+            for of_key in columns:
+                for i, column in enumerate(of_key):
+                    column[marked] = "" if i else CONTROL
+            return (f"took the {int(marked.sum()):,} cells with {marker} for controls (--control-label LABEL or "
+                    "COLUMN=VALUE chooses others)")
         if asked and required:
             raise DataError(f"{obs.node.file.filename}: --control-label {marker}: {int(marked.sum())} of {obs.n} cells "
                             f"are controls then; {name} holds {listed(sorted(set(obs[name])))}: choose another value")
-    return None, ""
+    return ""
 
 
 def _gene_names(names, gene_key, wanted, notes):

@@ -40,7 +40,7 @@ def test_numbered_controls_are_controls(tmp_path, label):
     for others in ([], ["control"]):            # alone and beside an ordinary one
         cells = read(column_file(tmp_path / "file.h5ad", {"condition": labels + others}))
         assert list(cells.condition) == wanted + others
-        assert "--control-label" in noted(cells, "labels for controls")
+        assert "--control-label" in noted(cells, "taken for controls")
 
 
 @pytest.mark.parametrize("label", ["NTRK1_1", "NT5M", "NT5E", "PBX1", "controlled_1", "KLF1_24hr", "CTRL9X"])
@@ -85,7 +85,7 @@ def test_a_control_label_that_is_a_gene_too(tmp_path):
     """CTRL is a gene; it is the control only where nothing else is."""
     genes = GENES[:-1] + ["CTRL"]
     path = column_file(tmp_path / "file.h5ad", {"condition": ["CTRL", "STIM", "STIM"]}, genes=genes)
-    noted(read(path), "gene's name too", "--control-label")
+    noted(read(path), "taken for controls", "--control-label")
     assert conditions(path) == ["control", "STIM", "STIM"]
     column_file(path, {"condition": ["CTRL", "NT", "KLF1"]}, genes=genes)
     assert conditions(path) == ["CTRL", "control", "KLF1"]
@@ -111,7 +111,7 @@ def test_a_remark_on_a_control_is_no_perturbation(tmp_path, label, more, wanted)
     cells = read(column_file(tmp_path / "file.h5ad", {"condition": ["DMSO", "drugX", "drug Y", label, *more]}))
     assert cells.condition[3] == wanted and list(cells.condition[:3]) == ["control", "drugX", "drug Y"]
     if wanted == "control":
-        noted(cells, "for controls", label)
+        noted(cells, "taken for controls", label)
         assert conditions(cells.path, control_label="DMSO")[3] == label
 
 
@@ -136,7 +136,7 @@ def test_two_letters_and_a_number_are_a_control_only_without_another_or_with_man
     cells = read(column_file(tmp_path / "file.h5ad", {"drug": labels}))
     assert list(cells.condition) == ["control"] * controls + labels[controls:]
     if controls == 1:
-        noted(cells, labels[1], "not for numbered controls", "--control-label")
+        noted(cells, labels[1], "not taken for numbered controls", "--control-label")
 
 
 @pytest.mark.parametrize("label", ["unassigned", "Negative", "Doublet", "multiplet", "ambiguous", "not assigned",
@@ -234,7 +234,7 @@ def test_evidence_splits_a_label(tmp_path, label, wanted):
     cells = read(path)
     assert list(cells.condition) == ["control", "drugX", "drug Y", wanted]
     if "+" in wanted:
-        noted(cells, "read 1 labels as several perturbations", label, "--separator none")
+        noted(cells, "1 label read as several perturbations", label, "--separator none")
 
 
 @pytest.mark.parametrize("label", ["NT_" + "0" * 60 + "x", "1+" * 60 + "1", "NT" + "1d" * 60 + "x", "A_" * 60 + "?",
@@ -258,7 +258,7 @@ def test_a_pair_that_is_taken_whole_is_noted(tmp_path):
     path = column_file(tmp_path / "file.h5ad", {"condition": ["NT-1", "KLF1-3", "one-1|two-2"]})
     cells = read(path)
     assert cells.condition[2] == "one-1|two-2"
-    noted(cells, "took 1 labels with | or ; as one name each", "one-1|two-2", "--separator '|'")
+    noted(cells, "1 label with | or ; taken as one name each", "one-1|two-2", "--separator '|'")
     assert conditions(path, separator="|")[2] == "one-1+two-2"
 
 
