@@ -2283,7 +2283,7 @@ def restore(run, state, content):
     path, panel = run.config.init, run.panel
     other = load_checkpoint(path, run.method, None)[1]
     old = Panel(**other["panel"])
-    weights = other["content"].get("ema", other["content"]["model"])
+    weights = other["content"].get("ema", other["content"].get("model", {}))
     for model in [content[name] for name in ("model", "ema") if name in content]:
         own = dict(model.named_parameters())
         taken = sum(take_over(own[name], weights[name], old, panel, run.config) for name in own.keys() & weights.keys())
@@ -2834,7 +2834,7 @@ def clean_errors():
         yield
         sys.stdout.flush()
     except DataError as error:
-        _fail(*str(error).split("\n"))          # one line, whatever a label or a path holds
+        _fail(*str(error).splitlines())         # one line, whatever a label or a path holds
     except (RuntimeError, MemoryError) as error:
         text, full = str(error), (torch.OutOfMemoryError, MemoryError)
         if isinstance(error, full) or "allocate memory" in text or "calculation overflowed" in text:    # on a CPU

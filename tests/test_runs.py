@@ -250,6 +250,9 @@ def test_init_refuses_what_has_nothing_in_common(all_trained, demo, call, tmp_pa
     flags = ["--data", demo, *FLAGS, "--out", tmp_path / "run", "--init"]
     error(call(f"{CHEAP}.py", *flags, all_trained["scbig"][0] / "ckpt.pt"), "--init", "no weight")
     error(call(f"{CHEAP}.py", *flags, tmp_path / "none.pt"), "no such checkpoint")
+    state = torch.load(all_trained[CHEAP][0] / "ckpt.pt", weights_only=True)
+    torch.save(state | {"content": {}}, tmp_path / "empty.pt")
+    error(call(f"{CHEAP}.py", *flags, tmp_path / "empty.pt"), "--init", "no weight")
 
 
 # ------------------------------------------------------------------------------------------------ resume and crashes
@@ -494,6 +497,8 @@ def test_a_process_that_dies_ends_the_run_in_one_clear_line(demo, tmp_path):
 
 
 @pytest.mark.parametrize("environment, words", [({"WORLD_SIZE": "2"}, "torchrun"), ({"WORLD_SIZE": "x"}, "unset it"),
+                                                ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1",
+                                                  "MASTER_PORT": "1"}, "MASTER_ADDR"),
                                                 ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1",
                                                   "MASTER_ADDR": "localhost"}, "WORLD_SIZE=2")])
 def test_an_environment_of_half_a_cluster_is_one_clear_line(environment, words, call, monkeypatch):
@@ -749,6 +754,7 @@ def test_a_cell_alone_is_detected_as_often_as_its_values_say():
 
 @pytest.mark.parametrize("flags, words", [
     (["--data", "nothing.h5ad"], ["nothing.h5ad", "no such file"]),
+    (["--data", "a\x0bb\r\nc"], ["a b c: no such file"]),      # one line on every terminal
     (["--split", "sideways"], ["sideways", "additive"]),
     (["--split", "transfer"], ["--covariates"]),
     (["--nonsense"], ["--nonsense"]),
@@ -756,6 +762,7 @@ def test_a_cell_alone_is_detected_as_often_as_its_values_say():
     (["--steps", "0"], ["--steps"]),
     (["--lr", "-1"], ["--lr"]),
     (["--lr", "nan"], ["--lr"]),
+    (["--lr", "inf"], ["--lr"]),
     (["--dropout", "nan"], ["--dropout"]),
     (["--lr-min", "1"], ["--lr-min 1.0", "above --lr"]),
     (["--as-counts"], ["--as-counts", "--predict"]),
