@@ -41,7 +41,7 @@ def build(dataset, panel, config, seed=0, randomise=True):
     return model
 
 
-@pytest.mark.parametrize("options, words", [({"lr_min": 1.0}, "--lr-min 1.0"), ({"width": 30}, "--width 30"),
+@pytest.mark.parametrize("options, words", [({"lr_min": 1.0}, "--lr-min 1.0"), ({"width": 33}, "--width 33"),
                                             ({"batch_size": 3}, "--batch-size 3")])
 def test_values_that_cannot_work_together_are_refused(options, words):
     with pytest.raises(data.DataError, match=words):
