@@ -25,6 +25,7 @@ that is tested (doubles for doubles).
            2019), tuned by leaving one double out; ridge where a single was not measured
 Simulated data have two ceilings: fresh cells of the truth, and of an oracle that knows all but the interactions.
 """
+import functools
 import hashlib
 import importlib
 import json
@@ -48,11 +49,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils import flop_counter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import metrics
 from data import DataError
+from metrics import covariate, perturbations
 
 HERE = Path(__file__).resolve().parent
 
@@ -119,9 +120,8 @@ class Config(data.DataConfig):
     seeds: tuple[int, ...] = (0,)   # seeds to run
     methods: tuple[str, ...] = ("all",)  # all, none, names of METHODS, paths of scripts, or 'NAME FLAGS' in quotes
     baselines: bool = True          # score linear, ridge, kernel and pairs
-    zeros: typing.Literal["none", "clamp", "detect"] = "none"  # the methods' zero rule for the baselines' cells too
     embedding: str = ""             # gene vectors for linear and kernel: .npz (names, emb), .pt, .tsv or .csv
-    pred: tuple[str, ...] = ()      # other tools' predictions: NAME=FILE.h5ad
+    pred: tuple[str, ...] = ()      # other tools' predictions NAME=FILE.h5ad, at most as many cells as of the methods
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
     exact_cells: bool = False       # just that many cells of every condition, however few are real (PRiMeFlow's tables)
     train_on_val: bool = True       # validation conditions train too, as in the papers
@@ -137,16 +137,6 @@ class Config(data.DataConfig):
 
 
 # -------------------------------------------------------------------------------- baselines
-
-def perturbations(group):
-    """'A+B@cov' -> ('A', 'B')"""
-    return tuple(data.split_group(group)[0].split("+"))
-
-
-def covariate(group):
-    """'A+B@cov' -> 'cov'"""
-    return data.split_group(group)[1]
-
 
 def indicators(groups, names):
     """(len(groups), len(names)): 1 where a group holds a perturbation."""
@@ -322,23 +312,15 @@ def fit_baseline(name, dataset, embedding=None):
     if name == "kernel" and not effects.any(axis=1).all():
         return None
     chosen = {k: options[k] for k in options if k not in given}
-    if name == "pairs":
-        chosen["as ridge"] = int((effects == ridge(train, Y, test, given["lam"])).all(axis=1).sum())
     return effects[:, dataset.eval_genes].astype(np.float32), chosen
 
 
-def baseline_populations(name, dataset, effects, sizes, seed, zeros="none"):
+def baseline_populations(name, dataset, effects, sizes, seed):
     """{group: (n, E)} cells of one baseline for the test groups {group: n}: controls of the same covariates plus the
-    effect; by data.as_measured where a zero rule is asked for."""
-    out, panel = {}, dataset.panel()
+    effect."""
     controls = dataset.controls("test", dataset.eval_genes)
-    for group, effect in zip(dataset.part("test"), effects):
-        cells = controls[covariate(group)]
-        draw = data.seed_of(name, group, seed)
-        out[group] = data.pick_rows(cells, sizes[group], draw) + effect
-        if zeros != "none":
-            out[group], _ = data.as_measured(out[group], panel, dataset.eval_genes, zeros, draw)
-    return out
+    return {group: data.pick_rows(controls[covariate(group)], n, data.seed_of(name, group, seed)) + effect
+            for (group, n), effect in zip(sizes.items(), effects)}
 
 
 # -------------------------------------------------------------------------------- runs
@@ -357,12 +339,8 @@ class Job(typing.NamedTuple):
 
 def asked_methods(config):
     """{what --methods calls a method: (its script, its flags)}"""
-    texts = []
-    for text in config.methods:
-        if text == "all":
-            texts += [name for name in METHODS if ":" not in name]
-        elif text != "none":
-            texts.append(text)
+    texts = [name for name in METHODS if ":" not in name] if "all" in config.methods else []
+    texts += [text for text in config.methods if text not in ("all", "none")]
     out = {}
     for text in texts:
         name, *flags = shlex.split(text) or [""]
@@ -385,7 +363,7 @@ def common_flags(config):
     """The flags that every method gets: all that it shares with bench, whatever its own default is."""
     flags = ["--folds", str(config.n_folds)]
     for f in fields(data.RunConfig):
-        if f.name in ("folds", "out", "zeros") or not hasattr(config, f.name):
+        if f.name in ("folds", "out") or not hasattr(config, f.name):
             continue                            # those of bench mean something else
         value, flag = getattr(config, f.name), f.name.replace("_", "-")
         if isinstance(value, bool):
@@ -455,14 +433,6 @@ def read_cells(file, dataset):
 
 # -------------------------------------------------------------------------------- scores
 
-def score(dataset, pred, seed, keys, floors=False):
-    """metrics.evaluate() of predicted test cells {group: (n, E)}."""
-    genes = dataset.eval_genes
-    return metrics.evaluate(pred, dataset.populations("test", genes), dataset.controls("test", genes),
-                            [dataset.genes[i] for i in genes], dataset.populations("train", genes), keys=keys,
-                            seed=seed, floors=floors)
-
-
 def read_pred(text, dataset, config):
     """Name and {group: (n, E)} of one --pred NAME=FILE: the test conditions and the evaluation genes, by name."""
     name, file = text.split("=", 1)
@@ -524,19 +494,22 @@ def score_fold(config, fold):
     keys = [k for k in metrics.KEYS if k not in metrics.MMD_RANKS or k in config.keys]
     sizes, runs = dataset.sizes("test", config.eval_cells, config.exact_cells), []
     for seed in config.seeds:
+        score = functools.partial(metrics.evaluate_part, dataset, "test", seed=seed, keys=keys)
         real = {g: data.pick_rows(dataset.cells(g, dataset.eval_genes), n, seed) for g, n in sizes.items()}
-        first = score(dataset, real, seed, keys, floors=True)           # only floors and replicate of it are wanted
+        first = score(real)                                         # only floors and replicate of it are wanted
         floors, each = first["floors"], first["floors_per_condition"]
         runs += [(name, "floor", {"aggregate": floors[name], "per_condition": each[name]}) for name in floors
                  if floors[name]]
         for name, fit in fitted.items():
             if fit is not None:
-                cells = baseline_populations(name, dataset, fit[0], sizes, seed, config.zeros)
-                runs.append((name, "baseline", score(dataset, cells, seed, keys) | {"options": fit[1]}))
-        for name, cells in others.items():
-            runs.append((name, "prediction", score(dataset, cells, seed, keys)))
+                cells = baseline_populations(name, dataset, fit[0], sizes, seed)
+                runs.append((name, "baseline", score(cells, floors=False) | {"options": fit[1]}))
+        for name, of in others.items():
+            cells = {g: x[data.pick_rows(np.arange(x.shape[0]), min(sizes[g], x.shape[0]), data.seed_of(name, g, seed))]
+                     for g, x in of.items()}                        # distances depend on the number of cells
+            runs.append((name, "prediction", score(cells, floors=False)))
         for name, cells in ceilings(dataset, sizes, seed).items():
-            runs.append((name, "ceiling", score(dataset, cells, seed, keys)))
+            runs.append((name, "ceiling", score(cells, floors=False)))
         again = {"aggregate": first["replicate"], "per_condition": first["replicate_per_condition"]}
         runs.append(("replicate", "ceiling", again))
         runs.append(("can this metric tell", "share", {"aggregate": first["can_tell"], "per_condition": {}}))
@@ -554,7 +527,8 @@ def score_run(job, dataset, config):
                         "changed. Remove the folder, or choose another --out")
     missing = [k for k in config.keys if k not in result["aggregate"]]
     if missing:
-        result |= score(dataset, cells, job.seed, [*result["aggregate"], *missing])
+        keys = [*result["aggregate"], *missing]
+        result |= metrics.evaluate_part(dataset, "test", cells, job.seed, keys=keys, floors=False)
     of = {"": result} | result.get("variants", {})
     return [(job.name + suffix, "method", scores) for suffix, scores in of.items()]
 
@@ -639,14 +613,10 @@ def verdicts(rows, keys):
 
 # -------------------------------------------------------------------------------- tables
 
-def notes(rows, partial, every):
-    """What a reader of the table has to know: lines. partial: rows left out; every: number of test conditions."""
+def notes(rows, partial):
+    """What a reader of the table has to know: lines. partial: rows left out."""
     lines = ["can this metric tell: in this share of the test conditions the replicate, a draw of the truth, beats the "
              "best floor; where it is near a half, the metric says nothing on these data"]
-    as_ridge = rows["pairs"]["options"][0]["as ridge"] if "pairs" in rows else 0
-    if as_ridge:
-        lines.append(f"pairs is ridge in {as_ridge} of {every} test conditions: they are no double of two measured "
-                     "singles, or fewer than three such doubles train")
     if any(row["kind"] == "published" for row in rows.values()):
         lines.append("published rows are of other genes and cells, where control itself has another l2: of them and "
                      "ours only l2/control compares")
@@ -721,7 +691,7 @@ def bench(config):
         row["mean"]["l2/control"] = None if l2 is None or row["kind"] == "share" else l2 / control
     rows |= published_rows(config)
     keys = list(config.keys or metrics.TABLE_KEYS)
-    below = "\n".join(f"- {line}" for line in verdicts(rows, keys) + notes(rows, partial, every))
+    below = "\n".join(f"- {line}" for line in verdicts(rows, keys) + notes(rows, partial))
     if "l2" in keys:
         keys.insert(keys.index("l2") + 1, "l2/control")
     title = (f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, seeds {list(config.seeds)}: "
@@ -914,19 +884,9 @@ def plot_pca(plt, condition, cells, colors):
 
 # -------------------------------------------------------------------------------- speed
 
-class Flops(TorchDispatchMode):
-    """Counts the FLOPs of what runs within it, as torch's FlopCounterMode, which fails where a model runs without
-    gradients, and with the attention of CPUs."""
-    formulas = flop_counter.flop_registry | {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop}
-    count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        if operation.overloadpacket in self.formulas:
-            self.count += self.formulas[operation.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
+CPU_ATTENTION = {       # which torch's counter leaves out; its formulas, from shapes
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop.__wrapped__,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop.__wrapped__}
 
 
 def matrix_rate(device, dtype):
@@ -971,9 +931,9 @@ def measure(script, seconds, *flags):
         short = method.Run(replace(config, steps=n, compile=False, out=f"{config.out}-{n}"))
         short.dataset, short.panel = run.dataset, run.panel
         short.out.mkdir()
-        with Flops() as counter:
+        with flop_counter.FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             method.train(short, None)
-        flops.append(counter.count)
+        flops.append(counter.get_total_flops())
     print(json.dumps(found | {"GFLOP/step": (flops[1] - flops[0]) / 1e9}))
 
 

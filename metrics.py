@@ -635,17 +635,19 @@ def mmd_matrix(pred, real, block=16_000_000):
 
 # -------------------------------------------------------------------------------- populations
 
-def _rng(seed, *purpose):
-    """A generator of its own for every purpose and group: removing one condition changes nothing for the others."""
-    return np.random.default_rng([seed, zlib.crc32("/".join(purpose).encode())])
-
-
-def _perturbations(group):
+def perturbations(group):
+    """'A+B@cov' -> ['A', 'B']"""
     return data.split_group(group)[0].split("+")
 
 
-def _covariate(group):
+def covariate(group):
+    """'A+B@cov' -> 'cov'"""
     return data.split_group(group)[1]
+
+
+def _rng(seed, *purpose):
+    """A generator of its own for every purpose and group: removing one condition changes nothing for the others."""
+    return np.random.default_rng([seed, zlib.crc32("/".join(purpose).encode())])
 
 
 class _World:
@@ -656,7 +658,7 @@ class _World:
         self.pooled = bool(totals)
         self.order = np.argsort(np.asarray(genes, dtype=str), kind="stable")   # by name: no tie depends on the input
         self.column = {genes[i]: k for k, i in enumerate(self.order)}
-        self.covariates = sorted({_covariate(g) for g in groups})
+        self.covariates = sorted({covariate(g) for g in groups})
         control = control if isinstance(control, Mapping) else {"": control}
         missing = set(self.covariates) - set(control)
         if missing:
@@ -671,12 +673,12 @@ class _World:
 
     def targets(self, group):
         """Columns of the perturbed genes that are in the panel ('drug:dose' counts as 'drug')."""
-        named = {name for p in _perturbations(group) for name in (p, data.split_dose(p)[0])}
+        named = {name for p in perturbations(group) for name in (p, data.split_dose(p)[0])}
         return [self.column[name] for name in sorted(named & self.column.keys())]
 
     def rank_cells(self, group):
         """Most cells of a condition that enter the pairwise MMDs."""
-        n = sum(_covariate(g) == _covariate(group) for g in self.groups)
+        n = sum(covariate(g) == covariate(group) for g in self.groups)
         return FEW_CELLS if n > MANY_CONDITIONS else RANK_CELLS
 
 
@@ -707,7 +709,7 @@ class _Population:
 
     @property
     def control(self):
-        return self.world.control[_covariate(self.group)]
+        return self.world.control[covariate(self.group)]
 
     @cached_property
     def mean(self):
@@ -823,7 +825,7 @@ class _Training:
 
     def __init__(self, train, world, most_cells):
         self.world = world
-        self.groups = [g for g in train if _perturbations(g) != ["control"]]
+        self.groups = [g for g in train if perturbations(g) != ["control"]]
         self.share = math.ceil(max(2000, 2 * most_cells) / min(len(self.like(v)) for v in world.covariates))
         self.mean = {}
         self.cells = np.empty((len(self.groups), self.share, len(world.column)), np.float32)
@@ -832,17 +834,17 @@ class _Training:
             self.mean[g] = x.mean
             self.cells[i] = x.cells[_rng(world.seed, "train", g).choice(x.n, self.share, replace=self.share > x.n)]
 
-    def like(self, covariate):
+    def like(self, value):
         """Training groups of the same covariate if there are any, else all."""
-        return [g for g in self.groups if _covariate(g) == covariate] or self.groups
+        return [g for g in self.groups if covariate(g) == value] or self.groups
 
-    def centroid(self, covariate):
+    def centroid(self, value):
         """Unweighted mean of the training perturbations' means: the Systema reference and the `mean` floor."""
-        return np.mean([self.mean[g] for g in self.like(covariate)], axis=0)
+        return np.mean([self.mean[g] for g in self.like(value)], axis=0)
 
     def draw(self, group, n):
         """n cells of the training perturbations, conditions equally weighted."""
-        like = np.flatnonzero(np.isin(self.groups, self.like(_covariate(group))))
+        like = np.flatnonzero(np.isin(self.groups, self.like(covariate(group))))
         drawn = _rng(self.world.seed, "mean_cells", group).choice(len(like) * self.share, n, replace=False)
         return self.cells[like[drawn // self.share], drawn % self.share]
 
@@ -852,13 +854,13 @@ class _Training:
         A single's effect is that in the group's own covariate if it was trained there, else the average over the
         others, each against its own control."""
         world, total = self.world, 0.0
-        for perturbation in _perturbations(group):
-            singles = [g for g in self.groups if _perturbations(g) == [perturbation]
-                       and _covariate(g) in world.control]
-            singles = [g for g in singles if _covariate(g) == _covariate(group)] or singles
+        for perturbation in perturbations(group):
+            singles = [g for g in self.groups if perturbations(g) == [perturbation]
+                       and covariate(g) in world.control]
+            singles = [g for g in singles if covariate(g) == covariate(group)] or singles
             if not singles:
                 return None
-            effects = [self.mean[g] - world.control[_covariate(g)].mean for g in singles]
+            effects = [self.mean[g] - world.control[covariate(g)].mean for g in singles]
             total = total + np.mean(effects, axis=0)
         return total
 
@@ -866,7 +868,7 @@ class _Training:
 def _floor(name, world, training, sizes):
     """The populations of one floor, one after another, each with as many cells as the prediction."""
     for group, n in data.progress(sizes.items(), f"scoring the {name} floor"):
-        control = world.control[_covariate(group)]
+        control = world.control[covariate(group)]
         shift = training.additive(group) if name == "additive" else np.zeros(1)
         if shift is None:
             continue
@@ -941,14 +943,14 @@ def _score(populations, real, world, keys, tables=None):
             tables[p.group] = {"gene": np.array(list(world.column)), "control_mean": r.control.mean,
                                "pred_mean": p.mean, "real_mean": r.mean, "pred_lfc": p.lfc, "real_lfc": r.lfc,
                                "real_p_adjusted": r.adjusted_p}
-    for covariate in {_covariate(g) for g in kept}:
-        mine = [g for g in kept if _covariate(g) == covariate]
-        others = [g for g in real if _covariate(g) == covariate and g not in kept]
+    for value in {covariate(g) for g in kept}:
+        mine = [g for g in kept if covariate(g) == value]
+        others = [g for g in real if covariate(g) == value and g not in kept]
         targets = [world.targets(g) for g in mine]
         for key, name in compared.items():
             both = Conditions([kept[g][name] for g in mine], [getattr(real[g], name) for g in mine + others], targets)
-            for g, value in zip(mine, KEYS[key].score(both)):
-                out[g][key] = float(value)
+            for g, score in zip(mine, KEYS[key].score(both)):
+                out[g][key] = float(score)
     return out
 
 
@@ -1014,7 +1016,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     training = _Training(train, world, max(sizes.values())) if train else None
     if training:
         centroids = {v: training.centroid(v) for v in world.covariates}
-        world.reference = {g: centroids[_covariate(g)] for g in groups}
+        world.reference = {g: centroids[covariate(g)] for g in groups}
     elif train_mean is not None:
         world.reference = dict.fromkeys(groups, np.asarray(train_mean, np.float64)[world.order])
     keys = [k for k in KEYS if k in keys and (world.reference or k not in SYSTEMA)]
@@ -1028,8 +1030,8 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     result = _summary(scores, keys)
     result["ci95"] = _intervals(result["per_condition"], keys, _rng(seed, "bootstrap"))
     result["groups"] = {}
-    for n in sorted({len(_perturbations(g)) for g in groups}):
-        members = {g: scores[g] for g in groups if len(_perturbations(g)) == n}
+    for n in sorted({len(perturbations(g)) for g in groups}):
+        members = {g: scores[g] for g in groups if len(perturbations(g)) == n}
         name = {1: "single", 2: "double", 3: "triple"}.get(n, f"{n}_perturbations")
         result["groups"][name] = _summary(members, keys)["aggregate"]
     result["info"] = _information(world, truth, sizes, keys, notes)
@@ -1171,11 +1173,13 @@ def _number(value):
 
 # -------------------------------------------------------------------------------- the report of a run
 
-def _evaluate_part(run, part, pred, **options):
-    """evaluate() of predicted cells {group: (n, E)} of a part of a run's data set."""
-    dataset, columns = run.dataset, run.dataset.eval_genes
+def evaluate_part(dataset, part, pred, seed, **options):
+    """evaluate() of predicted cells {group: (n, E)} of the conditions of a part of a data set, "val" or "test", these
+    also against the training perturbations."""
+    columns = dataset.eval_genes
+    train = dataset.populations("train", columns) if part == "test" else None
     return evaluate(pred, dataset.populations(part, columns), dataset.controls(part, columns),
-                    [dataset.genes[i] for i in columns], seed=run.config.seed, **options)
+                    [dataset.genes[i] for i in columns], train, seed=seed, **options)
 
 
 def report(run, method, rows):
@@ -1184,14 +1188,13 @@ def report(run, method, rows):
     rows {suffix: {group: (n, E)}}: the method's own prediction under '', and further rows of the table, which get no
     floors. run: with config, dataset, out, device, journal (seconds) and capped (values that were cut)."""
     config, tables = run.config, {}
-    train = run.dataset.populations("train", run.dataset.eval_genes)
-    result = _evaluate_part(run, "test", rows[""], train=train, tables=tables)
+    result = evaluate_part(run.dataset, "test", rows[""], config.seed, tables=tables)
     if run.capped:
         result["info"]["notes"].append(f"{run.capped:,} generated values were above the training maximum of their gene "
                                        "and were set to it")
     for name, cells in rows.items():
         if name:
-            other = _evaluate_part(run, "test", cells, train=train, floors=False)
+            other = evaluate_part(run.dataset, "test", cells, config.seed, floors=False)
             result.setdefault("variants", {})[name] = {k: other[k] for k in ("aggregate", "n_valid", "per_condition")}
     _write_genes(run.out / "genes.tsv", tables)
     versions = {module.__name__: module.__version__ for module in (torch, np, scipy, h5py)}
@@ -1221,7 +1224,8 @@ def _write_genes(path, tables):
 def validation(run, step, pred):
     """Console line and log of three metrics of predicted cells {group: (n, E)} of the validation conditions: {key:
     value}, without floors."""
-    result = _evaluate_part(run, "val", pred, keys=["l2", "pearson_delta", "e_distance"], floors=False)
+    result = evaluate_part(run.dataset, "val", pred, run.config.seed, keys=["l2", "pearson_delta", "e_distance"],
+                           floors=False)
     scores = {k: v for k, v in result["aggregate"].items() if v is not None}
     run.say("validation  " + "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     run.journal.log(step, {"val": scores})
@@ -1247,11 +1251,8 @@ class _Groups(data.Lazy):
         def cut(rows):
             return cells.X[rows][:, columns]
 
-        rows_of = {}
-        for row, pair in enumerate(zip(cells.condition, cells.covariate)):
-            rows_of.setdefault(pair, []).append(row)
-        for (condition, covariate), rows in sorted(rows_of.items()):
-            name = covariate if condition == "control" else data.group_name(condition, covariate)
+        for (condition, value), rows in cells.pairs.items():
+            name = value if condition == "control" else data.group_name(condition, value)
             if condition == "control":
                 self.controls[name] = cut(rows)
             else:

@@ -628,16 +628,20 @@ def test_a_failed_run_is_reported_and_does_not_stop_the_rest(demo, stub, capsys,
 
 
 def test_other_tools_predictions_and_two_folds(demo, capsys, tmp_path):
+    """The truth itself, whole and as many of its cells as a method generates: others for each seed."""
     dataset = data.load(demo, data.DataConfig(), "additive")
     X, condition = dataset.X.toarray(), data.read_cells(demo).condition
     files = {"oracle": (X[:, ::-1], condition, dataset.genes[::-1]), "few": (X[:60], condition[:60], dataset.genes),
              "narrow": (X[:, :9], condition, dataset.genes[:9])}
     for name, (cells, labels, genes) in files.items():
         data.write_h5ad(tmp_path / f"{name}.h5ad", cells, {"condition": labels}, genes)
-    flags = flags_of(demo, tmp_path / "b", "none")
-    ok(main(capsys, *flags, "--pred", f"ORACLE={tmp_path / 'oracle.h5ad'}", "--folds", 0, 1))    # the truth itself
+    flags = [*flags_of(demo, tmp_path / "b", "none"), "--no-baselines", "--pred", f"ORACLE={tmp_path / 'oracle.h5ad'}"]
+    ok(main(capsys, *flags, "--eval-cells", 99, "--folds", 0, 1))
     found = written(tmp_path / "b")["ORACLE"]
     assert found["mean"]["l2"] < 1e-5 and found["runs"] == 2 and found["mean"]["pds"] == 1
+    ok(main(capsys, *flags, "--seeds", 0, 1))
+    one, other = written(tmp_path / "b")["ORACLE"]["values"]["l2"]
+    assert one > 0.1 < other != one
     for name, words in (("few", "test conditions"), ("narrow", "evaluation genes")):
         done = main(capsys, *flags_of(demo, tmp_path / "c", "none"), "--pred", f"X={tmp_path / name}.h5ad")
         assert done.returncode == 2 and words in done.stderr
