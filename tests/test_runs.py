@@ -721,6 +721,14 @@ def test_a_checkpoint_of_another_version_of_the_file_is_one_line(change, words, 
     error(call(f"{CHEAP}.py", "--out", tmp_path, "--resume"), words)
 
 
+def test_a_checkpoint_with_pickled_objects_is_not_loaded(all_trained, call, tmp_path):
+    """They could hold any code."""
+    state = torch.load(all_trained[CHEAP][0] / "ckpt.pt", weights_only=True)
+    torch.save(state | {"more": tmp_path}, tmp_path / "ckpt.pt")
+    done = call(f"{CHEAP}.py", "--ckpt", tmp_path / "ckpt.pt", "--predict", "TF1", "--out", tmp_path / "p.h5ad")
+    error(done, "no checkpoint, or damaged")
+
+
 def test_cells_that_are_not_finite_are_refused(all_trained, call, tmp_path):
     state = torch.load(all_trained[CHEAP][0] / "ckpt.pt", weights_only=True)
     state["content"]["ema"]["effects"] *= float("nan")
