@@ -1422,25 +1422,26 @@ class Dataset:
         """Index of the control group (same covariates) of each group: (C,) long -> (C,) long on `index_device`."""
         return self._control[groups.to(self.index_device)]
 
-    def cells(self, group, genes=None):
-        """All real cells of a group as float32 (n, G'), genes: column indices or None for all."""
-        return self._values(self.rows[group], genes)
-
-    def controls(self, part="train", genes=None):
-        """Lazy mapping {covariate: (n, G')} of the real control cells of a part."""
-        rows = self.control_rows[part]
-        return Lazy(rows, lambda covariate: self._values(rows[covariate], genes))
-
     def sizes(self, part, most, exact=False):
         """{group: cells to generate}: as many as the real condition has, at most `most`; or exactly `most`."""
         return {g: most if exact else min(len(self.rows[g]), most) for g in self.part(part)}
 
-    def control_cells(self, part):
-        """{covariate: Rows} of a part's control cells, to be read when indexed."""
-        return {v: Rows(self.X, rows) for v, rows in self.control_rows[part].items()}
+    def cells(self, group, genes=None):
+        """All real cells of a group as float32 (n, G'), genes: column indices or None for all."""
+        return Rows(self.X, self.rows[group], genes)[:]
 
-    def _values(self, rows, genes):
-        return (self.X[rows] if genes is None else self.X[rows][:, genes]).toarray()
+    def populations(self, part, genes=None):
+        """Lazy mapping {group: (n, G')} of the perturbed cells of a part, for metrics.evaluate."""
+        return Lazy(self.part(part), lambda group: self.cells(group, genes))
+
+    def control_cells(self, part, genes=None):
+        """{covariate: Rows} of a part's control cells, to be read when indexed."""
+        return {v: Rows(self.X, rows, genes) for v, rows in self.control_rows[part].items()}
+
+    def controls(self, part="train", genes=None):
+        """Lazy mapping {covariate: (n, G')} of the real control cells of a part."""
+        cells = self.control_cells(part, genes)
+        return Lazy(cells, lambda covariate: cells[covariate][:])
 
     def panel(self):
         """The plain facts of this data set that a model needs to predict."""
@@ -1455,22 +1456,19 @@ class Dataset:
         return Panel(list(self.genes), self.eval_genes.tolist(), list(self.perturbations), self.pert_gene.tolist(),
                      trained, mean.tolist(), highest.tolist(), covariates, detected_medians(self.X, self.fit_rows))
 
-    def populations(self, part, genes=None):
-        """Lazy mapping {group: (n, G')} of the perturbed cells of a part, for metrics.evaluate."""
-        return Lazy(self.part(part), lambda group: self.cells(group, genes))
-
 
 class Rows:
-    """Some cells of a matrix, all genes, that are read when indexed: cells[i] is float32 (len(i), G)."""
+    """Some cells of a matrix, read when indexed: cells[i] is float32 (len(i), G'), of all genes or of some columns."""
 
-    def __init__(self, X, rows):
+    def __init__(self, X, rows, genes=None):
         self.X, self.rows = X, rows
+        self.genes = slice(None) if genes is None else genes
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        return self.X[self.rows[i]].toarray()
+        return self.X[self.rows[i]][:, self.genes].toarray()
 
 
 class Lazy(Mapping):
@@ -1720,21 +1718,21 @@ class _Disk(io.FileIO):
     """A file for h5py that raises a failed write when it is closed: HDF5 crashes when the disk is full as it writes."""
     failure = None
 
-    def _attempt(self, action, *args):
-        try:
-            return None if self.failure else action(*args)
-        except OSError as error:
-            self.failure = error
-
     def write(self, content):
         content = memoryview(content).cast("B")
         done = 0
-        while done < len(content) and not self.failure:
-            done += self._attempt(super().write, content[done:]) or 0
+        try:
+            while done < len(content) and not self.failure:
+                done += super().write(content[done:])
+        except OSError as error:
+            self.failure = error
         return len(content)
 
     def truncate(self, size=None):
-        return self._attempt(super().truncate, size)
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = error
 
     def __exit__(self, *exception):
         self.close()
@@ -1796,14 +1794,13 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
             _write(file, "X", np.ascontiguousarray(X))
         else:
             group, indptr = file.create_group("X"), [np.zeros(1, dtype=np.int64)]
+            data, indices = (group.create_dataset(key, (0,), dtype, maxshape=(None,), chunks=(65536,))
+                             for key, dtype in (("data", np.float32), ("indices", np.int32)))
             for block in [X.tocsr()] if sp.issparse(X) else X:
                 end = indptr[-1][-1]
-                for key, values in (("data", block.data), ("indices", block.indices)):
-                    if key not in group:
-                        chunk = min(max(1, len(values)), 65536)
-                        group.create_dataset(key, (0,), values.dtype, maxshape=(None,), chunks=(chunk,))
-                    group[key].resize((end + len(values),))
-                    group[key][end:] = values
+                for dataset, values in ((data, block.data), (indices, block.indices)):
+                    dataset.resize((end + len(values),))
+                    dataset[end:] = values
                 indptr.append(end + block.indptr[1:].astype(np.int64))
             indptr = np.concatenate(indptr)
             group["indptr"] = indptr.astype(np.int32) if indptr[-1] < 2**31 else indptr
