@@ -11,9 +11,8 @@ cells only: nothing here is fitted on a test cell.
     python data.py demo --out demo.h5ad                 simulated counts, known truth (--cells, --genes, --cell-types)
 
 Size: a matrix above --cache-gb is read in blocks of rows, uncompressed CSR in place, anything else from a temporary
-copy (columns are turned to rows in memory first). Once the genes are chosen, their values in all cells move into memory
-where these fit, sparse and, for drawing batches, dense on the device; else, and with --backed, they stay on disk, and a
-batch is read when it is drawn. Results are the same to the last bit, but on a GPU, whose dense matrix is float16.
+copy. Once the genes are chosen, their values move into memory where they fit, sparse and, for drawing batches, dense on
+the device (float16 on a GPU); else, and with --backed, a batch is read when it is drawn. Results are the same.
 
 Units: `counts` are raw UMI counts; everything a method sees is log1p of counts per 10,000 ("log1p CP10k").
 Names: a condition is its perturbations sorted and joined by '+', or 'control'; a group is a condition within one
@@ -305,20 +304,18 @@ class Frame:
 def _matrix(node, shape, where, limit):
     """X or a layer, dense, CSR and CSC alike, as CSR float32; StoredRows of it if it takes more than `limit` bytes."""
     n, G = shape
+    arrays, dimensions = [node], 2
     if isinstance(node, h5py.Group):
         layout = (_attr(node, "encoding-type") or _attr(node, "h5sparse_format")).removesuffix("_matrix")
         if layout not in ("csr", "csc"):
             raise DataError(f"{where}: is stored as {layout or 'an unknown layout'}; write it again as a dense, CSR or "
                             "CSC matrix")
         arrays, dimensions = [node[name] for name in ("data", "indices", "indptr")], 1
-        stored = tuple(np.ravel(node.attrs.get("shape", node.attrs.get("h5sparse_shape", ()))).tolist())
-    else:
-        arrays, dimensions = [node], 2
-        stored = getattr(node, "shape", None)
     for array in arrays:
         if len(getattr(array, "shape", None) or ()) != dimensions or array.dtype.kind not in "biuf":
             raise _damaged(array, f"is {array}, where numbers in {dimensions} dimensions are expected")
-    if stored != shape:
+    stored = node.attrs.get("shape", node.attrs.get("h5sparse_shape", getattr(node, "shape", ())))
+    if tuple(np.ravel(stored)) != shape:
         raise _damaged(node, f"has shape {stored}, but obs and var say {shape}: they disagree")
     step = max(1, BLOCK_NNZ // G)
     starts = progress(range(0, n, step), "reading the cells")
@@ -357,8 +354,7 @@ def _csr(values, indices, indptr, width, where):
 
 
 def _stacked(parts, shape, data, indices):
-    """CSR of its rows in parts, written to arrays that are long enough; of empty ones only what is written takes
-    memory."""
+    """CSR of its rows in parts, written to arrays that are long enough (memory is taken by what is written)."""
     indptr = [np.zeros(1, dtype=np.int64)]
     for part in parts:
         end = indptr[-1][-1]
@@ -431,13 +427,12 @@ class Cells:
 
 
 def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True, genes=()):
-    """Read an AnnData file: matrix, gene names, canonical conditions and covariates per cell.
+    """The Cells of an AnnData file, with values as stored; their notes say what was guessed. Raises DataError.
 
-    config: DataConfig (layer, keys, scale). control_required: an error when the file holds no control cells.
-    perturbed_required: an error when it holds nothing else; if False, a file without labels is all control cells.
-    check: refuse values that measured cells cannot have and a prediction may: below zero, a few far above log1p CP10k,
-    or all lower than it goes. NaN and Inf never pass. genes: names by which to choose the var column of gene names.
-    Returns Cells with raw or log-normalised values as stored; its notes say what was guessed. Raises DataError.
+    config: ReadConfig. control_required: an error when the file holds no control cells. perturbed_required: an error
+    when it holds nothing else; if False, a file without labels is all control cells. check: refuse values that measured
+    cells cannot have and a prediction may: below zero, a few far above log1p CP10k, or all lower than it goes. NaN and
+    Inf never pass. genes: names by which to choose the var column of gene names.
     """
     config = config or DataConfig()
     notes = []
@@ -449,9 +444,7 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
             raise DataError(f"{path}: holds {obs.n} cells and {var.n} genes; nothing to learn from, check how it was "
                             "written")
         expressed = _expressed(var, notes)
-        gene_keys = [var.index, *var.usual(GENE_KEYS)]
-        if config.gene_key:
-            gene_keys.append(config.gene_key)
+        gene_keys = dict.fromkeys([var.index, *var.usual(GENE_KEYS), config.gene_key or var.index])
         names = {key: var.column(key, "--gene-key")[expressed] for key in gene_keys}
         labels = _find_labels(obs, config, set().union(*names.values()), control_required, perturbed_required, notes)
         covariates = [obs.column(key, "--covariates") for key in config.covariate_keys]
@@ -1154,8 +1147,7 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
     groups: [(condition, covariate)] without controls. spelling: {condition: first spelling in the file}.
     name: additive | holdout | cv | combo | transfer | unseen, or one whose parts are `given`, as in a file or a column;
     'all' trains on every condition. fold: seed 42 + fold, except cv where it picks the test fold; it tests each double
-    once, or each single where there are no doubles. train_on_val: the validation conditions train too. Raises DataError
-    when a split has no test condition.
+    once, or each single where there are no doubles. train_on_val: the validation conditions train too.
     """
     if fold < 0:
         raise DataError(f"--fold {fold}: folds are numbered from 0")
@@ -1526,12 +1518,12 @@ class Panel:
         out = torch.zeros(len(groups), len(levels))
         for i, group in enumerate(groups):
             values = covariate_values(split_group(group)[1], len(self.covariates))
-            for column, value in zip(self.covariates, values):
-                if (column, value) in levels:
-                    out[i, levels.index((column, value))] = 1
+            for level in zip(self.covariates, values):
+                if level in levels:
+                    out[i, levels.index(level)] = 1
                 elif strict:
-                    raise DataError(f"{group}: '{value}' is no {column} of the training file; it has "
-                                    f"{', '.join(self.covariates[column][:9])}")
+                    raise DataError(f"{group}: '{level[1]}' is no {level[0]} of the training file; it has "
+                                    f"{listed(self.covariates[level[0]], 9)}")
         return out
 
     def known(self, unseen):
@@ -1575,10 +1567,8 @@ def read_controls(path, config, panel):
 def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_val=False):
     """Read, label, filter, split, choose genes, log-normalise. Returns a Dataset; raises DataError.
 
-    split: a name that make_split knows, a split file, or '' for none (then every condition is training).
-    train_on_val: the validation conditions of the split train too.
-    Order of the steps: cells by --min-genes; split; genes by --min-cells in training and control cells; normalise over
-    the genes that are left (as scanpy's usual script does); HVG on training and control cells; evaluation genes.
+    split: a name that make_split knows, a split file, or '' for none (then every condition is training). Cells are
+    normalised over the genes that --min-cells leaves, as scanpy's usual script does; then come HVG.
     """
     config = config or DataConfig()
     if config.hvg_by == "mean" and config.hvg_on == "all":
@@ -1834,9 +1824,8 @@ def write_populations(run, path, pred, controls, columns, totals=None):
 
 
 def _counts(x, totals, predicted, seed):
-    """Counts of cells x (n, E) log1p CP10k: of control cells by their own totals (n,); predicted ones have that of the
-    control cell that predict() made them from, of m totals (m,), and are rounded up or down at random, so that a gene's
-    mean stays."""
+    """Counts of cells x (n, E) log1p CP10k: of control cells by their own totals (n,), of predicted ones by that of the
+    control cell that predict() made each from, of totals (m,); these are rounded at random, so that means stay."""
     if not predicted:
         return np.rint(np.expm1(x) * totals[:, None] / 1e4)
     mean = np.expm1(x.astype(np.float64)) * pick_rows(totals, len(x), seed)[:, None] / 1e4
@@ -1945,11 +1934,10 @@ class Screen:
 
 
 def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
-    """Write a simulated Perturb-seq file of raw counts with a known truth: a Screen. With cell_types > 1 obs.cell_type
-    names them.
+    """Write a simulated Perturb-seq file of raw counts; uns holds the truth, for tests only.
 
-    cells: total, a part in eleven of it controls; 0 for 400 controls and 100 of each condition, per cell type. uns
-    holds the truth, for tests only: truth_conditions, truth_means (noise-free mean log1p CP10k), truth_interactions.
+    cells: total, a part in eleven of it controls; 0 for 400 controls and 100 of each condition, per cell type, which
+    obs.cell_type names if there are several.
     """
     if genes < 40 or cell_types < 1 or seed < 0:
         raise DataError(f"demo: --genes {genes} --cell-types {cell_types} --seed {seed}: at least 40 genes, one cell "
@@ -1991,9 +1979,7 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
 
 def _records(path, parse, wanted, header=False):
     """parse(line) of every line of a text file: plain, .gz, or the first member of a .zip; empty lines are left out.
-
-    A line for which parse raises ValueError is an error that says what is `wanted`; the first line may be a header.
-    """
+    One for which parse raises ValueError is an error that says what is `wanted`; the first line may be a header."""
     try:
         if path.endswith(".zip"):
             archive = zipfile.ZipFile(path)
