@@ -2000,43 +2000,31 @@ def _records(path, parse, wanted, header=False):
                                 "it") from None
 
 
-def read_vectors(path):
-    """{NAME: (p,) float32} of an .npz (names, emb), a .pt ({name: tensor}) or a .tsv/.csv (name, numbers). Vectors of
-    zeros, which some files hold for what they do not know, are left out. Pickled objects are not loaded."""
-    if path.endswith((".npz", ".pt")):
-        try:
-            if path.endswith(".npz"):
-                with np.load(path, allow_pickle=False) as file:
-                    names, rows = file["names"].tolist(), np.asarray(file["emb"], np.float32)
-            else:
-                table = torch.load(path, map_location="cpu", weights_only=True)
-                names, rows = list(table), np.stack([table[name].float().numpy() for name in table])
-            if rows.ndim != 2 or len(names) != len(rows):
-                raise ValueError(f"{len(names)} names, vectors of shape {rows.shape}")
-        except Exception as error:              # np.load and torch.load raise many types on other content
-            raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' "
-                            "and 'emb' (.npz) or a dict {name: 1-d tensor} (.pt), no pickled objects") from None
-    else:
-        separator = "," if path.endswith((".csv", ".csv.gz")) else "\t"
-        lengths = set()
-
-        def vector(line):
-            name, *values = line.split(separator)
-            row = np.array(values, dtype=np.float32)
-            if len(row) == 0 or len(lengths | {len(row)}) > 1:
-                raise ValueError
-            lengths.add(len(row))
-            return name, row
-        pairs = list(_records(path, vector, "a name and numbers, as many as in the other lines", header=True))
-        names, rows = [name for name, _ in pairs], np.array([row for _, row in pairs])
-    if len(rows) == 0 or not np.isfinite(rows).all():
-        raise DataError(f"{path}: holds {'NaN or infinite values' if len(rows) else 'no vectors'}; remove them")
-    return {str(name).upper(): row for name, row in zip(names, rows) if row.any()}
+def aligned_vectors(path, names):
+    """Vectors for some names, (n, p) float32, of an .npz (names, emb) or a .pt ({name: tensor}), and known (n,) bool:
+    zeros where the file has none, or has zeros, as some files do. Pickled objects are not loaded."""
+    try:
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as file:
+                found, rows = file["names"].tolist(), np.asarray(file["emb"], np.float32)
+        else:
+            table = torch.load(path, map_location="cpu", weights_only=True)
+            found, rows = list(table), np.stack([table[name].float().numpy() for name in table])
+        if rows.ndim != 2 or len(found) != len(rows) or not np.isfinite(rows).all():
+            raise ValueError(f"{len(found)} names, vectors of shape {rows.shape}, perhaps NaN")
+    except Exception as error:                  # np.load and torch.load raise many types on other content
+        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' and 'emb' "
+                        "(.npz) or a dict {name: 1-d tensor} (.pt), no pickled objects") from None
+    table = {str(name).upper(): row for name, row in zip(found, rows) if row.any()}
+    nothing = np.zeros(rows.shape[1], dtype=np.float32)
+    known = torch.tensor([name.upper() in table for name in names])
+    return torch.from_numpy(np.stack([table.get(name.upper(), nothing) for name in names])), known
 
 
-def read_edges(path, info=""):
-    """{(GENE, GENE)} of STRING's protein.links (with its protein.info) or of lines gene, gene[, score], separated by
-    blanks, tabs or commas. Kept: no score, or at least 700 of 1,000 (0.7 where scores end at 1; paper 2.1)."""
+def gene_graph(path, info, genes, say):
+    """Which genes interact, (G, G) float32, 0 or 1, symmetric, nothing on the diagonal: of STRING's protein.links
+    (with its protein.info) or lines gene, gene[, score], separated by blanks, tabs or commas. Kept: no score, or at
+    least 700 of 1,000 (0.7 where scores end at 1; paper 2.1)."""
     def protein(line):
         identifier, name, *_ = line.split("\t")
         return identifier, name
@@ -2047,11 +2035,15 @@ def read_edges(path, info=""):
             raise ValueError
         return first, second, float(score[0]) if score else 1.0
     symbol = dict(_records(info, protein, "a protein and its name, separated by a tab")) if info else {}
-    edges = set()
+    column = {gene.upper(): i for i, gene in enumerate(genes)}
+    graph = torch.zeros(len(genes), len(genes))
     for first, second, score in _records(path, edge, "gene, gene and perhaps a score", header=True):
-        if score >= (700 if score > 1 else 0.7):
-            edges.add((symbol.get(first, first).upper(), symbol.get(second, second).upper()))
-    return edges
+        a, b = (column.get(symbol.get(name, name).upper()) for name in (first, second))
+        if None not in (a, b) and score >= (700 if score > 1 else 0.7):
+            graph[a, b] = 1
+    graph = graph.maximum(graph.T).fill_diagonal_(0)
+    coverage(say, path, graph.any(0), "genes of the panel (by an edge to another)")
+    return graph
 
 
 def read_gmt(path):
@@ -2072,26 +2064,6 @@ def coverage(say, path, known, what):
     if found < 0.2 * wanted:
         raise DataError(f"{path}: knows only {found:,} of {wanted:,} {what}; give a file of the same species and "
                         "naming (STRING's needs its protein.info), or none: a stand-in is made from the data")
-
-
-def aligned_vectors(path, names):
-    """Vectors of read_vectors for some names: (n, p) float32, zeros where the file has none, and known (n,) bool."""
-    table = read_vectors(path)
-    known = torch.tensor([name.upper() in table for name in names])
-    nothing = np.zeros(len(next(iter(table.values()), ())), dtype=np.float32)
-    return torch.from_numpy(np.stack([table.get(name.upper(), nothing) for name in names])), known
-
-
-def gene_graph(path, info, genes, say):
-    """Which of the genes interact by read_edges: (G, G) float32, 0 or 1, symmetric, nothing on the diagonal."""
-    column = {gene.upper(): i for i, gene in enumerate(genes)}
-    graph = torch.zeros(len(genes), len(genes))
-    for a, b in read_edges(path, info):
-        if a in column and b in column:
-            graph[column[a], column[b]] = 1
-    graph = graph.maximum(graph.T).fill_diagonal_(0)
-    coverage(say, path, graph.any(0), "genes of the panel (by an edge to another)")
-    return graph
 
 
 def gene_sets(path, genes, say):

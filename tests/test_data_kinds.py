@@ -565,8 +565,8 @@ def test_a_byte_order_mark_in_any_table(tmp_path):
     def table(name, content):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
         return str(tmp_path / name)
-    assert set(data.read_vectors(table("v.tsv", "KLF1\t1\t2\nCEBPA\t3\t4\n"))) == {"KLF1", "CEBPA"}
-    assert data.read_edges(table("e.txt", "KLF1 CEBPA 900\n")) == {("KLF1", "CEBPA")}
+    edges = data.gene_graph(table("e.txt", "KLF1 CEBPA 900\n"), "", ["KLF1", "CEBPA"], print)
+    assert edges.tolist() == [[0, 1], [1, 0]]
     assert data.read_gmt(table("p.gmt", "path\tx\tKLF1\n")) == {"path": {"KLF1"}}
     split = table("s.json", json.dumps({"test": ["KLF1"]}))
     assert data.load(write_file(tmp_path / "file.h5ad", make_counts(60), LABELS), split=split).split["test"] == ["KLF1"]

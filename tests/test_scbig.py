@@ -555,19 +555,21 @@ def test_the_objective_of_a_step_is_one_graph_and_the_sum_of_its_parts(residual,
 
 # ------------------------------------------------------------------------------------------------ prior files
 
-@pytest.mark.parametrize("kind", ["npz", "pt", "tsv", "csv", "tsv.gz"])
-def test_vectors_in_every_format(kind, tmp_path):
-    path, vectors = tmp_path / f"v.{kind}", {"Abc": [1.0, 2.5], "DEF": [-3.0, 0.25], "zero": [0.0, 0.0]}
-    if kind == "npz":
+def write_vectors(path, vectors):
+    """{name: numbers} as .npz or .pt."""
+    if path.suffix == ".npz":
         np.savez(path, names=np.array(list(vectors)), emb=np.array(list(vectors.values()), np.float32))
-    elif kind == "pt":
-        torch.save({k: torch.tensor(v) for k, v in vectors.items()}, path)
     else:
-        mark = "," if kind == "csv" else "\t"
-        text = "".join(mark.join(map(str, (k, *v))) + "\n" for k, v in {"gene": ["d1", "d2"], **vectors}.items())
-        path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
-    got = data.read_vectors(str(path))
-    assert {k: v.tolist() for k, v in got.items()} == {"ABC": [1.0, 2.5], "DEF": [-3.0, 0.25]}
+        torch.save({k: torch.tensor(v) for k, v in vectors.items()}, path)
+
+
+@pytest.mark.parametrize("kind", ["npz", "pt"])
+def test_vectors_in_every_format(kind, tmp_path):
+    path = tmp_path / f"v.{kind}"
+    write_vectors(path, {"Abc": [1.0, 2.5], "DEF": [-3.0, 0.25], "zero": [0.0, 0.0]})
+    vectors, known = data.aligned_vectors(str(path), ["def", "Zero", "abc", "other"])
+    assert known.tolist() == [True, False, True, False]
+    assert vectors.tolist() == [[-3.0, 0.25], [0, 0], [1.0, 2.5], [0, 0]]
 
 
 @pytest.mark.parametrize("kind", ["gmt", "gmt.gz", "gmt.zip"])
@@ -587,21 +589,21 @@ def test_interactions_in_every_format(tmp_path):
     links = "protein1 protein2 combined_score\n9606.P1 9606.P2 999\n9606.P2 9606.P1 999\n"
     links += "9606.P1 9606.P3 699\n9606.P2 9606.P3 700\n"
     (tmp_path / "links.txt.gz").write_bytes(gzip.compress(links.encode()))
-    expected = {("TP53", "MDM2"), ("MDM2", "TP53"), ("MDM2", "EGFR")}
-    assert data.read_edges(str(tmp_path / "links.txt.gz"), str(tmp_path / "info.txt")) == expected
+    genes, expected, said = ["EGFR", "TP53", "MDM2"], [[0, 0, 1], [0, 0, 1], [1, 1, 0]], []
+    links, info = str(tmp_path / "links.txt.gz"), str(tmp_path / "info.txt")
+    assert data.gene_graph(links, info, genes, said.append).tolist() == expected
     scored = "a,b,score\nTP53,MDM2,0.9\nMDM2,TP53,0.7\nMDM2,EGFR,1\nTP53,EGFR,0.69\n"
     for text in ("tp53\tmdm2\nmdm2\ttp53\nmdm2\tegfr\n", scored):
         (tmp_path / "edges.txt").write_text(text)
-        assert data.read_edges(str(tmp_path / "edges.txt")) == expected
+        assert data.gene_graph(str(tmp_path / "edges.txt"), "", genes, said.append).tolist() == expected
 
 
 NAMES = [f"TF{i}" for i in range(1, 17)] + [f"GENE{i}" for i in range(1, 25)]      # the demo's genes
 
 
 @pytest.mark.parametrize("flag, name, content, words", [
-    ("--gene-embeddings", "v.tsv", "gene\tx\ty\nA\t1\t2\nB\t1\n", ["v.tsv", "line 3", "numbers"]),
-    ("--gene-embeddings", "v.tsv", "A\t1\t2\nB\t1\tx\n", ["line 2"]),
-    ("--gene-embeddings", "v.tsv", "A\t1\tnan\n", ["NaN"]),
+    ("--gene-embeddings", "v.pt", {"A": [1.0], "B": [1.0, 2.0]}, ["cannot be read"]),
+    ("--gene-embeddings", "v.npz", {"A": [1.0, np.nan]}, ["NaN"]),
     ("--gene-embeddings", "v.npz", "text", ["v.npz", "cannot be read", "names"]),
     ("--pert-embeddings", "v.pt", "text", ["v.pt", "cannot be read"]),
     ("--ppi", "p.txt", "A B 900\nA\n", ["p.txt", "line 2"]),
@@ -611,18 +613,20 @@ NAMES = [f"TF{i}" for i in range(1, 17)] + [f"GENE{i}" for i in range(1, 25)]   
     ("--pathways", "p.gmt.zip", "no zip", ["p.gmt.zip", "cannot be read"]),
     ("--pathways", "absent.gmt", None, ["absent.gmt", "cannot be read"]),
     ("--pathways", "p.gmt", "One\tR-1\tMOUSEGENE\tTF1\tTF2\n", ["knows only 2 of 40 genes"]),
-    ("--gene-embeddings", "v.tsv", "TF1\t1\t2\nTF2\t1\t3\n", ["knows only 2 of 40 genes"]),
-    ("--pert-embeddings", "v.tsv", "TF1\t1\t2\nTF2\t1\t3\n", ["knows only 2 of 16 perturbations"]),
+    ("--gene-embeddings", "v.npz", {"TF1": [1.0, 2.0], "TF2": [1.0, 3.0]}, ["knows only 2 of 40 genes"]),
+    ("--pert-embeddings", "v.pt", {"TF1": [1.0, 2.0], "TF2": [1.0, 3.0]}, ["knows only 2 of 16 perturbations"]),
     ("--ppi", "p.txt", "9606.P1 9606.P2 900\n", ["knows only 0 of 40 genes", "protein.info"]),
     ("--ppi", "p.txt", "", ["knows only 0 of 40 genes"]),
     ("--ppi", "p.txt", "".join(f"{g} {g} 900\n" for g in NAMES), ["knows only 0 of 40 genes"]),
     ("--ppi", "p.txt", "".join(f"9606.{a} {b} 900\n" for a, b in zip(NAMES, NAMES[1:])), ["knows only 0 of 40 genes"]),
     ("--pathways", "p.gmt", "", ["knows only 0 of 40 genes"]),
-    ("--pert-embeddings", "v.tsv", "TF1\t0\t0\n", ["knows only 0 of 16 perturbations"]),
+    ("--pert-embeddings", "v.npz", {"TF1": [0.0, 0.0]}, ["knows only 0 of 16 perturbations"]),
 ])
 def test_bad_prior_files_are_one_clear_line(flag, name, content, words, dataset, panel, tmp_path):
     path = tmp_path / name
-    if content is not None:
+    if isinstance(content, dict):
+        write_vectors(path, content)
+    elif content is not None:
         path.write_text(content)
     with pytest.raises(data.DataError) as caught:
         make(dataset, panel, **{flag[2:].replace("-", "_"): str(path)})
@@ -638,7 +642,7 @@ def test_pickled_objects_are_not_loaded(tmp_path):
     np.savez(tmp_path / "v.npz", names=np.array(["A"], dtype=object), emb=np.array([Evil()], dtype=object))
     for name in ("v.pt", "v.npz"):
         with pytest.raises(data.DataError, match="no pickled objects"):
-            data.read_vectors(str(tmp_path / name))
+            data.aligned_vectors(str(tmp_path / name), ["A"])
     assert not (tmp_path / "owned").exists()
 
 
