@@ -148,13 +148,10 @@ def _open(path):
     try:
         with open(path, "rb") as handle:
             head = handle.read(512)
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a directory; give the .h5ad file inside it, or convert a zarr store with "
-                        "anndata.read_zarr and write_h5ad") from None
     except (OSError, ValueError) as error:          # ValueError: no path at all
         reason = str(getattr(error, "strerror", None) or error).lower()
-        raise DataError(f"{path}: {reason}; check the path and its permissions (README, 'Data sets', says where to get "
-                        "data sets)") from None
+        raise DataError(f"{path}: {reason}; give an .h5ad file that may be read (README, 'Data sets', says where to "
+                        "get some; of a zarr store, anndata.read_zarr and write_h5ad make one)") from None
     for pattern, message in NOT_HDF5:
         if re.match(pattern, head, re.I):
             raise DataError(f"{path}: {message}")
@@ -1172,8 +1169,8 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
             split[part].add(group if apart else condition)
     for part, use in (("test", "to predict"), ("train", "to learn from")):
         if not split[part] and name != "all":
-            raise DataError(f"--split {name}: no {part} condition, nothing {use}; this file has {len(conditions)} "
-                            f"conditions, {len(multiple)} of them combinations. Choose another --split")
+            raise DataError(f"--split {name}: no {part} condition, nothing {use}; choose another (this file has "
+                            f"conditions: {len(conditions)}, combinations among them: {len(multiple)})")
     return {part: sorted(names) for part, names in split.items()}
 
 
@@ -1188,10 +1185,9 @@ def _held_out(name, conditions, multiple, fold, folds):
         n_test, n_val = max(1, int(0.3 * len(multiple))), int(0.1 * len(multiple))
         return multiple[n_test:n_test + n_val], multiple[:n_test]
     if name == "cv":
-        pool, kind = (multiple, "doubles") if multiple else (conditions, "singles")
+        pool = multiple or conditions
         if not 3 <= folds <= len(pool):
-            raise DataError(f"--split cv with --folds {folds}: between 3 and {len(pool)} folds are possible with "
-                            f"{len(pool)} {kind}")
+            raise DataError(f"--split cv with --folds {folds}: 3 or more are needed, a condition each, of {len(pool)}")
         if fold >= folds:
             raise DataError(f"--fold {fold}: folds are numbered 0 to {folds - 1}")
         parts = np.array_split(np.random.RandomState(42).permutation(pool), folds)
@@ -1320,8 +1316,8 @@ def _given_split(name, groups, canonical, given):
                                     "condition, never by cell")
     missing = sorted({group_name(*group) for group in groups} - set(part_of))
     if "train" in given and missing:
-        raise DataError(f"--split {name}: {len(missing)} conditions of the data are in no part ({listed(missing)}); "
-                        'list them, or leave "train" out: the rest then trains')
+        raise DataError(f"--split {name}: {len(missing)} of {len(groups)} conditions are in no part "
+                        f'({listed(missing)}); list them, or leave "train" out: the rest then trains')
     return [[group for group, p in part_of.items() if p == part] for part in ("val", "test")]
 
 
@@ -1350,15 +1346,8 @@ class Dataset:
         self.fit_rows = np.sort(np.concatenate([self.rows[g] for g in self.part("train")]
                                                + list(self.control_rows["train"].values())))
 
-    @property
-    def X(self):
-        """(n, G) log1p CP10k: X[rows] is CSR float32, whether X is in memory or on disk."""
-        return self.source.X
-
-    @property
-    def genes(self):
-        """Names of the G genes of the panel."""
-        return self.source.genes
+    X = property(lambda self: self.source.X)                # (n, G) log1p CP10k: X[rows] is CSR float32
+    genes = property(lambda self: self.source.genes)
 
     def part(self, name):
         """Groups (never controls) of 'train', 'val' or 'test'."""
@@ -1733,10 +1722,9 @@ class _Disk(io.FileIO):
 def _write(parent, name, value):
     """A value as anndata encodes it: dict, text, number, or an array of one of these."""
     if isinstance(value, dict):
-        node = parent.create_group(name)
-        _encode(node, "dict", "0.1.0")
+        _encode(parent.create_group(name), "dict", "0.1.0")
         for key, item in value.items():
-            _write(node, key, item)
+            _write(parent[name], key, item)
         return
     value = np.asarray(value)
     kind = "array" if value.ndim else "numeric-scalar"

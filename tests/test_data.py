@@ -1044,8 +1044,8 @@ def garble(file):
 
 
 FILES = {       # name: (writer, what the message must say: what, where, what to do)
-    "missing": (lambda p: None, ["file.h5ad: no such file", "check the path"]),
-    "directory": (lambda p: p.mkdir(), ["file.h5ad: is a directory", "give the .h5ad file inside it", "zarr"]),
+    "missing": (lambda p: None, ["file.h5ad: no such file", "give an .h5ad"]),
+    "directory": (lambda p: p.mkdir(), ["file.h5ad: is a directory", "give an .h5ad file", "zarr"]),
     "empty": (lambda p: p.write_bytes(b""), ["file.h5ad: is empty", "download it again"]),
     "truncated": (truncated, ["file.h5ad", "damaged", "download it"]),
     "garbled": (edit(garble, dense(compression="gzip")), ["file.h5ad: cannot be read", "damaged", "download it"]),
@@ -1110,7 +1110,7 @@ FLAGS = [("--pert-key nothing", ["obs has no column 'nothing' (--pert-key); it h
          ("--control-split nan,0.5,0.5", ["give the shares"]), ("--control-split 0.7,0,0.3", ["give the shares"]),
          ("--control-split 0.98,0.01,0.01", ["20 control cells", "leave none for val"]),
          ("--split transfer", ["--split transfer needs covariates"]), ("--split nothing", ["--split nothing: unknown"]),
-         ("--split cv --folds 3", ["between 3 and 1 folds are possible with 1 doubles"]),
+         ("--split cv --folds 3", ["3 or more are needed, a condition each, of 1"]),
          ("--cells 100", ["--cells: belongs to 'python data.py demo'"]),
          ("--nothing", ["unrecognized arguments: --nothing", "--help"]),
          ("--hvg many", ["invalid int value", "--help"]),

@@ -510,7 +510,7 @@ def test_damage_is_one_line(tmp_path, capsys, name):
 def test_files_that_need_something_else(tmp_path, capsys, monkeypatch):
     store = tmp_path / "x.zarr"
     store.mkdir()
-    assert "convert a zarr store" in refused(capsys, tmp_path, store)
+    assert "of a zarr store" in refused(capsys, tmp_path, store)
     plugin(tmp_path / "plugin.h5ad")
     assert "is compressed with a plugin" in refused(capsys, tmp_path, tmp_path / "plugin.h5ad")
     path = write_file(tmp_path / "file.h5ad", make_counts(60), LABELS)
@@ -523,7 +523,7 @@ def test_files_that_need_something_else(tmp_path, capsys, monkeypatch):
     def forbidden(*args, **options):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr("builtins.open", forbidden)
-    with pytest.raises(data.DataError, match="permission denied; check the path and its permissions"):
+    with pytest.raises(data.DataError, match="permission denied; give an .h5ad file that may be read"):
         read(path)
 
 
