@@ -49,6 +49,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import metrics
@@ -221,8 +222,7 @@ def gene_vectors(Y, control, genes, embedding, k):
 def linear(train, Y, test, lam, k, control, genes, embedding=None):
     """Bilinear ridge of Ahlmann-Eltze et al.: effect = b + G W p, p the (summed) embedding of the perturbed genes.
 
-    b is one vector per perturbation, so that a double has twice the mean effect of a single. (n, G) -> (m, G).
-    """
+    b is one vector per perturbation, so that a double has twice the mean effect of a single. (n, G) -> (m, G)."""
     G, vectors = gene_vectors(Y, control, genes, embedding, k)
     count = np.array([len(perturbations(g)) for g in train], dtype=float)
     b = count @ Y / (count @ count)                                                  # (G,)
@@ -241,8 +241,7 @@ def kernel(train, Y, test, k, control, genes, controls, embedding=None):
 
     A perturbation that trained in other covariates is related to its own groups there, d being the distance of the
     control means (controls: {covariate: (G,)}). An unseen one is related to the groups of its covariate (to all, where
-    there are none), d being the distance of the embeddings. Where one of its genes has no embedding, its row is zero.
-    """
+    there are none), d being the distance of the embeddings. A row is zero where one of its genes has no embedding."""
     G, vectors = gene_vectors(Y, control, genes, embedding, k)
     points, known = embed(train, vectors, G.shape[1])
     effects = np.zeros((len(test), Y.shape[1]))
@@ -288,9 +287,8 @@ def tune(function, grid, train, Y, test, n_folds=5):
 
 
 def fit_baseline(name, dataset, embedding=None):
-    """Effects that one baseline predicts for the test groups on the evaluation genes (m, E), and the options that
-    cross-validation chose; None for a kernel that is related to nothing for one of the groups, and for pairs where no
-    group is a double of two trained singles."""
+    """Effects that one baseline predicts for the test groups on the evaluation genes (m, E); None for a kernel that is
+    related to nothing for one of the groups, and for pairs where no group is a double of two trained singles."""
     function, grid = GRIDS[name]
     train, Y, control = data.training_effects(dataset)
     test = dataset.part("test")
@@ -311,8 +309,7 @@ def fit_baseline(name, dataset, embedding=None):
     effects = function(train, Y, test, **options)
     if name == "kernel" and not effects.any(axis=1).all():
         return None
-    chosen = {k: options[k] for k in options if k not in given}
-    return effects[:, dataset.eval_genes].astype(np.float32), chosen
+    return effects[:, dataset.eval_genes].astype(np.float32)
 
 
 def baseline_populations(name, dataset, effects, sizes, seed):
@@ -483,27 +480,26 @@ def ceilings(dataset, sizes, seed):
 
 
 def score_fold(config, fold):
-    """Floors, replicate, baselines, ceilings and other tools' predictions of one fold, for every seed.
-
-    Returns the dataset and [(row name, kind, result of metrics.evaluate)].
-    """
+    """Floors, replicate, baselines, ceilings and other tools' predictions of one fold, for every seed: the dataset and
+    [(row name, kind, result of metrics.evaluate)]."""
     dataset = data.load(data.path_of(config), config, config.split, fold, config.n_folds, "cpu", config.train_on_val)
     vectors = known_vectors(config, dataset)
     others = dict(read_pred(text, dataset, config) for text in config.pred)
     fitted = {name: fit_baseline(name, dataset, vectors) for name in GRIDS} if config.baselines else {}
-    keys = [k for k in metrics.KEYS if k not in metrics.MMD_RANKS or k in config.keys]
+    keys = [k for k in metrics.KEYS if k not in metrics.MMD_RANKS] + list(config.keys)
     sizes, runs = dataset.sizes("test", config.eval_cells, config.exact_cells), []
     for seed in config.seeds:
         score = functools.partial(metrics.evaluate_part, dataset, "test", seed=seed, keys=keys)
         real = {g: data.pick_rows(dataset.cells(g, dataset.eval_genes), n, seed) for g, n in sizes.items()}
         first = score(real)                                         # only floors and replicate of it are wanted
-        floors, each = first["floors"], first["floors_per_condition"]
-        runs += [(name, "floor", {"aggregate": floors[name], "per_condition": each[name]}) for name in floors
-                 if floors[name]]
-        for name, fit in fitted.items():
-            if fit is not None:
-                cells = baseline_populations(name, dataset, fit[0], sizes, seed)
-                runs.append((name, "baseline", score(cells, floors=False) | {"options": fit[1]}))
+        for name, floor in first["floors"].items():
+            if floor:
+                each = first["floors_per_condition"][name]
+                runs.append((name, "floor", {"aggregate": floor, "per_condition": each}))
+        for name, effects in fitted.items():
+            if effects is not None:
+                cells = baseline_populations(name, dataset, effects, sizes, seed)
+                runs.append((name, "baseline", score(cells, floors=False)))
         for name, of in others.items():
             cells = {g: x[data.pick_rows(np.arange(x.shape[0]), min(sizes[g], x.shape[0]), data.seed_of(name, g, seed))]
                      for g, x in of.items()}                        # distances depend on the number of cells
@@ -550,8 +546,7 @@ def published_rows(config):
 def collect(runs):
     """[(name, kind, result)] -> {name: {kind, runs, mean, sd, per_condition, ...}}, over seeds and folds.
 
-    A condition counts in per_condition where every run defines it: a mean over fewer seeds would be another quantity.
-    """
+    A condition counts in per_condition where every run defines it: a mean over fewer seeds would be another thing."""
     def mean(values):
         return float(np.mean(values)) if values and None not in values else None
     rows = {}
@@ -570,7 +565,6 @@ def collect(runs):
             row["per_condition"][group] = {k: mean([scores.get(k) for scores in of]) for k in of[0]}
         for k in ("seconds", "peak_memory_mb"):
             row[k] = mean([r.get(k) for r in several])
-        row["options"] = [r["options"] for r in several if "options" in r]
     return rows
 
 
@@ -612,18 +606,6 @@ def verdicts(rows, keys):
 
 
 # -------------------------------------------------------------------------------- tables
-
-def notes(rows, partial):
-    """What a reader of the table has to know: lines. partial: rows left out."""
-    lines = ["can this metric tell: in this share of the test conditions the replicate, a draw of the truth, beats the "
-             "best floor; where it is near a half, the metric says nothing on these data"]
-    if any(row["kind"] == "published" for row in rows.values()):
-        lines.append("published rows are of other genes and cells, where control itself has another l2: of them and "
-                     "ours only l2/control compares")
-    if partial:
-        lines.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
-    return lines
-
 
 def number(value, sd=None):
     """'0.123', '0.123 ± 0.004'; a standard deviation of zero (a constant) is left out."""
@@ -691,7 +673,14 @@ def bench(config):
         row["mean"]["l2/control"] = None if l2 is None or row["kind"] == "share" else l2 / control
     rows |= published_rows(config)
     keys = list(config.keys or metrics.TABLE_KEYS)
-    below = "\n".join(f"- {line}" for line in verdicts(rows, keys) + notes(rows, partial))
+    notes = [*verdicts(rows, keys), "can this metric tell: in this share of the test conditions the replicate, a draw "
+             "of the truth, beats the best floor; where it is near a half, the metric says nothing on these data"]
+    if any(row["kind"] == "published" for row in rows.values()):
+        notes.append("published rows are of other genes and cells, where control itself has another l2: of them and "
+                     "ours only l2/control compares")
+    if partial:
+        notes.append(f"left out, since not defined for all test conditions: {', '.join(partial)}")
+    below = "\n".join(f"- {line}" for line in notes)
     if "l2" in keys:
         keys.insert(keys.index("l2") + 1, "l2/control")
     title = (f"{Path(config.data).name}, split {config.split}, folds {list(config.folds)}, seeds {list(config.seeds)}: "
@@ -754,7 +743,7 @@ def stages(config, runs, dataset, rows):
 # -------------------------------------------------------------------------------- figures
 
 COLORS = {"scdfm": "#0072B2", "primeflow": "#E69F00", "scbig": "#009E73", "celltarnet": "#CC79A7"}   # Okabe and Ito's
-KINDS = {"floor": "#BBBBBB", "baseline": "#56B4E9", "prediction": "#D55E00", "method": "#F0E442"}       # a fork's
+KINDS = {"floor": "#BBBBBB", "baseline": "#56B4E9", "prediction": "#D55E00", "method": "#F0E442", "ceiling": "#666666"}
 
 
 def row_colors(rows):
@@ -772,10 +761,8 @@ def plot(config, out, rows, runs, dataset):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.dpi": 150, "font.size": 9, "figure.constrained_layout.use": True})
-    genes = dataset.eval_genes
-    mean = {v: x.mean(0) for v, x in dataset.controls("test", genes).items()}
-    size = {g: np.linalg.norm(dataset.cells(g, genes).mean(0) - mean[covariate(g)]) for g in dataset.part("test")}
-    condition = max(size, key=size.get)
+    genes, control = dataset.eval_genes, rows["control"]["per_condition"]
+    condition = max(dataset.part("test"), key=lambda g: control[g]["l2"])
     cells = {"control": dataset.controls("test", genes)[covariate(condition)], "real": dataset.cells(condition, genes)}
     for text in config.pred:
         name, pred = read_pred(text, dataset, config)
@@ -802,7 +789,7 @@ def plot_errors(plt, rows, colors):
                  medianprops={"color": "black"})
     for i, (name, values) in enumerate(zip(shown, errors)):
         axis.plot(values, [i + 1] * len(values), "o", color=colors[name], markersize=3.5)
-    for kind, color in (KINDS | {"ceiling": "black"}).items():
+    for kind, color in KINDS.items():
         if kind in [rows[name]["kind"] for name in shown if colors[name] == color]:
             axis.plot([], [], "o", color=color, label=kind)
     axis.plot([], [], "-", color="black", label="box: quartiles, line: median")
@@ -814,51 +801,42 @@ def plot_errors(plt, rows, colors):
 
 
 def plot_methods(plt, rows, colors):
-    """Methods, ablations and predictions as bars, full where they are better than every floor; floors and ceilings as
-    lines (scDFM figure 5); a dot per run. What is missing has no bar."""
-    shown = {n: r for n, r in rows.items() if r["kind"] in ("baseline", "prediction", "method")}
-    lines = {n: r for n, r in rows.items() if r["kind"] in ("floor", "ceiling")}
-    figure, axes = plt.subplots(1, 4, figsize=(11, 1.9 + 0.3 * len(shown)), sharey=True)
+    """The rows as bars, full where they are better than every floor, whose best is a line; a dot per run (scDFM figure
+    5). What is missing has no bar."""
+    shown = {name: row for name, row in rows.items() if row["kind"] not in ("published", "share")}
+    figure, axes = plt.subplots(1, 4, figsize=(11, 1.2 + 0.3 * len(shown)), sharey=True)
     for axis, k in zip(axes, ("l2", "pearson_delta", "pds", "e_distance")):
         values = competing(rows, k)
-        floor = min((v for name, v in values.items() if rows[name]["kind"] == "floor"), default=math.inf)
+        best = min((name for name in values if rows[name]["kind"] == "floor"), key=values.get, default="control")
         for name, row in shown.items():
-            mean = row["mean"].get(k)
-            axis.barh(name, math.nan if mean is None else mean, color=colors[name], height=0.6,
-                      alpha=1.0 if values.get(name, math.inf) < floor else 0.3)
+            mean = math.nan if row["mean"].get(k) is None else row["mean"][k]
+            full = row["kind"] == "ceiling" or values.get(name, math.inf) < values.get(best, math.inf)
+            axis.barh(name, mean, color=colors[name], height=0.6, alpha=1.0 if full else 0.3)
             runs = row["values"].get(k, [])
             axis.plot(runs, [name] * len(runs), ".", color="black", markersize=3)
-        for style, (name, row) in zip(("-", "--", "-.", ":") * 2, lines.items()):
-            value, color = row["mean"].get(k), "#888888" if row["kind"] == "floor" else "#D55E00"
-            axis.axvline(math.nan if value is None else value, color=color, lw=1, linestyle=style, label=name)
+        if best in values:
+            axis.axvline(rows[best]["mean"][k], color="#888888", lw=1)
         axis.set_title(f"{k} {metrics.KEYS[k].arrow}")
     axes[0].invert_yaxis()
-    figure.suptitle("full colour: better than every floor (grey lines); red lines: replicate and ceilings; dots: runs")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("full colour: better than every floor (the line is the best of them); dots: runs")
     return figure
 
 
 def plot_genes(plt, condition, cells, colors, names):
-    """The genes that change most in one condition: mean and sd, share of zeros, a strip per row (scDFM figure 7)."""
+    """The genes that change most in one condition: mean and sd of real and of predicted cells (scDFM figure 7)."""
     top = np.argsort(-np.abs(cells["real"].mean(0) - cells["control"].mean(0)))[:12]
     x = np.arange(len(top))
     pred = [name for name in cells if name not in ("control", "real")] or ["real"]
-    figure, axes = plt.subplots(len(pred), 2, figsize=(10, 1.4 + 0.7 * len(pred)), sharex=True, sharey="col",
-                                squeeze=False, width_ratios=(2, 1))
-    for (left, right), name in zip(axes, pred):
+    figure, axes = plt.subplots(len(pred), 1, figsize=(8, 1.4 + 0.7 * len(pred)), sharex=True, squeeze=False)
+    for axis, name in zip(axes[:, 0], pred):
         for shift, of, color in ((-0.12, "real", "#888888"), (0.12, name, colors[name])):
             of = cells[of][:, top]
-            left.errorbar(x + shift, of.mean(0), of.std(0), fmt="o", color=color, markersize=4)
-            right.plot(x + shift, (of <= 0).mean(0), "o", color=color, markersize=5)
-        left.plot(x, cells["control"][:, top].mean(0), "_", color="black", markersize=14)
-        left.set_ylabel(name, rotation=0, ha="right", va="center")
-        right.set_ylim(-0.05, 1.05)
-    axes[0][0].set_title("mean and sd (log1p CP10k)")
-    axes[0][1].set_title("share of zeros")
-    for axis in axes[-1]:
-        axis.set_xticks(x, [names[i] for i in top], rotation=60, ha="right", rotation_mode="anchor")
+            axis.errorbar(x + shift, of.mean(0), of.std(0), fmt="o", color=color, markersize=4)
+        axis.plot(x, cells["control"][:, top].mean(0), "_", color="black", markersize=14)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    axis.set_xticks(x, [names[i] for i in top], rotation=60, ha="right", rotation_mode="anchor")
     figure.suptitle(f"{condition}, the test condition of largest change, and its 12 genes of largest change\n"
-                    "colour: predicted, grey: real, dash: mean of control cells")
+                    "mean and sd (log1p CP10k); colour: predicted, grey: real, dash: mean of control cells")
     return figure
 
 
@@ -875,18 +853,25 @@ def plot_pca(plt, condition, cells, colors):
         axis.plot(control[:, 0], control[:, 1], "o", markersize=2.5, alpha=0.6, color="#BBBBBB")
         axis.plot(point[:, 0], point[:, 1], "o", markersize=2.5, alpha=0.6, color=colors[name])
         axis.set_title(name)
-    one, two = 100 * np.asarray(basis.explained[:2])
-    figure.supxlabel(f"PC 1 ({one:.0f}% of the real cells' variance)")
-    figure.supylabel(f"PC 2 ({two:.0f}%)")
-    figure.suptitle(f"{condition}, the test condition of largest change; grey: control cells")
+    figure.suptitle(f"{condition}, the test condition of largest change, in two principal components; grey: control")
     return figure
 
 
 # -------------------------------------------------------------------------------- speed
 
-CPU_ATTENTION = {       # which torch's counter leaves out; its formulas, from shapes
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop.__wrapped__,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop.__wrapped__}
+class Flops(TorchDispatchMode):
+    """Counts the FLOPs of what runs within it, as torch's FlopCounterMode, which fails where a module gets a view of a
+    weight without gradients (celltarnet), and leaves out the attention of CPUs."""
+    formulas = flop_counter.flop_registry | {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop}
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if operation.overloadpacket in self.formulas:
+            self.count += self.formulas[operation.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def matrix_rate(device, dtype):
@@ -931,9 +916,9 @@ def measure(script, seconds, *flags):
         short = method.Run(replace(config, steps=n, compile=False, out=f"{config.out}-{n}"))
         short.dataset, short.panel = run.dataset, run.panel
         short.out.mkdir()
-        with flop_counter.FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with Flops() as counter:
             method.train(short, None)
-        flops.append(counter.get_total_flops())
+        flops.append(counter.count)
     print(json.dumps(found | {"GFLOP/step": (flops[1] - flops[0]) / 1e9}))
 
 
@@ -952,7 +937,6 @@ def speed(config):
         found["utilisation"] = found["GFLOP/step"] / found["ms/step"] * 1e12 / peak
         shown = {k: v if v is None else float(f"{v:.4g}") for k, v in found.items()}
         rows.append({"method": text, "preset": config.preset, **shown})
-        print(f"measured {text}", flush=True)
     if not rows:
         raise DataError("--speed: --methods names none to measure")
     print(render([list(rows[0]), *([str(v) for v in row.values()] for row in rows)]))
@@ -972,9 +956,6 @@ def main(argv=None):
         typed = parser.parse(argv)
         preset = typed.get("preset") or ("demo" if typed.get("data", "demo") == "demo" else "paper")
         config = Config(**(DEMO if preset == "demo" else {}) | typed | {"preset": preset})
-        unknown = sorted(set(config.keys) - set(metrics.KEYS))
-        if unknown:
-            raise DataError(f"--keys {' '.join(unknown)}: unknown; the metrics are {' '.join(metrics.KEYS)}")
         if config.split == "all":
             raise DataError("--split all: holds nothing out, so that there is nothing to compare; choose another split")
         for of in (config.seeds, config.folds):

@@ -284,7 +284,7 @@ def test_what_is_not_defined_for_all_conditions_is_left_out(demo, capsys, monkey
 def test_baseline_cells_are_shifted_controls_of_the_same_covariate(tmp_path):
     data.simulate(tmp_path / "a.h5ad", cells=900, genes=40, cell_types=2)
     dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(covariates="cell_type"), "transfer")
-    effects = bench.fit_baseline("kernel", dataset)[0]
+    effects = bench.fit_baseline("kernel", dataset)
     sizes = dataset.sizes("test", 20)
     cells, other = (bench.baseline_populations("kernel", dataset, effects, sizes, seed) for seed in (0, 1))
     groups = dataset.part("test")
@@ -300,12 +300,12 @@ def test_baseline_cells_are_shifted_controls_of_the_same_covariate(tmp_path):
 def test_baselines_never_see_test_cells(tmp_path):
     data.simulate(tmp_path / "a.h5ad", cells=900, genes=40)
     dataset = data.load(tmp_path / "a.h5ad", data.DataConfig(), "additive")
-    before = {name: bench.fit_baseline(name, dataset)[0] for name in bench.GRIDS}
+    before = {name: bench.fit_baseline(name, dataset) for name in bench.GRIDS}
     for group in dataset.part("test") + dataset.part("val"):
         for r in dataset.rows[group]:
             dataset.X.data[dataset.X.indptr[r]:dataset.X.indptr[r + 1]] = 7.0
     for name in bench.GRIDS:
-        assert np.array_equal(before[name], bench.fit_baseline(name, dataset)[0]), name
+        assert np.array_equal(before[name], bench.fit_baseline(name, dataset)), name
 
 
 def test_ceilings_are_fresh_cells_of_the_simulators_truth(tmp_path):
@@ -733,11 +733,11 @@ def test_figures_and_what_is_missing_in_them(demo, stub, capsys, monkeypatch, tm
     colors = bench.row_colors(rows)
     assert colors["scdfm"] == colors["scdfm:b"] == bench.COLORS["scdfm"] != colors["c"]
     figure = bench.plot_methods(plt, rows, colors)
-    bars, dots = figure.axes[0].patches, figure.axes[0].lines[0]
-    np.testing.assert_array_equal([bar.get_width() for bar in bars], [2.0, np.nan, 4.0])
-    assert bars[0].get_alpha() == 1 > bars[2].get_alpha()                            # better than control, and not
+    bars, dots = figure.axes[0].patches, figure.axes[0].lines[1]
+    np.testing.assert_array_equal([bar.get_width() for bar in bars], [3.0, 2.0, np.nan, 4.0, 0.5])
+    assert [bar.get_alpha() for bar in bars] == [0.3, 1, 0.3, 0.3, 1]                # better than control, or a ceiling
     assert list(dots.get_xdata()) == [1.5, 2.5]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["control", "replicate"]
+    assert figure.axes[0].lines[-1].get_xdata() == [3.0, 3.0]                        # the best floor
     figure = bench.plot_errors(plt, rows, colors)
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert labels == list(rows) and "method" in [text.get_text() for text in figure.legends[0].get_texts()]
