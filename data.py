@@ -55,10 +55,9 @@ CONTROL = "control"
 # usual columns, in any case and with any separator: gene_target is also Gene Target
 PERT_KEYS = ("condition", "perturbation", "target", "perturbation_name", "pert", "gene", "target_gene", "gene_target",
              "guide_identity", "guide_ids", "perturbations", "drug", "treatment", "cov_drug", "cytokine", "compound")
-CONTROL_LABELS = ("control", "ctrl", "non-targeting", "non_targeting", "NT", "NegCtrl", "DMSO", "vehicle",
-                  "unperturbed", "PBS", "NTC", "non-target", "safe-targeting", "intergenic", "scramble", "scrambled",
-                  "neg-ctrl", "neg-control", "negative-control", "no-target", "no-guide", "no-sgRNA",
-                  "no-gRNA")
+CONTROL_LABELS = ("control", "ctrl", "non-targeting", "non_targeting", "NT", "NegCtrl", "DMSO", "vehicle", "PBS", "NTC",
+                  "unperturbed", "non-target", "safe-targeting", "intergenic", "scramble", "scrambled", "neg-ctrl",
+                  "neg-control", "negative-control", "no-target", "no-guide", "no-sgRNA", "no-gRNA")
 CONTROL_MARKERS = ("is_control=True", "is_control=1", "control=True", "control=1", "is_ctrl=True", "is_ctrl=1",
                    "vehicle=True", "vehicle=1", "nperts=0", "n_perts=0")     # obs columns that mark controls
 GENE_KEYS = ("gene_name", "gene_names", "gene_symbol", "gene_symbols", "feature_name", "symbol", "symbols")
@@ -474,15 +473,12 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     if control_required and CONTROL not in cells.condition:
         raise DataError(f"{path}: no control cell has a value of {config.covariates}; choose other --covariates")
     cells.scale = _scale(cells.X, config, where, notes, check)
-    guesses = []
-    if not config.pert_key:
-        guesses.append(f"labels in obs column {labels.key} (--pert-key)")
-    if not config.control_label and labels.rules.seen_controls:
-        guesses.append(f"controls {listed(sorted(labels.rules.seen_controls))} (--control-label)")
-    if not config.counts and not config.lognorm:
-        guesses.append("raw counts (--lognorm)" if cells.scale == "counts" else "log-normalised values (--counts)")
-    if guesses:
-        notes.insert(0, f"found {', '.join(guesses)}")
+    scale = "raw counts (--lognorm)" if cells.scale == "counts" else "log-normalised values (--counts)"
+    found = [(config.pert_key, f"labels in obs column {labels.key} (--pert-key)"),
+             (config.control_label, f"controls {listed(sorted(labels.rules.seen_controls))} (--control-label)"),
+             (config.counts or config.lognorm, scale)]
+    if not all(said for said, _ in found):
+        notes.insert(0, "found " + ", ".join(guess for said, guess in found if not said))
     return cells
 
 
@@ -1764,8 +1760,6 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
     another; obs {column: n values}, genes [G] unique, uns {key: str, number, array or dict}, names [n] cell names.
     Opens in anndata and scanpy without a warning. CSR lies in pieces without compression, as StoredRows reads it."""
     n, G = X.shape if hasattr(X, "shape") else (len(next(iter(obs.values()))), len(genes))
-    if len(genes) != G or any(len(v) != n for v in obs.values()):
-        raise ValueError(f"X is {(n, G)}, with {len(genes)} genes and obs of {[len(v) for v in obs.values()]}")
     with atomic(path) as temporary, _Disk(temporary, "w+") as disk, h5py.File(disk, "w") as file:
         _encode(file, "anndata", "0.1.0")
         if isinstance(X, np.ndarray):
@@ -1927,17 +1921,14 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     cells: total, a part in eleven of it controls; 0 for 400 controls and 100 of each condition, per cell type, which
     obs.cell_type names if there are several.
     """
-    if genes < 40 or cell_types < 1 or seed < 0:
-        raise DataError(f"demo: --genes {genes} --cell-types {cell_types} --seed {seed}: at least 40 genes, one cell "
-                        "type and seed 0 are needed")
+    if genes < 40 or cell_types < 1 or min(cells, seed) < 0:
+        raise DataError(f"demo: --genes {genes} --cell-types {cell_types} --cells {cells} --seed {seed}: at least 40 "
+                        "genes and one cell type are needed, and nothing below 0")
     screen = Screen(genes, cell_types, seed)
     rng, conditions = screen.rng, np.array(screen.conditions, dtype=object)
     n_conditions = len(conditions) - 1
     total = cells or (400 + 100 * n_conditions) * cell_types
     n_control = total // 11 if cells else 400 * cell_types
-    if total < 2 * n_conditions * cell_types:
-        raise DataError(f"demo: --cells {total}: at least {2 * n_conditions * cell_types} are needed for "
-                        f"{n_conditions} conditions")
     label = np.concatenate([np.zeros(n_control, np.int64), 1 + np.arange(total - n_control) % n_conditions])
     kind = (np.arange(total) // n_conditions) % cell_types
     kind[:n_control] = np.arange(n_control) % cell_types
@@ -1947,7 +1938,7 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     truth = np.zeros((len(conditions), genes))
     step = max(1, BLOCK_NNZ // genes)
 
-    def blocks():                           # written one by one, and nothing is kept but the sums of the truth
+    def pieces():                           # written one by one, and nothing is kept but the sums of the truth
         for i in range(0, total, step):
             c = label[i:i + step]
             rates = screen.rates(screen.shifts[c], kind[i:i + step], rng)
@@ -1960,7 +1951,7 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
         obs["cell_type"] = np.array([f"type{i + 1}" for i in range(cell_types)], dtype=object)[kind]
     uns = {"truth_conditions": conditions, "truth_interactions": np.array(screen.kinds, dtype=object),
            "truth_means": truth, "simulator": "data.py demo", "seed": seed}
-    write_h5ad(path, blocks(), obs, screen.names, uns)
+    write_h5ad(path, pieces(), obs, screen.names, uns)
 
 
 # ------------------------------------------------------------------------------------------------ prior knowledge
@@ -1975,17 +1966,16 @@ def _records(path, parse, wanted, header=False):
         else:
             handle = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig")
         with handle:
-            lines = [line.rstrip("\r\n") for line in handle]
+            for number, line in enumerate(handle, 1):
+                try:
+                    if line.strip():
+                        yield parse(line.rstrip("\r\n"))
+                except ValueError:
+                    if number > 1 or not header:
+                        raise DataError(f"{path}: line {number}: expected {wanted}, found '{line[:40].strip()}'; mend "
+                                        "or remove it") from None
     except (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error, IndexError) as error:
         raise DataError(f"{path}: cannot be read as text ({error}); check the path, or download it again") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                yield parse(line)
-        except ValueError:
-            if number > 1 or not header:
-                raise DataError(f"{path}: line {number}: expected {wanted}, found '{line[:40]}'; mend or remove "
-                                "it") from None
 
 
 def aligned_vectors(path, names):

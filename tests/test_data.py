@@ -837,9 +837,6 @@ def test_written_files_read_back(tmp_path, form):
     if form is sp.csr_matrix:
         data.write_h5ad(tmp_path / "blocks.h5ad", blocks, obs, GENES)
         same_cells(data.read_cells(tmp_path / "blocks.h5ad"), X)
-    with pytest.raises(ValueError, match="genes"):
-        data.write_h5ad(tmp_path / "other.h5ad", X, obs, GENES[:-1])
-    assert not (tmp_path / "other.h5ad").exists()
 
 
 def test_prepared_file(two_types, tmp_path):
@@ -966,7 +963,7 @@ def test_demo_unseen_singles_follow_from_control_coexpression(demo, truth):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"genes": 39}, "--genes 39"), ({"cell_types": 0}, "--cell-types 0"), ({"cells": 50}, "--cells 50: at least 80"),
+    ({"genes": 39}, "--genes 39"), ({"cell_types": 0}, "--cell-types 0"),
     ({"cells": -5}, "--cells -5"), ({"seed": -1}, "--seed -1")])
 def test_demo_sizes_that_cannot_be(tmp_path, flags, message):
     with pytest.raises(data.DataError, match=message):

@@ -170,7 +170,7 @@ def test_groups_and_doses_are_taken_apart():
     ("combo", [("A", "")], "--split combo needs doubles, this file has 0"),
     ("holdout", [("A", "")], "--split holdout needs doubles, this file has 0"),
     ("unseen", [("A", "")], "no train condition, nothing to learn from; choose another"),
-    ("unseen", [("A+B", ""), ("C+D", "")], "no test condition, nothing to predict; choose another .this file has conditions: 2"),
+    ("unseen", [("A+B", ""), ("C+D", "")], "no test condition, nothing to predict; .* conditions: 2"),
     ("combo", [("A", ""), ("A+B", "")], "no test condition"),
     ("transfer", [("A", ""), ("B", "")], "--split transfer needs covariates .* --covariates"),
     ("transfer", [("A", "x"), ("B", "y")], "no perturbation was measured in two covariates .x, y.; choose another"),
