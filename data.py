@@ -409,9 +409,13 @@ class Cells:
         self.kept = self.kept[keep]
 
     def keep_genes(self, keep):
-        """Keep only these genes (boolean mask)."""
-        self.X = keep_columns(self.X, keep)
-        self.genes = [g for g, k in zip(self.genes, keep) if k]
+        """Keep only these genes (boolean mask), in place."""
+        X, self.genes = self.X, [g for g, k in zip(self.genes, keep) if k]
+        if isinstance(X, StoredRows):
+            X.keep[X.keep] = keep
+        else:
+            kept = (part[:, keep] for _, part in blocks(X, "dropping genes"))   # each is written where it was read
+            self.X = _stacked(kept, (X.shape[0], len(self.genes)), X.data, X.indices)
 
     def obs(self, column="", flag="--covariates"):
         """Another obs column of the file, as text, for these cells: (n,); without a column their names, the index."""
@@ -441,7 +445,7 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
                             "written")
         expressed = _expressed(var, notes)
         gene_keys = dict.fromkeys([var.index, *var.usual(GENE_KEYS), config.gene_key or var.index])
-        names = {key: var.column(key, "--gene-key")[expressed] for key in gene_keys}
+        names = {key: np.where(expressed, var.column(key, "--gene-key"), "") for key in gene_keys}
         labels = _find_labels(obs, config, set().union(*names.values()), control_required, perturbed_required, notes)
         covariates = [obs.column(key, "--covariates") for key in config.covariate_keys]
         wanted = set(genes) or {piece for text in labels.texts for piece in _pieces(text)}
@@ -450,9 +454,15 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
         uns = _uns(file.get("uns"))
     if isinstance(X, StoredRows):
         notes.append(X.note)
+    labelled = np.all([column != "" for column in [labels.condition, *covariates]], axis=0)
+    values = list(zip(*covariates)) or [()] * obs.n
+    known = {each: covariate_name(each) for each in set(values)}
+    covariate = np.array([known[each] for each in values], dtype=object)
+    cells = Cells(str(path), X, genes, labels.condition, covariate, "", uns, labels.rules, labels.spelling, labels.key,
+                  np.arange(obs.n), (), notes)
     if not expressed.all():
-        X = keep_columns(X, expressed)
-    genes, duplicated = _unique(genes)
+        cells.keep_genes(expressed)
+    cells.genes, duplicated = _unique(cells.genes)
     if duplicated:
         notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...; --gene-key names "
                      "another column)")
@@ -460,12 +470,6 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     if ambiguous:
         raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
                         "names with --gene-key, or remove the duplicates")
-    labelled = np.all([column != "" for column in [labels.condition, *covariates]], axis=0)
-    values = list(zip(*covariates)) or [()] * obs.n
-    known = {each: covariate_name(each) for each in set(values)}
-    covariate = np.array([known[each] for each in values], dtype=object)
-    cells = Cells(str(path), X, genes, labels.condition, covariate, "", uns, labels.rules, labels.spelling, labels.key,
-                  np.arange(obs.n), (), notes)
     if not labelled.all():
         notes.append(f"dropped {int((~labelled).sum()):,} cells without a label{' or covariate' if covariates else ''}")
         cells.take(labelled)
@@ -1066,15 +1070,6 @@ def detected_medians(X, rows, most=20_000):
     by_gene = sp.vstack([part for _, part in blocks(X, "looking for typical values", rows)], format="csc")
     ends = by_gene.indptr
     return [float(np.median(by_gene.data[i:j])) if j > i else 0.0 for i, j in zip(ends[:-1], ends[1:])]
-
-
-def keep_columns(X, keep):
-    """Drop columns of a matrix in place (keep: boolean (G,)), without a second copy of it."""
-    if isinstance(X, StoredRows):
-        X.keep[X.keep] = keep
-        return X
-    kept = (part[:, keep] for _, part in blocks(X, "dropping genes"))           # written where it, or more, was read
-    return _stacked(kept, (X.shape[0], int(keep.sum())), X.data, X.indices)
 
 
 def lognormalise(cells, rows=()):

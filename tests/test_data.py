@@ -1050,6 +1050,7 @@ FILES = {       # name: (writer, what the message must say: what, where, what to
     "html-bom": (lambda p: p.write_bytes(b"\xef\xbb\xbf<head>"), ["is a web page"]),
     "text": (lambda p: p.write_text("a,b\n1,2\n"), ["file.h5ad: is not an HDF5 file", "AnnData"]),
     "gzip": (lambda p: p.write_bytes(gzip.compress(b"x")), ["is an archive", "unpack it"]),
+    "tar": (lambda p: p.write_bytes(bytes(257) + b"ustar"), ["is an archive", "unpack it"]),
     "10x": (hdf5(matrix__barcodes=[b"A"], matrix__indptr=[0]), ["is a 10x Cell Ranger", "guide calls", ".h5ad"]),
     "loom": (hdf5(matrix=np.zeros((2, 2)), row_attrs__Gene=[1], col_attrs__Cell=[1]), ["is a loom file; convert it"]),
     "mudata": (hdf5(mod__rna__X=1, obs__x=1, var__x=1), ["is a MuData file; save one modality"]),

@@ -251,7 +251,7 @@ def test_bad_split_files(six, content, message):
     ("obs:twice", r"cannot be read as a split \('val' is there twice\)"),
     ("obs:mixed", "is in both .* a split is by condition, never by cell"),
     ("obs:absent", "obs has no column 'absent' .--split.; it has .*part"),
-    ("absent.json", "--split absent.json: cannot be read as a split")])
+    ("absent.json", "--split absent.json: cannot be read as a split .No such file or directory.;")])
 def test_bad_split_columns(six, name, message):
     with pytest.raises(data.DataError, match=message):
         data.load(six, split=name)
