@@ -12,8 +12,6 @@ real effect. G genes, P predicted and N real conditions, n and k cells.
     result = evaluate(pred, real, control, genes, train)        the same from arrays, for scripts
     print(format_table(result_rows(result, "my method")))
 
-A metric of your own is a function of a Condition and one line of KEYS; TABLE_KEYS are the columns of the table.
-
 Files are AnnData; obs names the condition, 'A+ctrl' meets 'A'. The prediction's genes are scored, matched by name; the
 real file is normalised over all its genes first. --reference: training cells, for Systema and the floors.
 
@@ -21,17 +19,15 @@ What to keep in mind when reading the numbers:
 - One real control serves both sides. A tool that gives each side its own (cell-eval) differs where the two differ.
 - L2, MSE, MAE and all correlations are of means over cells, then averaged over conditions. The published formulas that
   sum over cells rank a fresh draw of the truth below a constant.
-- NaN is an answer: a condition for which a metric is undefined is left out of the mean, and missing in `n_valid`. So
-  are correlations and cosines of an effect that is nothing but rounding.
+- NaN is an answer: a condition for which a metric is undefined is left out of the mean, and missing in `n_valid`.
 - Ties share the mid-rank, so a model that predicts the same for every condition scores 0.5, never a perfect 0.
 - e_distance, mmd and mmd_pca30 are V-statistics: they grow as cells become fewer. Floors therefore have as many cells
   as the prediction; the replicate has half of the real cells on each side, so a good model can pass it.
 - Distances grow with the number of genes, and PCA is fitted on the real cells at hand: values of different gene sets or
   different sets of conditions cannot be compared.
-- On the cells of one reference case the keys agree with the reference implementations to 1e-6, but for mmd and
-  mmd_pca30 (2e-4, 1e-4), which PerturBench computes in float32. The five keys of the Virtual Cell Challenge 2026 agree
-  with cell-eval 2 where both files hold counts, which pds_cosine_panel pools (on log1p CP10k it has .700 for .683). The
-  challenge's sixth score, expr_mse_unbiased_capped_norm, is left to cell-eval 2.
+- On one reference case the keys agree with the reference implementations to 1e-6 (mmd and mmd_pca30, float32 there, to
+  2e-4). The five keys of the Virtual Cell Challenge 2026 agree with cell-eval 2 where both files hold counts, which
+  pds_cosine_panel pools; the challenge's sixth score, expr_mse_unbiased_capped_norm, is left to it.
 """
 import argparse
 import dataclasses
@@ -86,19 +82,18 @@ KEYS = {
     "lfc_nmae": Key("↓", 0, "relative error of their fold changes", lambda x: lfc_nmae(x.p.changes, x.r.changes)),
     "deg_recall_50": Key("↑", 1, "recall of the top 50 genes by t-score", lambda x: deg_recall(x.p.t, x.r.t)),
     # perturbation discrimination: whether the own real condition is the nearest
-    "pds": Key("↑", 1, "L1, own targets excluded",
-               lambda x: discrimination(x.p, x.r, targets=x.targets), "mean"),
+    "pds": Key("↑", 1, "L1, own targets excluded", lambda x: discrimination(x.p, x.r, targets=x.targets), "mean"),
     "pds_all_genes": Key("↑", 1, "L1", lambda x: discrimination(x.p, x.r), "mean"),
     "pds_l2": Key("↑", 1, "L2", lambda x: discrimination(x.p, x.r, "euclidean"), "mean"),
     "pds_cosine": Key("↑", 1, "of effects", lambda x: discrimination(x.p, x.r, "cosine"), "effect"),
     "pds_cosine_panel": Key("↑", 1, "of effects on pooled counts, without the targets of all conditions (VCC 2026)",
                             lambda x: discrimination(x.p, x.r, "cosine"), "effect_off_panel"),
     # of the distributions of cells
-    "e_distance": Key("↓", 0, "energy distance in 50 PCs", lambda x: x.energy(50)),
+    "e_distance": Key("↓", 0, "energy distance in 50 PCs", lambda x: energy_distance(x.p.pcs, x.r.pcs)),
     "wasserstein": Key("↓", 0, "entropic transport cost in 50 PCs", lambda x: wasserstein(x.p.pcs, x.r.pcs)),
     "discr_cos": Key("↑", 1, "cosine of the effects", lambda x: discr_cos(x.q, x.m, x.c)),
     "mmd": Key("↓", 0, "PerturBench's MMD, half the energy distance", lambda x: x.energy_in_genes() / 2),
-    "mmd_pca30": Key("↓", 0, "the same in 30 PCs", lambda x: x.energy(30) / 2),
+    "mmd_pca30": Key("↓", 0, "the same in 30 PCs", lambda x: mmd_energy(x.p.pcs[:, :30], x.r.pcs[:, :30])),
     "mmd_rbf": Key("↓", 0, "squared MMD with four RBF kernels (scDFM), unbiased", lambda x: x.mmd_rbf()),
     "cosine_logfc": Key("↑", 1, "cosine of PerturBench's log fold changes", lambda x: cosine_logfc(x.q, x.m, x.c)),
     # rank of the own prediction among all, by the measure that the name begins with (PerturBench)
@@ -910,10 +905,6 @@ class Condition:
     def mmd_rbf(self):
         return _mmd_rbf(*self.squared, self.r.n, self.r.in_genes[1]) if min(self.p.n, self.r.n) > 1 else math.nan
 
-    def energy(self, k):
-        """Energy distance in k principal components."""
-        return energy_distance(self.p.pcs[:, :k], self.r.pcs[:, :k])
-
 
 class Conditions(NamedTuple):
     """What a metric sees of all conditions of a covariate: PDS looks for the truth among all real conditions, the ranks
@@ -960,8 +951,7 @@ def _replicate(truth, world, keys):
     for g, r in truth.items():
         if r.n > 1:
             order = _rng(world.seed, "replicate", g).permutation(r.n)
-            for half, rows in ((one, order[:r.n // 2]), (other, order[r.n // 2:])):
-                rows = np.sort(rows)
+            for half, rows in ((one, np.sort(order[:r.n // 2])), (other, np.sort(order[r.n // 2:]))):
                 half[g] = _Population(r.source[rows], g, world, totals=r.totals[rows])
     return _score(data.progress(one.values(), "scoring halves of the real cells"), other, world, keys)
 
@@ -991,10 +981,7 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
       metric cannot tell a draw of the truth from a constant on these data;
       info: numbers of conditions, genes and cells, seed, notes.
     Raises data.DataError for inputs that do not fit together."""
-    if keys is None:
-        keys = [k for k in KEYS if k not in MMD_RANKS]
-    elif keys == "all":
-        keys = KEYS
+    keys = KEYS if keys == "all" else keys or [k for k in KEYS if k not in MMD_RANKS]
     measured = set(real)                                             # `in` would read the cells of a lazy mapping
     groups = [g for g in pred if g in measured]
     unknown = sorted(set(keys) - set(KEYS))
@@ -1034,7 +1021,17 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
         members = {g: scores[g] for g in groups if len(perturbations(g)) == n}
         name = {1: "single", 2: "double", 3: "triple"}.get(n, f"{n}_perturbations")
         result["groups"][name] = _summary(members, keys)["aggregate"]
-    result["info"] = _information(world, truth, sizes, keys, notes)
+    result["info"] = {"conditions": len(groups), "genes": len(genes), "seed": seed, "notes": notes,
+                      "cells_pred": sum(sizes.values()), "cells_real": sum(r.n for r in truth.values()),
+                      "cells_control": {v: world.control[v].n for v in world.covariates}}
+    levels = np.mean([*world.levels.values()]), np.mean([r.mean.mean() for r in truth.values()])
+    if min(levels) < MOST_APART * max(levels):
+        notes.append(f"predicted values average {levels[0]:.3g}, real ones {levels[1]:.3g}: are both log1p CP10k? (a "
+                     "logarithm taken twice, counts declared --lognorm)")
+    ranked = truth if set(MMD_RANKS) & set(keys) else ()
+    limits = [world.rank_cells(g) for g in ranked if max(truth[g].n, sizes[g]) > world.rank_cells(g)]
+    if limits:
+        notes.append(f"MMD ranks use at most {min(limits)} cells per condition; {len(limits)} had more")
     result |= {"floors": {}, "floors_per_condition": {}, "replicate": {}, "replicate_per_condition": {},
                "score_vs_floor": {}, "can_tell": {}}
     if floors:
@@ -1057,14 +1054,10 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     return result
 
 
-def _plain(value):
-    """A float, or None for NaN and infinity, which JSON does not have."""
-    return float(value) if math.isfinite(value) else None
-
-
 def _summary(scores, keys):
-    """aggregate, n_valid and per_condition, as evaluate() returns them, of {group: {key: value}}."""
-    per_condition = {g: {k: _plain(values.get(k, math.nan)) for k in keys} for g, values in scores.items()}
+    """aggregate, n_valid and per_condition, as evaluate() returns them, of {group: {key: value}}; JSON has no NaN."""
+    per_condition = {g: {k: float(values[k]) if math.isfinite(values.get(k, math.nan)) else None for k in keys}
+                     for g, values in scores.items()}
     defined = {k: [values[k] for values in per_condition.values() if values[k] is not None] for k in keys}
     return {"aggregate": {k: float(np.mean(values)) if values else None for k, values in defined.items()},
             "n_valid": {k: len(values) for k, values in defined.items()}, "per_condition": per_condition}
@@ -1102,23 +1095,7 @@ def _against_floor(key, result, partial):
     score, replicate = result["aggregate"][key], result["replicate"][key]
     if None in (score, replicate) or sign * (replicate - means[name]) <= 0:
         return None, share
-    return _plain((score - means[name]) / (replicate - means[name])), share
-
-
-def _information(world, truth, sizes, keys, notes):
-    """What a reader needs to judge the numbers."""
-    info = {"conditions": len(truth), "genes": len(world.column), "seed": world.seed, "notes": notes,
-            "cells_pred": sum(sizes.values()), "cells_real": sum(r.n for r in truth.values()),
-            "cells_control": {v: world.control[v].n for v in world.covariates}}
-    levels = np.mean([*world.levels.values()]), np.mean([r.mean.mean() for r in truth.values()])
-    if min(levels) < MOST_APART * max(levels):
-        notes.append(f"predicted values average {levels[0]:.3g}, real ones {levels[1]:.3g}: are both log1p CP10k? (a "
-                     "logarithm taken twice, counts declared --lognorm)")
-    if set(MMD_RANKS) & set(keys):
-        limits = [world.rank_cells(g) for g in truth if max(truth[g].n, sizes[g]) > world.rank_cells(g)]
-        if limits:
-            notes.append(f"MMD ranks use at most {min(limits)} cells per condition; {len(limits)} had more")
-    return info
+    return (score - means[name]) / (replicate - means[name]), share
 
 
 # -------------------------------------------------------------------------------- tables, command line
@@ -1235,13 +1212,12 @@ def validation(run, step, pred):
 class _Groups(data.Lazy):
     """{group: (cells, genes) CSR} of the perturbed cells of a file, cut out when asked for.
     controls: {covariate: CSR} of its control cells; totals {group, or covariate of controls: (cells,)}: how many counts
-    each cell had, empty for a file of log-normalised values; notes: what was guessed, dropped and done to the values.
-    """
+    each cell had, empty for a file of log-normalised values; notes: what was guessed, dropped or done to values."""
 
     def __init__(self, cells, columns=slice(None)):
         super().__init__({}, lambda group: cut(self.names[group]))   # the rows of each group
-        self.columns, self.controls = columns, {}
-        self.totals = {}
+        self.cells, self.columns = cells, columns
+        self.controls, self.totals = {}, {}
         self.notes = [f"{cells.path}: {note}" for note in cells.notes]
         data.lognormalise(cells)
         if cells.totals is not None:
@@ -1262,7 +1238,7 @@ class _Groups(data.Lazy):
 
 
 def _load(path, config, genes, **options):
-    """Log-normalised cells of a real file over the genes of the prediction, as _Groups; and the file's Cells."""
+    """Log-normalised cells of a real file over the genes of the prediction, as _Groups."""
     cells = data.read_cells(path, config, **options)
     columns = data.match_genes(cells.genes, genes)
     missing = [gene for gene, column in zip(genes, columns) if column < 0]
@@ -1270,7 +1246,7 @@ def _load(path, config, genes, **options):
         raise data.DataError(f"{path}: lacks {len(missing)} of the {len(genes)} genes of the prediction "
                              f"({data.listed(missing)}); genes are matched by name: check --gene-key, or leave them "
                              "out")
-    return _Groups(cells, columns), cells
+    return _Groups(cells, columns)
 
 
 def read_prediction(path, config):
@@ -1302,20 +1278,20 @@ def _configs(config, paths):
     return [dataclasses.replace(config, **dict.fromkeys(keys - nowhere, "")) for keys in lacks]
 
 
-def _reference(config, genes, pred, real, cells):
+def _reference(config, genes, pred, real):
     """(training cells, mean of their perturbations' means), either may be None: --reference, or the real file's uns."""
     if config.reference:
-        train, _ = _load(config.reference, config, genes, control_required=False)
+        train = _load(config.reference, config, genes, control_required=False)
         train.names = {g: rows for g, rows in train.names.items() if g not in pred.names}
         if not train:
             raise data.DataError(f"{config.reference}: holds only predicted conditions; give the training cells")
         return train, None
-    if "train_pert_mean" not in cells.uns:
+    if "train_pert_mean" not in real.cells.uns:
         return None, None
-    mean = np.ravel(cells.uns["train_pert_mean"])
-    if len(mean) != len(cells.genes) or mean.dtype.kind not in "fiu" or not np.isfinite(mean).all():
-        raise data.DataError(f"{cells.path}: uns['train_pert_mean'] must hold a number for each of the "
-                             f"{len(cells.genes)} genes; mend it, or give --reference")
+    mean = np.ravel(real.cells.uns["train_pert_mean"])
+    if len(mean) != len(real.cells.genes) or mean.dtype.kind not in "fiu" or not np.isfinite(mean).all():
+        raise data.DataError(f"{real.cells.path}: uns['train_pert_mean'] must hold a number for each of the "
+                             f"{len(real.cells.genes)} genes; mend it, or give --reference")
     return None, mean[real.columns]
 
 
@@ -1334,18 +1310,18 @@ def main(argv=None):
         keys = {"all": list(KEYS), "vcc": list(VCC)}.get(config.keys, asked)
         of = _configs(config, [*paths, config.reference] if config.reference else paths)
         genes, pred = read_prediction(paths[0], of[0])
-        real, cells = _load(paths[1], of[1], genes)
-        train, train_mean = _reference(of[-1], genes, pred, real, cells)
+        real = _load(paths[1], of[1], genes)
+        train, train_mean = _reference(of[-1], genes, pred, real)
         counts = pred.totals and real.totals
-        result = evaluate(pred, real, real.controls, genes, train, keys or None, config.seed, config.floors,
+        result = evaluate(pred, real, real.controls, genes, train, keys, config.seed, config.floors,
                           train_mean=train_mean, totals=(pred.totals, real.totals) if counts else None)
         info = result["info"]
         info["notes"] = [*pred.notes, *real.notes, *info["notes"]]
         if keys == list(VCC) and not counts:
             info["notes"].append("pds_cosine_panel is the challenge's where both files hold counts; here it is of "
                                  "means of log1p CP10k")
-        if len(cells.genes) > len(genes):
-            info["notes"].append(f"{len(cells.genes) - len(genes):,} genes are not in the prediction and are ignored")
+        if len(real.cells.genes) > len(genes):
+            info["notes"].append(f"{len(real.cells.genes) - len(genes):,} genes are not in the prediction, and ignored")
         if train is None:
             more = ", and no Systema reference" if train_mean is None else " and mean"
             info["notes"].append(f"without --reference there is no floor but control{more}")
