@@ -15,9 +15,8 @@ bench.json (every condition too), bench.md and the runs themselves. Values are m
 and folds; the best of a column is **so** and the second best *so*; rows that print the same value share the mark.
 Ceilings (the replicate) and published rows do not compete.
 
-Baselines, fitted to the mean effects (mean of cells minus mean of their controls) of the training conditions and added
-to control cells. Their hyper-parameters are chosen by five-fold cross-validation over training conditions of the kind
-that is tested (doubles for doubles).
+Baselines are fitted to the mean effects of the training conditions and added to control cells. Cross-validation, with
+five folds of training conditions of the tested kind (doubles for doubles), chooses their hyper-parameters.
   linear   bilinear in a gene embedding: PCA of the training means, or --embedding (Ahlmann-Eltze, Huber, Anders 2025)
   ridge    ridge regression on perturbation indicators, singles and combinations together
   kernel   weighted mean of the effects of the same perturbation in other covariates, or of perturbations of like genes
@@ -304,8 +303,8 @@ def fit_baseline(name, dataset, embedding=None):
         if not any(singles_of(g, train) for g in test):
             return None
         given["lam"] = tune(ridge, GRIDS["ridge"][1], train, Y, test)["lam"]
-    grid = [options | given for options in grid]
-    options = tune(function, grid, train, Y, test, len(train) if name == "pairs" else 5)
+    folds = len(train) if name == "pairs" else 5
+    options = tune(function, [options | given for options in grid], train, Y, test, folds)
     effects = function(train, Y, test, **options)
     if name == "kernel" and not effects.any(axis=1).all():
         return None
@@ -445,17 +444,6 @@ def read_pred(text, dataset, config):
     return name, {group: cells[group][:, columns] for group in dataset.part("test")}
 
 
-def known_vectors(config, dataset):
-    """{name: vector} of --embedding, for the genes and perturbations of this data set; None without."""
-    if not config.embedding:
-        return None
-    drugs = {data.split_dose(p)[0] for p in dataset.perturbations}
-    names = sorted({*dataset.genes, *dataset.perturbations, *drugs})
-    vectors, known = data.aligned_vectors(config.embedding, names)
-    data.coverage(print, config.embedding, known, "genes")
-    return {names[i]: vectors[i].double().numpy() for i in known.nonzero()[:, 0]}
-
-
 def ceilings(dataset, sizes, seed):
     """{row name: {group: (n, E) fresh cells}} of simulated data, {} of others: of the truth, and of an oracle that
     knows every single effect and takes the interaction of two for that of any two."""
@@ -483,9 +471,15 @@ def score_fold(config, fold):
     """Floors, replicate, baselines, ceilings and other tools' predictions of one fold, for every seed: the dataset and
     [(row name, kind, result of metrics.evaluate)]."""
     dataset = data.load(data.path_of(config), config, config.split, fold, config.n_folds, "cpu", config.train_on_val)
-    vectors = known_vectors(config, dataset)
+    embedding = None
+    if config.embedding:
+        drugs = {data.split_dose(p)[0] for p in dataset.perturbations}
+        names = sorted({*dataset.genes, *dataset.perturbations, *drugs})
+        vectors, known = data.aligned_vectors(config.embedding, names)
+        data.coverage(print, config.embedding, known, "genes")
+        embedding = {names[i]: vectors[i].double().numpy() for i in known.nonzero()[:, 0]}
     others = dict(read_pred(text, dataset, config) for text in config.pred)
-    fitted = {name: fit_baseline(name, dataset, vectors) for name in GRIDS} if config.baselines else {}
+    fitted = {name: fit_baseline(name, dataset, embedding) for name in GRIDS} if config.baselines else {}
     keys = [k for k in metrics.KEYS if k not in metrics.MMD_RANKS] + list(config.keys)
     sizes, runs = dataset.sizes("test", config.eval_cells, config.exact_cells), []
     for seed in config.seeds:
@@ -776,8 +770,6 @@ def plot(config, out, rows, runs, dataset):
                "pca": plot_pca(plt, condition, cells, colors)}
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png")
-    plt.close("all")
-    print(f"figures: {', '.join(f'{name}.png' for name in figures)}")
 
 
 def plot_errors(plt, rows, colors):
@@ -845,11 +837,8 @@ def plot_pca(plt, condition, cells, colors):
     basis = metrics.fit_pca(lambda: (cells["control"], cells["real"]), 2)
     points = {name: (x - basis.mean) @ basis.loadings for name, x in cells.items()}
     control = points.pop("control")
-    height = math.ceil(len(points) / 4)
-    figure, axes = plt.subplots(height, 4, figsize=(10, 0.8 + 2.3 * height), squeeze=False, sharex=True, sharey=True)
-    for axis in axes.flat[len(points):]:
-        axis.set_axis_off()
-    for axis, (name, point) in zip(axes.flat, points.items()):
+    figure, axes = plt.subplots(1, len(points), figsize=(2.5 * len(points), 3), squeeze=False, sharex=True, sharey=True)
+    for axis, (name, point) in zip(axes[0], points.items()):
         axis.plot(control[:, 0], control[:, 1], "o", markersize=2.5, alpha=0.6, color="#BBBBBB")
         axis.plot(point[:, 0], point[:, 1], "o", markersize=2.5, alpha=0.6, color=colors[name])
         axis.set_title(name)
