@@ -1160,17 +1160,15 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
             split[part].add(group if apart else condition)
     for part, use in (("test", "to predict"), ("train", "to learn from")):
         if not split[part] and name != "all":
-            raise DataError(f"--split {name}: no {part} condition, nothing {use}; choose another (this file has "
-                            f"conditions: {len(conditions)}, combinations among them: {len(multiple)})")
+            raise DataError(f"--split {name}: no {part} condition, nothing {use}; choose another: cv, unseen, transfer "
+                            f"and split files need no doubles (conditions here: {len(conditions)}, of them "
+                            f"combinations: {len(multiple)})")
     return {part: sorted(names) for part, names in split.items()}
 
 
 def _held_out(name, conditions, multiple, fold, folds):
     """Validation and test conditions of a split by conditions. multiple: those of several perturbations."""
     rng = np.random.RandomState(42 + fold)
-    if name in ("additive", "combo", "holdout") and not multiple:
-        raise DataError(f"--split {name} needs doubles, this file has 0; use --split cv, unseen, transfer or a split "
-                        "file")
     if name == "additive":      # official scDFM folds: data.py:128-141; validation is ours
         rng.shuffle(multiple)
         n_test, n_val = max(1, int(0.3 * len(multiple))), int(0.1 * len(multiple))
@@ -1225,12 +1223,10 @@ def _transfer(groups, rng):
     where = {}
     for condition, covariate in sorted(groups):
         where.setdefault(condition, []).append(covariate)
-    if covariates == [""]:
-        raise DataError("--split transfer needs covariates to transfer between; name them with --covariates cell_type")
     where = {c: v for c, v in where.items() if len(v) > 1}
     if not where:
         raise DataError("--split transfer: no perturbation was measured in two covariates "
-                        f"({listed(covariates)}); choose another --covariates or --split")
+                        f"({listed(filter(None, covariates))}); name them with --covariates cell_type")
     if len(where) < 4:          # few perturbations, many covariates (Kang): hold 30% of the covariates out for each
         pairs = []
         for condition, present in where.items():

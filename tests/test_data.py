@@ -1107,7 +1107,7 @@ FLAGS = [("--pert-key nothing", ["obs has no column 'nothing' (--pert-key); it h
          ("--control-split 0.5,0.5", ["--control-split 0.5,0.5: give the shares of train,val,test"]),
          ("--control-split nan,0.5,0.5", ["give the shares"]), ("--control-split 0.7,0,0.3", ["give the shares"]),
          ("--control-split 0.98,0.01,0.01", ["20 control cells", "leave none for val"]),
-         ("--split transfer", ["--split transfer needs covariates"]), ("--split nothing", ["--split nothing: unknown"]),
+         ("--split transfer", ["two covariates (none); name them with --covariates"]), ("--split nothing", ["--split nothing: unknown"]),
          ("--split cv --folds 3", ["3 or more are needed, a condition each, of 1"]),
          ("--cells 100", ["--cells: belongs to 'python data.py demo'"]),
          ("--nothing", ["unrecognized arguments: --nothing", "--help"]),
