@@ -148,7 +148,7 @@ USES = {}                               # {flag: what --ckpt is for besides --pr
 
 # -------------------------------------------------------------------------------- priors
 
-FIXED, UNKNOWN = -1, -2                 # in pert_learned: no row of the learned table
+FIXED, UNKNOWN = -1, -2                 # in pert_learned: has a given vector; has none and was not trained
 
 
 def load_priors(run):
@@ -225,10 +225,29 @@ def pathway_sets(run, vectors):
     return F.normalize(member, p=1, dim=1)
 
 
+def token_table(panel, config):
+    """Names [N] of what can have an embedding, genes first, then the other perturbations without their dose; and of all
+    that can be predicted {name: (token, dose)}, the dose log(1 + dose) over the highest, or 1 where there is none."""
+    names, doses = list(panel.genes), {}
+    tokens = {name: i for i, name in enumerate(names)}
+    for p, gene in zip(panel.perturbations, panel.pert_gene):
+        drug, dose = data.split_dose(p) if config.dose_key else (p, "")
+        try:
+            doses[p] = math.log1p(float(dose))
+        except ValueError:                                               # no dose, or one in words
+            drug = p
+        if gene < 0 and drug not in tokens:
+            tokens[drug] = len(names)
+            names.append(drug)
+        tokens[p] = tokens[drug] if gene < 0 else gene
+    highest = max(doses.values(), default=1.0) or 1.0
+    return names, {name: (token, doses.get(name, highest) / highest) for name, token in tokens.items()}
+
+
 def perturbation_vectors(run, vectors):
-    """What the flow knows of every token (see token_table): pert_vectors (N, p) of root mean square 1, from
-    --pert-embeddings or the gene's own; pert_learned (N,), the row of a learned table where there is no vector, else
-    FIXED, or UNKNOWN for what was not trained either; pert_trained, the tokens of training conditions."""
+    """What the flow knows of every token: pert_vectors (N, p) of root mean square 1, from --pert-embeddings or the
+    gene's own; pert_learned (N,), its row of a learned table if it has no vector but was trained, else FIXED or
+    UNKNOWN; pert_trained, the tokens of training conditions."""
     config, panel = run.config, run.panel
     names, table = token_table(panel, config)
     N, asked = len(names), {p: table[p][0] for p in panel.perturbations}
@@ -436,7 +455,7 @@ class Flow(nn.Module):
         self.kv = nn.Linear(256 if self.dosed else p, 2 * d, bias=False)
         self.pooled = nn.Linear(d + covariates, 256)
         self.effect = nn.Parameter(torch.zeros(self.kv.in_features, config.latent)) if config.effect_readout else None
-        self.register_buffer("frequency", 10 ** (1 - torch.arange(512) / 512), persistent=False)
+        self.register_buffer("frequency", 10 ** (1 - torch.arange(512) / 512), persistent=False)     # 10 to 1
         self.time_mlp = nn.Sequential(nn.Linear(1024, h), nn.SiLU(), nn.Linear(h, h))
         self.state = nn.ModuleList([nn.Linear(config.latent, h), nn.Linear(h, h)])
         self.join_time, self.join_state = nn.Linear(h, h), nn.Linear(h, h, bias=False)
@@ -449,8 +468,9 @@ class Flow(nn.Module):
         return torch.where(row[..., None] < 0, self.pert_vectors[tokens], self.learned[row.clamp(min=0)])
 
     def condition(self, tokens, mask, dose, covariates):
-        """Attention pooling over the slots that hold a perturbation: tokens, mask, dose (C, slots) -> (C, 256); and the
-        part of the velocity that is the same at all times and states (C, 1, D): a bias, with what is linear in them."""
+        """Embedding (C, 256) of conditions by attention pooling over the slots that hold a perturbation: tokens, mask,
+        dose (C, slots); and effect (C, 1, D), the part of the velocity that is the same at all times and states: the
+        last layer's bias and, with --effect-readout, a linear map of the perturbations' sum."""
         def split(x):                                                    # (C, slots, 64) -> (C, 8 heads, slots, 8)
             return x.unflatten(-1, (8, -1)).transpose(1, 2)
         a = self.vectors(tokens)                                         # (C, slots, p)
@@ -482,30 +502,24 @@ class Flow(nn.Module):
         x = act(self.join_state(x) + joined)
         return (F.linear(act(self.joint(x)), self.out.weight) + effect).float()
 
-    def grid(self):
-        """Times (2 K,): beginning and middle of each step."""
-        return torch.linspace(0, 1, 2 * self.steps + 1, device=self.frequency.device)[:-1]
-
-    def integrate(self, z, condition, effect, time=None):
-        """Midpoint rule from t=0 to 1: control latents z (C, b, D) -> perturbed latents. condition, effect: of
-        condition(); time: time(grid()), where it is known."""
+    def integrate(self, z, c, effect):
+        """Midpoint rule from t=0 to 1, without dropout: control latents z (C, b, D) -> perturbed latents. c, effect:
+        of condition()."""
         K = self.steps
-        if time is None:
-            time = self.time(self.grid())                                                   # (2 K, h)
-        joined = (time[:, None, None] + self.join_condition(condition)[:, None]).unbind()   # each (C, 1, h)
+        time = self.time(torch.linspace(0, 1, 2 * K + 1, device=z.device)[:-1])             # (2 K, h): start and middle
+        joined = (time[:, None, None] + self.join_condition(c)[:, None]).unbind()           # each (C, 1, h)
         for i in range(0, 2 * K, 2):
             middle = torch.add(z, self.velocity(z, joined[i], effect), alpha=0.5 / K)
             z = torch.add(z, self.velocity(middle, joined[i + 1], effect), alpha=1 / K)
         return z
 
-    def forward(self, z_t, t, condition, keep, start, chosen):
-        """Velocity (C, b, D) at z_t (C, b, D) and t (C, b), under condition (of slots()) times its dropout mask, keep
-        (C, 256); and the end points, without dropout, of start (S, n, D), control latents of chosen (S,) conditions."""
-        c, effect = self.condition(*condition)
-        time, steps = self.time(torch.cat([t.flatten(), self.grid()])).tensor_split([t.numel()])
-        joined = time.view(*t.shape, -1) + self.join_condition(c * keep)[:, None]           # (C, b, h)
+    def forward(self, z_t, t, told, keep, start, among):
+        """Velocity (C, b, D) at z_t (C, b, D) and t (C, b), told slots() of the conditions, their embedding times its
+        dropout mask, keep (C, 256); and the end points of start (S, n, D), control latents of the S among the C."""
+        c, effect = self.condition(*told)
+        joined = self.time(t) + self.join_condition(c * keep)[:, None]                      # (C, b, h)
         v = self.velocity(z_t, joined, effect, self.training)
-        return v, self.integrate(start, c[chosen], effect[chosen], steps)
+        return v, self.integrate(start, c[among], effect[among])
 
 
 class ScBIG(nn.Module):
@@ -523,6 +537,15 @@ class ScBIG(nn.Module):
                 nn.init.normal_(layer.weight, std=layer.in_features ** -0.5)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+
+
+def decode(autoencoder, start, end, control=None):
+    """Cells (n, G) at the latents end (n, D); given the control cells (n, G) that start (n, D) encodes, plus what the
+    autoencoder loses of them."""
+    if control is None:
+        return autoencoder.decode(end)
+    cells, controls = autoencoder.decode(torch.cat([end, start])).chunk(2)
+    return cells + (control - controls)
 
 
 # -------------------------------------------------------------------------------- losses
@@ -580,21 +603,21 @@ class Objective(nn.Module):
     def __init__(self, model, config):
         super().__init__()
         self.config, self.flow = config, model.flow
-        self.autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)
+        self.autoencoder = copy.deepcopy(model.autoencoder).eval().requires_grad_(False)     # frozen, no dropout
         # (G, K): mean of a module's genes
         self.register_buffer("member", F.normalize(F.one_hot(model.autoencoder.module_of).float(), p=1, dim=0))
         self.register_buffer("pathways", model.pathways)
 
-    def forward(self, z0, z1, condition, keep, start, real, control, chosen):
-        """z0, z1 (C, b, D) latents of control and perturbed cells, not yet paired; condition, keep, chosen: see Flow;
-        for the structure losses start (S, n, D), latents of the control cells (S n, G) or None, and real (S, n, G).
-        Returns {name: loss (eq. 9), or one of its terms}."""
+    def forward(self, z0, z1, told, keep, start, real, control, among):
+        """z0, z1 (C, b, D) latents of control and perturbed cells, not yet paired; told, keep, among: see Flow; for
+        the structure losses start (S, n, D), latents of control cells, these cells (S n, G) or None, and real cells
+        (S, n, G). Returns {name: loss (eq. 9), or one of its terms}."""
         config = self.config
         # pairs of control and perturbed latents, a point between them, and the velocity to learn (eq. 6)
         t, u = torch.rand(2, *z0.shape[:2], device=z0.device)
         z1 = ot_partners(z0, z1, u, config.ot_epsilon)
         z_t = torch.lerp(z0, z1, t[..., None]).add(torch.randn_like(z0), alpha=config.sigma)
-        v, end = self.flow(z_t, t, condition, keep, start, chosen)
+        v, end = self.flow(z_t, t, told, keep, start, among)
         flow = F.mse_loss(v, z1 - z0)
         pred = decode(self.autoencoder, start.flatten(0, 1), end.flatten(0, 1), control).view_as(real)
         zero = torch.zeros_like(flow)
@@ -606,41 +629,13 @@ class Objective(nn.Module):
 
 # -------------------------------------------------------------------------------- sampling
 
-def decode(autoencoder, start, end, control=None):
-    """Cells (n, G) at the latents end (n, D); given the control cells (n, G) that start (n, D) encodes, plus what the
-    autoencoder loses of them."""
-    if control is None:
-        return autoencoder.decode(end)
-    cells, controls = autoencoder.decode(torch.cat([end, start])).chunk(2)
-    return cells + (control - controls)
-
-
 @torch.no_grad()
-def sample(integrate, model, control, condition, residual):
-    """A perturbed cell for each control cell (n, G) log1p CP10k, of one condition (of slots()): (n, G) float32, which
-    may be negative. integrate: model.flow.integrate, compiled or not."""
+def sample(integrate, model, control, told, residual):
+    """A perturbed cell for each control cell (n, G) log1p CP10k, of one condition, told its slots(): (n, G) float32,
+    which may be negative. integrate: model.flow.integrate, compiled or not."""
     start = model.autoencoder.encode(control)
-    end = integrate(start[:, None], *model.flow.condition(*condition))[:, 0]
+    end = integrate(start[:, None], *model.flow.condition(*told))[:, 0]
     return decode(model.autoencoder, start, end, control if residual else None)
-
-
-def token_table(panel, config):
-    """Names [N] of what can have an embedding, genes first, then the other perturbations without their dose; and of all
-    that can be predicted {name: (token, dose)}, the dose log(1 + dose) over the highest, or 1 where there is none."""
-    names, doses = list(panel.genes), {}
-    tokens = {name: i for i, name in enumerate(names)}
-    for p, gene in zip(panel.perturbations, panel.pert_gene):
-        drug, dose = data.split_dose(p) if config.dose_key else (p, "")
-        try:
-            doses[p] = math.log1p(float(dose))
-        except ValueError:                                               # no dose, or one in words
-            drug = p
-        if gene < 0 and drug not in tokens:
-            tokens[drug] = len(names)
-            names.append(drug)
-        tokens[p] = tokens[drug] if gene < 0 else gene
-    highest = max(doses.values(), default=1.0) or 1.0
-    return names, {name: (token, doses.get(name, highest) / highest) for name, token in tokens.items()}
 
 
 def slots(groups, panel, config):
@@ -745,8 +740,7 @@ def train(run, state):
     names = dataset.part("train")
     group = torch.tensor([dataset.groups.index(g) for g in names], device=dataset.index_device)
     conditions = [a.to(device) for a in slots(names, panel, config)]
-    spread = torch.arange(S, device=dataset.index_device) * C // S          # of the C, those for the structure losses
-    among = spread.to(device)
+    among = torch.arange(S, device=dataset.index_device) * C // S        # of the C, those for the structure losses
     run.say(f"{sum(p.numel() for p in model.autoencoder.parameters()):,} parameters in the autoencoder, "
             f"{sum(p.numel() for p in model.flow.parameters()):,} in the flow; {len(names)} training conditions, "
             f"{len(panel.genes):,} genes, {config.modules} modules, {len(model.pathways):,} pathways; "
@@ -762,14 +756,14 @@ def train(run, state):
         keep = (torch.rand(C, 256, device=device) >= config.condition_dropout) / (1 - config.condition_dropout)
 
         # for the structure losses, of S of the conditions: latents of n controls, and n real cells
-        chosen = group[pick[spread]]
+        chosen = group[pick[among]]
         rows = dataset.draw(dataset.controls_for(chosen), n)
         start = latents[rows].unflatten(0, (S, n))                                           # (S, n, D)
         real = dataset.gather(dataset.draw(chosen, n)).unflatten(0, (S, n))                  # (S, n, G)
         control = dataset.gather(rows) if config.residual else None                          # (S n, G)
 
         with run.autocast():
-            losses = net(z0, z1, told, keep, start, real, control, among)
+            losses = net(z0, z1, told, keep, start, real, control, among.to(device))
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(model.flow.parameters(), 1.0)
