@@ -116,15 +116,10 @@ PRESETS = {"paper": {}, "demo": dict(
     folds=5, hvg_by="variance", train_on_val=False, steps=800, lr=5e-3, lr_min=1e-5, warmup=50, width=32, heads=2,
     layers=1, context_layers=1, patch=4, slots=80, dropout=0.0, effect_readout=True, calibration=3.0, ema=0.99,
     neighbours=20, rank=10, zeros="detect", eval_cells=100)}
-SAMPLING = {"score", "score_under", "score_controls"}   # flags that --ckpt may change
 CALIBRATION_CELLS = 8000                # generated for it in all, 10 to 100 of a condition
-UNSEEN = True                           # genes that were never perturbed can be predicted
+SAMPLING = {"score", "score_under", "score_controls"}   # flags that --ckpt may change
+UNSEEN = True                           # whether genes that were never perturbed can be predicted
 variants = None                         # further rows of the table
-
-
-def patch_size(config, G):
-    """P for a panel of G genes."""
-    return max(config.patch, math.ceil(G / config.slots)) if config.slots else config.patch
 
 
 # -------------------------------------------------------------------------------- gene network
@@ -254,7 +249,7 @@ class FlowBlock(nn.Module):
         self.modulate = nn.Linear(d, 2 * d)
         self.layers = nn.ModuleList(Layer(config, cross=True) for _ in range(config.layers))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 2 * P)
-        for p in (*self.head.parameters(), *self.modulate.parameters()):
+        for p in (self.modulate.weight, self.modulate.bias, self.head.weight, self.head.bias):
             nn.init.zeros_(p)                                            # the flow starts as the identity
 
     def slots(self, x):                                                  # (B, T P) -> (B, T, P)
@@ -328,7 +323,8 @@ class CellTARNet(nn.Module):
         super().__init__()
         d, G = config.width, len(panel.genes)
         mean, var, corr = statistics or (torch.zeros(G), torch.ones(G), None)
-        self.patch = patch_size(config, G)
+        slots = config.slots or math.ceil(G / config.patch)
+        self.patch = max(config.patch, math.ceil(G / slots))
         self.n_genes, self.padding = G, -G % self.patch
         self.n_pert = G + len(panel.perturbations)                       # columns of c that stand for perturbations
         self.register_buffer("mean", mean)
@@ -404,20 +400,6 @@ class CellTARNet(nn.Module):
         return log_p, F.normalize(self.projection(z[:contrasted]).float(), dim=-1)
 
 
-def multi_hot(groups, panel):
-    """c (n, V) of groups CONDITION or CONDITION@COVARIATE, float32: genes of the panel that are perturbed,
-    perturbations of the training file, covariates one-hot."""
-    G = len(panel.genes)
-    columns = {g: [i] for i, g in enumerate(panel.genes)}
-    for i, (p, g) in enumerate(zip(panel.perturbations, panel.pert_gene)):
-        columns[p] = [G + i, g] if g >= 0 else [G + i]
-    c = torch.zeros(len(groups), G + len(panel.perturbations))
-    for i, group in enumerate(groups):
-        for p in data.split_group(group)[0].split("+"):
-            c[i, columns[p]] = 1
-    return torch.cat([c, panel.one_hot(groups)], dim=1)
-
-
 # -------------------------------------------------------------------------------- losses
 
 def info_nce(own, swapped, partner, condition, temperature):
@@ -461,6 +443,20 @@ def sample(model, z, control, c, config, step=FlowBlock.step):
     return torch.where(x.abs() < 2 * config.dequantise, 0, x)
 
 
+def multi_hot(groups, panel):
+    """c (n, V) of groups CONDITION or CONDITION@COVARIATE, float32: genes of the panel that are perturbed,
+    perturbations of the training file, covariates one-hot."""
+    G = len(panel.genes)
+    columns = {g: [i] for i, g in enumerate(panel.genes)}
+    for i, (p, g) in enumerate(zip(panel.perturbations, panel.pert_gene)):
+        columns[p] = [G + i, g] if g >= 0 else [G + i]
+    c = torch.zeros(len(groups), G + len(panel.perturbations))
+    for i, group in enumerate(groups):
+        for p in data.split_group(group)[0].split("+"):
+            c[i, columns[p]] = 1
+    return torch.cat([c, panel.one_hot(groups)], dim=1)
+
+
 def build(config, panel, weights):
     """The model of a checkpoint, to be given its weights."""
     return CellTARNet(config, panel)
@@ -473,7 +469,7 @@ def told_of(model, run, group, control):
 
 def cell_bytes(model, config, columns):
     """Memory that one cell takes, with a context of its own: kv of one block, activations of a layer."""
-    tokens = 2 + math.ceil(model.n_genes / patch_size(config, model.n_genes))
+    tokens = 2 + len(model.blocks[0].mask)
     return 4 * tokens * config.width * (4 * config.layers + 16)
 
 
@@ -507,8 +503,8 @@ def score(run, state):
     missing = [panel.genes[i] for i in np.flatnonzero(columns < 0)]
     lost = sorted(set(covariate) - set(controls))
     if missing or lost:
-        raise DataError(f"--score {config.score}: lacks {len(missing):,} of the model's {len(columns):,} genes, and "
-                        f"control cells for {len(lost)} of its covariates ({', '.join((missing + lost)[:5])}); add them")
+        raise DataError(f"--score {config.score}: lacks {len(missing):,} of the model's {len(columns):,} genes, "
+                        f"controls of {len(lost)} of its covariates ({', '.join((missing + lost)[:5])}); add them")
 
     values = np.empty((len(covariate), len(asked)), dtype=np.float32)
     at_once = data.cells_at_once(device, cell_bytes(model, config, panel.eval_genes))
@@ -558,8 +554,8 @@ def calibrate(run, model):
 
 def train(run, state):
     """Train to --steps and return the model that predicts."""
-    config, device = run.config, run.device
-    dataset, panel = run.dataset, run.panel
+    config, dataset = run.config, run.dataset
+    panel, device = run.panel, run.device
     m, G = config.cells_per_context, len(panel.genes)
     n = config.batch_size // m
 

@@ -107,12 +107,11 @@ def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
     data.require(config, "width multipliers blocks heads groups hidden mlp_layers pcs accumulate ode_steps value_scale "
                  "ot_cells", below_one="dropout ema p_null")
-    if config.width % 2:
-        raise DataError(f"--width {config.width}: must be even")
     deepest = config.width * config.multipliers[-1]
-    if config.velocity == "unet" and (config.width % config.groups or deepest % config.heads):
-        raise DataError(f"--width {config.width}: --groups {config.groups} must divide it, --heads {config.heads} the "
-                        f"{deepest} channels of the deepest level")
+    unet = config.velocity == "unet"
+    if config.width % 2 or unet and (config.width % config.groups or deepest % config.heads):
+        raise DataError(f"--width {config.width}: must be even; in the U-Net --groups {config.groups} must divide it, "
+                        f"--heads {config.heads} the {deepest} channels of the deepest level")
     if config.standardise and config.space == "pca":
         raise DataError("--space pca: components are of expression as it is; add --no-standardise")
     if len(config.mlp_layers) != 4:
@@ -571,7 +570,7 @@ def train(run, state):
 
         if config.eval_every and step % config.eval_every == 0:
             run.validate(step, ema)
-        run.finish(step, content, loss=total)                              # log line, checkpoint, Ctrl-C
+        run.finish(step, content, loss=total)                            # log line, checkpoint, Ctrl-C
     return ema.eval()
 
 

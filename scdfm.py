@@ -103,7 +103,7 @@ PRESETS = {"paper": {}, "demo": dict(
     width=64, layers=2, heads=2, dropout=0.0, ema=0.99, gene_subset=60, effect_readout=True, precondition=True,
     ode_steps=12, zeros="detect", eval_cells=100)}
 SAMPLING = {"ode_steps"}                # flags that --ckpt may change
-UNSEEN = True                           # genes that were never perturbed can be predicted
+UNSEEN = True                           # whether genes that were never perturbed can be predicted
 variants = None                         # further rows of the table
 USES = {}                               # {flag: what --ckpt is for besides --predict}
 
@@ -430,8 +430,8 @@ def generate(model, run, told, control, noise, columns):
 
 def train(run, state):
     """Train to --steps and return the model that predicts."""
-    config, device = run.config, run.device
-    dataset, panel = run.dataset, run.panel
+    config, dataset = run.config, run.dataset
+    panel, device = run.panel, run.device
     G, S = len(panel.genes), min(config.gene_subset, len(panel.genes))
     C, b = config.conditions_per_batch, config.batch_size // config.conditions_per_batch
 
@@ -475,7 +475,7 @@ def train(run, state):
 
         if config.eval_every and step % config.eval_every == 0:
             run.validate(step, ema)
-        run.finish(step, content, loss=loss, flow=flow, mmd=mmd)           # log line, checkpoint, Ctrl-C
+        run.finish(step, content, loss=loss, flow=flow, mmd=mmd)         # log line, checkpoint, Ctrl-C
     return ema.eval()
 
 

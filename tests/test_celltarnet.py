@@ -243,7 +243,7 @@ def test_paper_preset_has_the_papers_genes_and_cells():
     config = Config(**ct.PRESETS["paper"])
     assert (config.hvg, config.hvg_by, config.eval_genes) == (1000, "mean", 1000)
     assert (config.split, config.folds, config.train_on_val) == ("cv", 10, True)
-    assert ct.patch_size(config, 1100) == 1 and config.calibration == 0 and not config.effect_readout
+    assert config.patch == 1 and config.slots == 0 and config.calibration == 0 and not config.effect_readout
 
 
 # ------------------------------------------------------------------------------------------------ contrast
@@ -452,13 +452,13 @@ def test_multi_hot_is_additive_and_knows_genes_doses_and_covariates():
     def panel(**covariates):
         return data.Panel(["A", "B", "C"], [0], ["A", "B:1", "B:2", "X"], [0, 1, 1, -1], ["A"], [0] * 3, [1] * 3,
                           covariates)
-    types = panel(donor=["d"], type=["t,1", "t2"])
+    types = panel(donor=["d"], type=["t;1", "t2"])
     c = multi_hot(["A@d,t2", "A+X@d,t2"], types)
     assert c.tolist() == [[1, 0, 0, 1, 0, 0, 0, 1, 0, 1], [1, 0, 0, 1, 0, 0, 1, 1, 0, 1]]
     a, b, ab, gene = multi_hot(["A", "B:2", "A+B:2", "C"], panel())
     assert torch.equal(a + b, ab) and b.tolist() == [0, 1, 0, 0, 0, 1, 0] and gene.tolist() == [0, 0, 1, 0, 0, 0, 0]
-    assert multi_hot([r"A@d,t\,1"], types)[0, 7:].tolist() == [1, 1, 0]
-    with pytest.raises(data.DataError, match="'NK' is no type of the training file; it has t,1, t2"):
+    assert multi_hot(["A@d,t;1"], types)[0, 7:].tolist() == [1, 1, 0]
+    with pytest.raises(data.DataError, match="'NK' is no type of the training file; it has t;1, t2"):
         multi_hot(["A@d,NK"], types)
 
 

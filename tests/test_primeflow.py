@@ -318,12 +318,12 @@ def test_a_covariate_without_perturbed_cells_is_a_mixture_of_its_neighbours():
 
 
 def test_condition_is_multi_hot_and_control_is_empty():
-    panel = a_panel(6, cell_type=["x", "y"], donor=["1,2", "3"])
+    panel = a_panel(6, cell_type=["x", "y"], donor=["1;2", "3"])
     model = build(tiny(), panel)
 
     def vector(group):
         return condition_vector(group, model, panel, torch.zeros(1, 6)).tolist()
-    assert vector(r"A+C@y,1\,2") == [1, 0, 1, 0, 1, 1, 0]
+    assert vector("A+C@y,1;2") == [1, 0, 1, 0, 1, 1, 0]
     assert vector("control@x,3") == [0, 0, 0, 1, 0, 0, 1]
     with pytest.raises(data.DataError, match="'z' is no cell_type of the training file; it has x, y"):
         vector("A@z,3")
