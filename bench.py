@@ -312,8 +312,7 @@ def fit_baseline(name, dataset, embedding=None):
 
 
 def baseline_populations(name, dataset, effects, sizes, seed):
-    """{group: (n, E)} cells of one baseline for the test groups {group: n}: controls of the same covariates plus the
-    effect."""
+    """{group: (n, E)} cells of one baseline for the test groups {group: n}: their controls plus the effect."""
     controls = dataset.controls("test", dataset.eval_genes)
     return {group: data.pick_rows(controls[covariate(group)], n, data.seed_of(name, group, seed)) + effect
             for (group, n), effect in zip(sizes.items(), effects)}
@@ -439,8 +438,8 @@ def read_pred(text, dataset, config):
     absent = [group for group in dataset.part("test") if group not in cells]
     for what, lacking in (("evaluation genes", missing), ("test conditions", absent)):
         if lacking:
-            raise DataError(f"--pred {text}: lacks {len(lacking)} of the {what} ({', '.join(lacking[:4])}); predict "
-                            "all, or score the file alone with metrics.py")
+            raise DataError(f"--pred {text}: lacks {len(lacking)} of the {what} ({data.listed(lacking)}); predict all, "
+                            "or score the file alone with metrics.py")
     return name, {group: cells[group][:, columns] for group in dataset.part("test")}
 
 
@@ -486,10 +485,9 @@ def score_fold(config, fold):
         score = functools.partial(metrics.evaluate_part, dataset, "test", seed=seed, keys=keys)
         real = {g: data.pick_rows(dataset.cells(g, dataset.eval_genes), n, seed) for g, n in sizes.items()}
         first = score(real)                                         # only floors and replicate of it are wanted
-        for name, floor in first["floors"].items():
-            if floor:
-                each = first["floors_per_condition"][name]
-                runs.append((name, "floor", {"aggregate": floor, "per_condition": each}))
+        each = first["floors_per_condition"]
+        runs += [(name, "floor", {"aggregate": floor, "per_condition": each[name]})
+                 for name, floor in first["floors"].items() if floor]
         for name, effects in fitted.items():
             if effects is not None:
                 cells = baseline_populations(name, dataset, effects, sizes, seed)
@@ -659,8 +657,7 @@ def bench(config):
     every = max(len(row["per_condition"]) for row in rows.values())
     asked = list(metrics.FLOORS) + list(GRIDS) * config.baselines
     partial = [name for name in asked if name not in rows or len(rows[name]["per_condition"]) < every]
-    for name in partial:
-        rows.pop(name, None)
+    rows = {name: row for name, row in rows.items() if name not in partial}
     control = rows["control"]["mean"]["l2"]
     for row in rows.values():
         l2 = row["mean"].get("l2")
