@@ -154,6 +154,7 @@ def _open(path):
     for pattern, message in NOT_HDF5:
         if re.match(pattern, head, re.I):
             raise DataError(f"{path}: {message}")
+    _check_heaps(path)
     try:
         with h5py.File(path, "r", rdcc_nbytes=2**26) as file:         # no chunk below 64 MB is decompressed twice
             for name, message in NOT_ANNDATA.items():
@@ -437,12 +438,10 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     config = config or DataConfig()
     notes = []
     with _open(path) as file:
-        _check_heaps(path)
         matrix, var, where = _choose_layer(file, config.layer, path)
         obs, var = Frame(file["obs"]), Frame(var)
         if obs.n == 0 or var.n == 0:
-            raise DataError(f"{path}: holds {obs.n} cells and {var.n} genes; nothing to learn from, check how it was "
-                            "written")
+            raise DataError(f"{path}: holds {obs.n} cells and {var.n} genes; check how it was written")
         expressed = _expressed(var, notes)
         gene_keys = dict.fromkeys([var.index, *var.usual(GENE_KEYS), config.gene_key or var.index])
         names = {key: np.where(expressed, var.column(key, "--gene-key"), "") for key in gene_keys}
@@ -489,7 +488,6 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
 def lacking(path, config):
     """Those of --pert-key, --dose-key and --gene-key that name no column of this file, as fields of the config."""
     with _open(path) as file:
-        _check_heaps(path)
         raw = config.layer == "raw" and "raw/var" in file
         obs, var = Frame(file["obs"]), Frame(file["raw/var" if raw else "var"])
         of = {"pert_key": obs, "dose_key": obs, "gene_key": var}
