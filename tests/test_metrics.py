@@ -1176,6 +1176,9 @@ def test_columns_and_labels_apply_to_the_files_that_have_them(files, case, score
         assert done.code == 0 and done.written["per_condition"].keys() == case["pred"].keys(), (three, done.error)
     done = score(files / "pred.h5ad", usual, *flags)
     assert done.code == 2 and "no column 'my_symbol' (--gene-key)" in done.error
+    config = data.ReadConfig(pert_key="what", gene_key="my_symbol")                  # of bench.py's data
+    genes, cells = metrics.read_prediction(files / "pred.h5ad", config)
+    assert genes == case["genes"] and set(cells) == set(case["pred"])
 
 
 def test_a_column_that_marks_the_controls_marks_none_of_a_prediction(case, score, tmp_path):
