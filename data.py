@@ -154,7 +154,6 @@ def _open(path):
     for pattern, message in NOT_HDF5:
         if re.match(pattern, head, re.I):
             raise DataError(f"{path}: {message}")
-    _check_heaps(path)
     try:
         with h5py.File(path, "r", rdcc_nbytes=2**26) as file:         # no chunk below 64 MB is decompressed twice
             for name, message in NOT_ANNDATA.items():
@@ -438,6 +437,7 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     config = config or DataConfig()
     notes = []
     with _open(path) as file:
+        _check_heaps(path)
         matrix, var, where = _choose_layer(file, config.layer, path)
         obs, var = Frame(file["obs"]), Frame(var)
         if obs.n == 0 or var.n == 0:
@@ -488,6 +488,7 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
 def lacking(path, config):
     """Those of --pert-key, --dose-key and --gene-key that name no column of this file, as fields of the config."""
     with _open(path) as file:
+        _check_heaps(path)
         raw = config.layer == "raw" and "raw/var" in file
         obs, var = Frame(file["obs"]), Frame(file["raw/var" if raw else "var"])
         of = {"pert_key": obs, "dose_key": obs, "gene_key": var}
