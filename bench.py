@@ -493,8 +493,10 @@ def score_fold(config, fold):
                 cells = baseline_populations(name, dataset, effects, sizes, seed)
                 runs.append((name, "baseline", score(cells, floors=False)))
         for name, of in others.items():
-            cells = {g: x[data.pick_rows(np.arange(x.shape[0]), min(sizes[g], x.shape[0]), data.seed_of(name, g, seed))]
-                     for g, x in of.items()}                        # distances depend on the number of cells
+            cells = {}
+            for group, n in sizes.items():                          # distances depend on the number of cells
+                rows = np.arange(of[group].shape[0])
+                cells[group] = of[group][data.pick_rows(rows, min(n, len(rows)), data.seed_of(name, group, seed))]
             runs.append((name, "prediction", score(cells, floors=False)))
         for name, cells in ceilings(dataset, sizes, seed).items():
             runs.append((name, "ceiling", score(cells, floors=False)))
