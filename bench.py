@@ -2,7 +2,6 @@
 
     python bench.py                                                        the demo: every method, two minutes each
     python bench.py --data norman.h5 --split additive --folds 0 1 2 3 --methods scdfm scdfm:no-mmd "scdfm --knn 10"
-    python bench.py --data norman.h5 --split additive --methods all mymethod.py       a fork beside them
     python bench.py --data norman.h5 --split additive --methods none --pred GEARS=gears.h5ad CPA=cpa.h5ad
     python bench.py --data norman.h5 --split holdout --embedding scgpt.npz   linear and kernel on those gene vectors
     python bench.py --data sciplex.h5 --split transfer --covariates cell_type --keys rmse rmse_rank mmd mmd_rank
