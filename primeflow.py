@@ -498,8 +498,7 @@ def generate(model, run, told, control, noise, columns, guidance=None):
     config, space = run.config, model.space
     c, profile = told
     w = config.guidance[0] if guidance is None else guidance
-    independent = config.coupling == "independent"
-    x = noise[:, :space.size] if independent else space.encode(control, profile)
+    x = noise[:, :space.size] if config.coupling == "independent" else space.encode(control, profile)
     with run.autocast():
         z = sample(run.compiled(model.net.forward), model, x, c, w, config)
     return space.decode(z, profile)
