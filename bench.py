@@ -119,7 +119,7 @@ class Config(data.DataConfig):
     seeds: tuple[int, ...] = (0,)   # seeds to run
     methods: tuple[str, ...] = ("all",)  # all, none, names of METHODS, paths of scripts, or 'NAME FLAGS' in quotes
     baselines: bool = True          # score linear, ridge, kernel and pairs
-    embedding: str = ""             # gene vectors for linear and kernel: .npz (names, emb) or .pt
+    embedding: str = ""             # gene vectors for linear and kernel: .npz (names, emb), .pt, .tsv or .csv
     pred: tuple[str, ...] = ()      # other tools' predictions NAME=FILE.h5ad, at most as many cells as of the methods
     eval_cells: int = 0             # cells per condition: as many as it really has, at most this; 0 is 1000, demo 100
     exact_cells: bool = False       # just that many cells of every condition, however few are real (PRiMeFlow's tables)

@@ -394,10 +394,10 @@ class Cells:
     @property
     def pairs(self):
         """{(condition, covariate): rows of its cells}, sorted."""
-        rows = {}
-        for row, pair in enumerate(zip(self.condition, self.covariate)):
-            rows.setdefault(pair, []).append(row)
-        return {pair: np.array(rows[pair]) for pair in sorted(rows)}
+        number = {}
+        of_cell = [number.setdefault(pair, len(number)) for pair in zip(self.condition, self.covariate)]
+        rows = np.split(np.argsort(of_cell, kind="stable"), np.cumsum(np.bincount(of_cell))[:-1])
+        return {pair: rows[i] for pair, i in sorted(number.items())}
 
     def take(self, keep):
         """Keep only these cells (boolean mask)."""
@@ -1969,20 +1969,37 @@ def _records(path, parse, wanted, header=False):
 
 
 def aligned_vectors(path, names):
-    """Vectors for some names, (n, p) float32, of an .npz (names, emb) or a .pt ({name: tensor}), and known (n,) bool:
-    zeros where the file has none, or has zeros, as some files do. Pickled objects are not loaded."""
+    """Vectors for some names, (n, p) float32, of an .npz (names, emb), a .pt ({name: tensor}) or a .tsv or .csv (name,
+    numbers), and known (n,) bool: zeros where the file has none, or has zeros, as some files do. Pickled objects are
+    not loaded."""
+    length = []
+
+    def vector(line):
+        name, *values = line.split("," if ".csv" in path else "\t")
+        row = np.array(values, dtype=np.float32)
+        if len(row) != (length or [len(row)])[0]:
+            raise ValueError
+        length.append(len(row))
+        return name, row
+
     try:
         if path.endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
                 found, rows = file["names"].tolist(), np.asarray(file["emb"], np.float32)
-        else:
+        elif path.endswith(".pt"):
             table = torch.load(path, map_location="cpu", weights_only=True)
             found, rows = list(table), np.stack([table[name].float().numpy() for name in table])
+        else:
+            found, rows = zip(*_records(path, vector, "a name and as many numbers as elsewhere", header=True))
+            rows = np.stack(rows)
         if rows.ndim != 2 or len(found) != len(rows) or not np.isfinite(rows).all():
             raise ValueError(f"{len(found)} names, vectors of shape {rows.shape}, perhaps NaN")
+    except DataError:
+        raise
     except Exception as error:                  # np.load and torch.load raise many types on other content
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' and 'emb' "
-                        "(.npz) or a dict {name: 1-d tensor} (.pt), no pickled objects") from None
+                        "(.npz), a dict {name: 1-d tensor} (.pt), no pickled objects, or lines of a name and numbers "
+                        "(.tsv, .csv)") from None
     table = {str(name).upper(): row for name, row in zip(found, rows) if row.any()}
     nothing = np.zeros(rows.shape[1], dtype=np.float32)
     known = torch.tensor([name.upper() in table for name in names])

@@ -78,7 +78,7 @@ class Config(data.RunConfig):
     min_genes: int = 1000           # cells with fewer detected genes are dropped (paper A.4.2)
     min_cells: int = 50             # genes detected in fewer training and control cells (paper A.4.2: in fewer cells)
     # priors; each '' is made from training and control cells instead
-    gene_embeddings: str = ""       # .npz (names, emb) or .pt ({name: vector}) (paper: GeneCompass)
+    gene_embeddings: str = ""       # .npz (names, emb), .pt ({name: vector}), .tsv or .csv (paper: GeneCompass)
     ppi: str = ""                   # STRING protein.links, or a list of edges: gene, gene[, score]
     ppi_info: str = ""              # STRING protein.info, which names the proteins of --ppi
     pathways: str = ""              # .gmt, .gmt.gz or .gmt.zip (paper: Reactome)

@@ -556,14 +556,18 @@ def test_the_objective_of_a_step_is_one_graph_and_the_sum_of_its_parts(residual,
 # ------------------------------------------------------------------------------------------------ prior files
 
 def write_vectors(path, vectors):
-    """{name: numbers} as .npz or .pt."""
+    """{name: numbers} as .npz, .pt, .tsv, .csv or .tsv.gz."""
     if path.suffix == ".npz":
         np.savez(path, names=np.array(list(vectors)), emb=np.array(list(vectors.values()), np.float32))
-    else:
+    elif path.suffix == ".pt":
         torch.save({k: torch.tensor(v) for k, v in vectors.items()}, path)
+    else:
+        mark = "," if path.suffix == ".csv" else "\t"
+        text = "".join(f"{name}{mark}{mark.join(map(str, v))}\n" for name, v in [("name", "xy"), *vectors.items()])
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-@pytest.mark.parametrize("kind", ["npz", "pt"])
+@pytest.mark.parametrize("kind", ["npz", "pt", "tsv", "csv", "tsv.gz"])
 def test_vectors_in_every_format(kind, tmp_path):
     path = tmp_path / f"v.{kind}"
     write_vectors(path, {"Abc": [1.0, 2.5], "DEF": [-3.0, 0.25], "zero": [0.0, 0.0]})
@@ -604,6 +608,10 @@ NAMES = [f"TF{i}" for i in range(1, 17)] + [f"GENE{i}" for i in range(1, 25)]   
 @pytest.mark.parametrize("flag, name, content, words", [
     ("--gene-embeddings", "v.pt", {"A": [1.0], "B": [1.0, 2.0]}, ["cannot be read"]),
     ("--gene-embeddings", "v.npz", {"A": [1.0, np.nan]}, ["NaN"]),
+    ("--gene-embeddings", "v.tsv", "gene\tx\ty\nA\t1\t2\nB\t1\n", ["v.tsv", "line 3", "numbers"]),
+    ("--gene-embeddings", "v.tsv", "A\t1\t2\nB\t1\tx\n", ["line 2"]),
+    ("--gene-embeddings", "v.tsv", "A\t1\tnan\n", ["NaN"]),
+    ("--gene-embeddings", "v.tsv", "\n", ["v.tsv", "cannot be read"]),
     ("--gene-embeddings", "v.npz", "text", ["v.npz", "cannot be read", "names"]),
     ("--pert-embeddings", "v.pt", "text", ["v.pt", "cannot be read"]),
     ("--ppi", "p.txt", "A B 900\nA\n", ["p.txt", "line 2"]),
