@@ -1673,10 +1673,9 @@ def write_json(path, content):
 
 
 def write_table(path, header, rows):
-    """A tab-separated file, atomically; numbers have four digits."""
+    """A tab-separated file, atomically."""
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row in [header, *rows]:
-            file.write("\t".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row) + "\n")
+        file.writelines("\t".join(map(str, row)) + "\n" for row in [header, *rows])
 
 
 class _Disk(io.FileIO):

@@ -694,7 +694,8 @@ class _Population:
                                  f"{len(world.order)} genes)")
         if not np.isfinite(source.data if sparse.issparse(source) else source).all():
             raise data.DataError(f"{side} cells of '{group}' hold NaN or infinite values")
-        self.source = (source if sparse.issparse(source) else np.asarray(source))[:, world.order]
+        # take() and not an index, whose result lies column by column
+        self.source = source[:, world.order] if sparse.issparse(source) else np.take(source, world.order, axis=1)
 
     @property
     def cells(self):
