@@ -99,8 +99,8 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    data.require(config, "heads width blocks layers context_layers patch neighbours rank cells_per_context "
-                 "score_controls dequantise temperature", below_one="dropout ema")
+    data.check_numbers(vars(config), "heads width blocks layers context_layers patch neighbours rank cells_per_context "
+                       "score_controls dequantise temperature", below_one="dropout ema")
     if config.lr_min > config.lr:
         raise DataError(f"--lr-min {config.lr_min}: must not be above --lr {config.lr}; lower it")
     if config.width % config.heads:
@@ -494,7 +494,7 @@ def score(run, state):
     """--score: write log p of the cells of a file under conditions, as an AnnData file of cells x conditions."""
     config, device = run.config, run.device
     model, panel = data.trained_model(run, state, build), run.panel
-    controls = data.open_prediction(run, state, UNSEEN).controls
+    controls = data.predict_controls(run)[0]
     texts = config.score_under or [group for part in state["split"].values() for group in part]
     asked = sorted({c for c, _ in data.asked_conditions(texts, panel.known(UNSEEN), "--score-under")})
     cells = data.read_cells(config.score, config, control_required=False, perturbed_required=False)
@@ -729,9 +729,7 @@ def main(argv=None):
             return next(use for flag, use in USES.items() if getattr(config, flag))(run, state)
         if config.ckpt:
             model = data.trained_model(run, state, build)
-            asked = data.open_prediction(run, state, UNSEEN)
-            cells = predict(run, model, asked.sizes, asked.controls, asked.columns)
-            return data.write_prediction(run, cells, asked)
+            return data.write_prediction(run, state, model, predict, UNSEEN)
         data.open_run(run, state)
         model = train(run, state)
         if run.world > 1:

@@ -1516,9 +1516,8 @@ def pick_rows(x, n, seed):
 
 
 def read_controls(path, config, panel):
-    """({covariate: (n, G)} control cells of a user's file, log1p CP10k, on a model's genes, the columns (M,) of the
-    genes that it lacks, which are at their training mean, and {covariate: (n,)} the cells' counts, None of values that
-    are log-normalised). A file without labels is all control cells."""
+    """predict_controls of a user's file; genes that it lacks are at their training mean. A file without labels is all
+    control cells."""
     cells = read_cells(path, config, perturbed_required=False, genes=panel.genes)
     for note in cells.notes:
         print(f"note: {path}: {note}")
@@ -1529,6 +1528,9 @@ def read_controls(path, config, panel):
         raise DataError(f"--controls {path}: lacks {len(missing):,} of the model's {len(column):,} genes "
                         f"({listed(panel.genes[i] for i in missing)}); genes are matched by name: choose the var "
                         "column that holds these names with --gene-key")
+    if len(missing):
+        print(f"note: {path} lacks {len(missing):,} of the model's {len(column):,} genes: they are at their training "
+              "mean, and not in the prediction")
     controls, totals = {}, {}
     for (condition, covariate), rows in cells.pairs.items():
         if condition == CONTROL:
@@ -2139,20 +2141,12 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
     if config.eval_every and (config.train_on_val or config.split == "all"):
         raise DataError(f"--eval-every {config.eval_every}: --split all and --train-on-val leave no validation "
                         "conditions to score; drop one of the two (--no-train-on-val)")
-    check_numbers(vars(config), {"steps": 1, "batch_size": 1, "cells": 1, "eval_cells": 2, "lr": 1e-20})
+    if config.ckpt and Path(config.out).exists():
+        raise DataError(f"--out {config.out}: exists; choose another name, or remove it")
+    if config.ckpt and process()[1] > 1:
+        raise DataError("--ckpt: runs in one process; start it with python")
+    check_numbers(vars(config), "steps batch_size lr cells eval_cells")
     return config, state
-
-
-def require(config, positive, below_one):
-    """Refuse a 0 in fields where it has no meaning, sizes that no machine holds, and 1 in shares and decays: names,
-    separated by blanks. (Negative numbers are refused in all fields.)"""
-    for name in positive.split():
-        value = getattr(config, name)
-        if not all(0 < number <= 1e6 for number in (value if isinstance(value, tuple) else (value,))):
-            raise DataError(f"{_flag(name)} {_shown(value)}: must be positive, and at most a million")
-    for name in below_one.split():
-        if getattr(config, name) >= 1:
-            raise DataError(f"{_flag(name)} {getattr(config, name)}: must be below 1")
 
 
 def load_checkpoint(path, method, cls):
@@ -2345,62 +2339,44 @@ def open_run(run, state):
                 "laptops. Ctrl-C ends the run after its step, a second one at once")
 
 
-class Asked(typing.NamedTuple):
-    """What --predict asks for."""
-    sizes: dict             # {group: cells}
-    controls: dict          # {covariate: (m, G)} control cells, log1p CP10k
-    columns: np.ndarray     # (E,) genes of the panel to write
-    totals: dict            # {covariate: (m,)} counts of the control cells, None of log-normalised ones
-
-
-def open_prediction(run, state, unseen):
-    """The Asked of a run with a checkpoint. unseen: as Panel.known. Raises DataError for conditions, covariates or
-    genes that are not there."""
+def predict_controls(run):
+    """Control cells {covariate: (m, G)} to predict from, log1p CP10k: those of --controls, or of the run's data; which
+    genes (M,) of the panel they lack; and their counts {covariate: (m,)}, None of cells that are log-normalised."""
     config, panel = run.config, run.panel
-    if run.world > 1:
-        raise DataError("--predict runs in one process; start it with python")
-    if run.out.exists():
-        raise DataError(f"--out {run.out}: exists; choose another name, or remove it")
+    if config.controls:
+        return read_controls(config.controls, config, panel)
+    dataset = load_run(config, run.device)
+    if list(dataset.genes) != panel.genes:
+        raise DataError(f"{config.data}: gives other genes than the model was trained on; name the training file with "
+                        "--data, or your own control cells with --controls")
+    controls, counts = dataset.control_cells("test"), dataset.source.totals
+    return controls, [], {v: None if counts is None else counts[cells.rows] for v, cells in controls.items()}
+
+
+def write_prediction(run, state, model, predict, unseen):
+    """What --predict asks for, generated and written. predict: the method's; unseen: as Panel.known."""
+    config, panel = run.config, run.panel
     test = config.predict == ("test",)          # the run's test conditions, perhaps of other cells
     asked = state["split"]["test"] if test else config.predict
     if test and not asked:
         raise DataError("--predict test: the run held no condition out; name the conditions")
-    columns = np.arange(len(panel.genes)) if config.all_genes else np.array(panel.eval_genes)
-    if config.controls:
-        controls, missing, totals = read_controls(config.controls, config, panel)
-        if len(missing):
-            print(f"note: {config.controls} lacks {len(missing):,} of the model's {len(panel.genes):,} genes: they are "
-                  "at their training mean, and not in the prediction")
-            columns = np.setdiff1d(columns, missing)
-    else:
-        dataset = load_run(config, run.device)
-        if list(dataset.genes) != panel.genes:
-            raise DataError(f"{config.data}: gives other genes than the model was trained on; name the training file "
-                            "with --data, or your own control cells with --controls")
-        controls, counts = dataset.control_cells("test"), dataset.source.totals
-        totals = {v: None if counts is None else counts[rows.rows] for v, rows in controls.items()}
+    controls, missing, totals = predict_controls(run)
     if config.as_counts and any(counts is None for counts in totals.values()):
         raise DataError(f"--as-counts: {config.controls or config.data} holds log-normalised values, and so no library "
                         "sizes of control cells; give --controls with counts")
+    columns = np.setdiff1d(np.arange(len(panel.genes)) if config.all_genes else panel.eval_genes, missing)
     sizes = {}
     for condition, covariate in asked_conditions(asked, panel.known(unseen)):
-        if covariate and covariate not in controls and not test:
-            raise DataError(f"--predict {condition}@{covariate}: no control cells with these covariates; choose from "
-                            f"{listed(sorted(controls), 20)}, or leave it out")
-        for value in [covariate] if covariate in controls else sorted(controls):
+        anywhere = not covariate or test and covariate not in controls
+        for value in sorted(controls) if anywhere else [covariate]:
             sizes[group_name(condition, value)] = config.cells
     untrained = sorted({p for g in sizes for p in split_group(g)[0].split("+")} - set(panel.trained))
     if untrained:
-        print(f"note: {listed(untrained)}: in no training condition")
-    return Asked(sizes, controls, columns, totals)
-
-
-def write_prediction(run, cells, asked):
-    """--predict's file: predicted cells {group: (n, E)} and the control cells."""
-    counts = run.config.as_counts
-    write_populations(run, run.out, cells, asked.controls, asked.columns, asked.totals if counts else None)
-    run.say(f"wrote {run.out}: {len(cells)} predicted conditions, {'counts' if counts else 'log1p CP10k'}")
-    if counts and len(asked.columns) < len(run.panel.genes):
+        run.say(f"note: {listed(untrained)}: in no training condition")
+    cells = predict(run, model, sizes, controls, columns)
+    write_populations(run, run.out, cells, controls, columns, totals if config.as_counts else None)
+    run.say(f"wrote {run.out}: {len(cells)} predicted conditions, {'counts' if config.as_counts else 'log1p CP10k'}")
+    if config.as_counts and len(columns) < len(panel.genes):
         run.say("note: scorers normalise counts over the genes of the file: --all-genes writes all that the model has")
 
 
@@ -2687,12 +2663,20 @@ def add_flags(parser, cls, presets=None):
         group_of[f.name].add_argument(flag, **options)
 
 
-def check_numbers(values, least):
-    """Refuse what is not finite, or below its least value (0) in flags {field: value}: no flag has a use for it."""
+def check_numbers(values, positive="", below_one=""):
+    """Refuse numbers that mean nothing in flags {field: value}: negative, infinite or NaN; 0, and more than any machine
+    holds, in fields that are positive; 1 in shares and decays. Names of fields are separated by blanks."""
     for name, value in values.items():
-        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
-        if not all(least.get(name, 0) <= v < math.inf for v in numbers):    # nor NaN
-            raise DataError(f"{_flag(name)} {_shown(value)}: must be a number, and at least {least.get(name, 0)}")
+        for number in value if isinstance(value, tuple) else (value,):
+            problem = ""
+            if isinstance(number, (int, float)) and not 0 <= number < math.inf:
+                problem = "must be a number, and at least 0"
+            elif name in positive.split() and not 0 < number <= 1e6:
+                problem = "must be positive, and at most a million"
+            elif name in below_one.split() and number >= 1:
+                problem = "must be below 1"
+            if problem:
+                raise DataError(f"{_flag(name)} {_shown(value)}: {problem}")
 
 
 def _flag(name):
@@ -2717,7 +2701,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv):
         """{field: value} of the flags that were given; lists as tuples."""
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(self.parse_args(argv)).items()}
-        check_numbers(given, {})
+        check_numbers(given)
         return given
 
     def error(self, message):
@@ -2748,11 +2732,10 @@ def status_line(text, last=False):
         print(f"\r{text}\033[K" if terminal else text, end="" if terminal and not last else "\n", flush=True)
 
 
-def progress(items, what, total=None):
-    """The items one by one, as in `for block in progress(blocks, "reading")`; total: how many, if they have no len().
-    Where they take more than ten seconds a status line says what is done, how far it is and how long it will take."""
-    total = len(items) if total is None else total
-    began, shown = time.perf_counter(), False
+def progress(items, what):
+    """The items one by one, as in `for block in progress(blocks, "reading")`. Where they take more than ten seconds a
+    status line says what is done, how far it is and how long it will take."""
+    began, shown, total = time.perf_counter(), False, len(items)
     due = began + FIRST_LINE
     for done, item in enumerate(items, 1):
         yield item
@@ -2783,7 +2766,7 @@ def clean_errors():
             raise
         _fail("another process of this run has ended; go on from the last checkpoint with --resume")
     except KeyboardInterrupt:
-        print("\ninterrupted; a run whose folder holds a ckpt.pt goes on with --resume, any other with the same command",
+        print("\ninterrupted; a run with a ckpt.pt in its folder goes on with --resume, another with the same command",
               file=sys.stderr)
         sys.exit(130)
     except OSError as error:                    # of stdout: its reader has gone (head, less), or its disk is full
@@ -2848,8 +2831,9 @@ def main(argv=None):
         file = args.pop("file")
         config = FileConfig(**args)
         of_demo = {"cells", "genes", "cell_types", "seed"}
+        other = "FILE" if file == "demo" else "demo"
         for name in set(args) - of_demo - {"out"} if file == "demo" else of_demo & set(args):
-            raise DataError(f"{_flag(name)}: belongs to 'python data.py {'FILE' if file == 'demo' else 'demo'}'; remove it")
+            raise DataError(f"{_flag(name)}: belongs to 'python data.py {other}'; remove it")
         if file == "demo":
             config.out = config.out or "demo.h5ad"
             simulate(config.out, config.cells, config.genes, config.cell_types, config.seed)

@@ -105,8 +105,8 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    data.require(config, "width multipliers blocks heads groups hidden mlp_layers pcs accumulate ode_steps value_scale "
-                 "ot_cells", below_one="dropout ema p_null")
+    data.check_numbers(vars(config), "width multipliers blocks heads groups hidden mlp_layers pcs accumulate "
+                       "ode_steps value_scale ot_cells", below_one="dropout ema p_null")
     deepest = config.width * config.multipliers[-1]
     unet = config.velocity == "unet"
     if config.width % 2 or unet and (config.width % config.groups or deepest % config.heads):
@@ -686,9 +686,7 @@ def main(argv=None):
             return next(use for flag, use in USES.items() if getattr(config, flag))(run, state)
         if config.ckpt:
             model = data.trained_model(run, state, build)
-            asked = data.open_prediction(run, state, UNSEEN)
-            cells = predict(run, model, asked.sizes, asked.controls, asked.columns)
-            return data.write_prediction(run, cells, asked)
+            return data.write_prediction(run, state, model, predict, UNSEEN)
         data.open_run(run, state)
         model = train(run, state)
         if run.world > 1:

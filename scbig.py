@@ -119,9 +119,9 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    data.require(config, "modules width layers heads inducing latent hidden pretrain_steps pretrain_batch_size "
-                 "pretrain_lr conditions_per_batch structure_conditions path_iterations ode_steps ot_epsilon",
-                 below_one="dropout condition_dropout ema")
+    data.check_numbers(vars(config), "modules width layers heads inducing latent hidden pretrain_steps pretrain_lr "
+                       "pretrain_batch_size conditions_per_batch structure_conditions path_iterations ode_steps "
+                       "ot_epsilon", below_one="dropout condition_dropout ema")
     conditions = config.conditions_per_batch
     if config.batch_size % conditions:
         raise DataError(f"--batch-size {config.batch_size}: must be a multiple of --conditions-per-batch {conditions}")
@@ -889,9 +889,7 @@ def main(argv=None):
             return next(use for flag, use in USES.items() if getattr(config, flag))(run, state)
         if config.ckpt:
             model = data.trained_model(run, state, build)
-            asked = data.open_prediction(run, state, UNSEEN)
-            cells = predict(run, model, asked.sizes, asked.controls, asked.columns)
-            return data.write_prediction(run, cells, asked)
+            return data.write_prediction(run, state, model, predict, UNSEEN)
         data.open_run(run, state)
         model = train(run, state)
         if run.world > 1:

@@ -86,7 +86,8 @@ class Config(data.RunConfig):
 
 def check(config):
     """Refuse values that cannot work together, before anything is read or written."""
-    data.require(config, "width heads layers gene_subset conditions_per_batch ode_steps", below_one="dropout ema")
+    data.check_numbers(vars(config), "width heads layers gene_subset conditions_per_batch ode_steps",
+                       below_one="dropout ema")
     cells, conditions = config.batch_size, config.conditions_per_batch
     least = 2 if config.mmd_weight else 1
     if cells % conditions or cells // conditions < least:
@@ -592,9 +593,7 @@ def main(argv=None):
             return next(use for flag, use in USES.items() if getattr(config, flag))(run, state)
         if config.ckpt:
             model = data.trained_model(run, state, build)
-            asked = data.open_prediction(run, state, UNSEEN)
-            cells = predict(run, model, asked.sizes, asked.controls, asked.columns)
-            return data.write_prediction(run, cells, asked)
+            return data.write_prediction(run, state, model, predict, UNSEEN)
         data.open_run(run, state)
         model = train(run, state)
         if run.world > 1:

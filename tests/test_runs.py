@@ -522,7 +522,7 @@ def test_what_takes_long_says_how_far_it_is(terminal, wanted, monkeypatch, capsy
     for name, value in (("FIRST_LINE", 0), ("NEXT_LINE", 60)):
         monkeypatch.setattr(data, name, value)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    assert list(data.progress(iter("abc"), "reading", 3)) == ["a", "b", "c"]
+    assert list(data.progress("abc", "reading")) == ["a", "b", "c"]
     assert capsys.readouterr().out == wanted
 
 
