@@ -108,7 +108,7 @@ class DataConfig(ReadConfig):
     control_split: str = ""     # controls' shares in train,val,test (PerturBench: 0.5,0.25,0.25); '' shares them all
 
 
-# ------------------------------------------------------------------------------------------------ reading AnnData
+# ------------------------------------------------------------------------------------------------ AnnData files
 
 # what a file may be instead: by its first bytes, by a name that an HDF5 file holds, by what HDF5 says when it reads
 NOT_HDF5 = (
@@ -297,6 +297,18 @@ class Frame:
         return self[name]
 
 
+def _uns(group):
+    """The arrays, strings and numbers of uns; anything deeper is left alone."""
+    out = {}
+    for key, node in group.items() if isinstance(group, h5py.Group) else ():
+        if isinstance(node, h5py.Dataset) and node.shape is not None and node.dtype.names is None:
+            value = node.asstr(errors="replace")[...] if h5py.check_string_dtype(node.dtype) else node[...]
+            out[key] = np.asarray(value) if node.shape else np.asarray(value).item()
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ matrices
+
 def _matrix(node, shape, where, limit):
     """X or a layer, dense, CSR and CSC alike, as CSR float32; StoredRows of it if it takes more than `limit` bytes."""
     n, G = shape
@@ -362,176 +374,6 @@ def _stacked(parts, shape, data, indices):
     data, indices = (a[:end].copy() if 2 * end < len(a) else a[:end] for a in (data, indices))
     return sp.csr_matrix((data, indices, indptr), shape=shape)
 
-
-def _uns(group):
-    """The arrays, strings and numbers of uns; anything deeper is left alone."""
-    out = {}
-    for key, node in group.items() if isinstance(group, h5py.Group) else ():
-        if isinstance(node, h5py.Dataset) and node.shape is not None and node.dtype.names is None:
-            value = node.asstr(errors="replace")[...] if h5py.check_string_dtype(node.dtype) else node[...]
-            out[key] = np.asarray(value) if node.shape else np.asarray(value).item()
-    return out
-
-
-@dataclass
-class Cells:
-    """The labelled cells of one AnnData file: n cells, G genes. Conditions and covariates are canonical."""
-    path: str
-    X: "sp.csr_matrix | StoredRows"  # (n, G) float32, in the unit that `scale` says
-    genes: list
-    condition: np.ndarray       # (n,) 'A', 'A+B' or 'control'
-    covariate: np.ndarray       # (n,) 'cov1,cov2', or '' without covariates
-    scale: str                  # 'counts' or 'lognorm'
-    uns: dict
-    rules: "LabelRules"         # found for this file: rules.canonical(label) is a condition
-    spelling: dict              # canonical condition -> its first spelling in sorted order
-    pert_key: str
-    kept: np.ndarray            # (n,) rows of the file that these cells are
-    file_shape: tuple           # labelled cells and genes of the file, before anything is filtered
-    notes: list = field(default_factory=list)  # what was dropped or renamed, to be printed
-    totals: "np.ndarray | None" = None         # (n,) counts of each cell, where lognormalise() has found counts
-
-    @property
-    def pairs(self):
-        """{(condition, covariate): rows of its cells}, sorted."""
-        number = {}
-        of_cell = [number.setdefault(pair, len(number)) for pair in zip(self.condition, self.covariate)]
-        rows = np.split(np.argsort(of_cell, kind="stable"), np.cumsum(np.bincount(of_cell))[:-1])
-        return {pair: rows[i] for pair, i in sorted(number.items())}
-
-    def take(self, keep):
-        """Keep only these cells (boolean mask)."""
-        if isinstance(self.X, StoredRows):
-            self.X.take(keep)
-        else:
-            self.X = self.X[keep]
-        self.condition, self.covariate = self.condition[keep], self.covariate[keep]
-        self.kept = self.kept[keep]
-
-    def keep_genes(self, keep):
-        """Keep only these genes (boolean mask), in place."""
-        X, self.genes = self.X, [g for g, k in zip(self.genes, keep) if k]
-        if isinstance(X, StoredRows):
-            X.keep[X.keep] = keep
-        else:
-            kept = (part[:, keep] for _, part in blocks(X, "dropping genes"))   # each is written where it was read
-            self.X = _stacked(kept, (X.shape[0], len(self.genes)), X.data, X.indices)
-
-    def obs(self, column="", flag="--covariates"):
-        """Another obs column of the file, as text, for these cells: (n,); without a column their names, the index."""
-        with _open(self.path) as file:
-            frame = Frame(file["obs"])
-            return frame.column(column or frame.index, flag)[self.kept]
-
-    names = property(obs)
-
-
-def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True, genes=()):
-    """The Cells of an AnnData file, with values as stored; their notes say what was guessed. Raises DataError.
-
-    config: ReadConfig. control_required: an error when the file holds no control cells. perturbed_required: an error
-    when it holds nothing else; if False, a file without labels is all control cells. check: refuse values that measured
-    cells cannot have and a prediction may: below zero, a few far above log1p CP10k, or all lower than it goes. NaN and
-    Inf never pass. genes: names by which to choose the var column of gene names.
-    """
-    config = config or DataConfig()
-    notes = []
-    with _open(path) as file:
-        _check_heaps(path)
-        matrix, var, where = _choose_layer(file, config.layer, path)
-        obs, var = Frame(file["obs"]), Frame(var)
-        if obs.n == 0 or var.n == 0:
-            raise DataError(f"{path}: holds {obs.n} cells and {var.n} genes; check how it was written")
-        expressed = _expressed(var, notes)
-        gene_keys = dict.fromkeys([var.index, *var.usual(GENE_KEYS), config.gene_key or var.index])
-        names = {key: np.where(expressed, var.column(key, "--gene-key"), "") for key in gene_keys}
-        labels = _find_labels(obs, config, set().union(*names.values()), control_required, perturbed_required, notes)
-        covariates = [obs.column(key, "--covariates") for key in config.covariate_keys]
-        wanted = set(genes) or {piece for text in labels.texts for piece in _pieces(text)}
-        genes = _gene_names(names, config.gene_key, wanted, notes)
-        X = _matrix(matrix, (obs.n, var.n), where, -1 if config.backed else config.cache_gb * 2**30)
-        uns = _uns(file.get("uns"))
-    if isinstance(X, StoredRows):
-        notes.append(X.note)
-    labelled = np.all([column != "" for column in [labels.condition, *covariates]], axis=0)
-    values = list(zip(*covariates)) or [()] * obs.n
-    known = {each: covariate_name(each) for each in set(values)}
-    covariate = np.array([known[each] for each in values], dtype=object)
-    cells = Cells(str(path), X, genes, labels.condition, covariate, "", uns, labels.rules, labels.spelling, labels.key,
-                  np.arange(obs.n), (), notes)
-    if not expressed.all():
-        cells.keep_genes(expressed)
-    cells.genes, duplicated = _unique(cells.genes)
-    if duplicated:
-        notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...; --gene-key names "
-                     "another column)")
-    ambiguous = sorted({p for c in labels.spelling for p in c.split("+")} & duplicated)
-    if ambiguous:
-        raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
-                        "names with --gene-key, or remove the duplicates")
-    if not labelled.all():
-        notes.append(f"dropped {int((~labelled).sum()):,} cells without a label{' or covariate' if covariates else ''}")
-        cells.take(labelled)
-    cells.file_shape = cells.X.shape
-    if control_required and CONTROL not in cells.condition:
-        raise DataError(f"{path}: no control cell has a value of {config.covariates}; choose other --covariates")
-    cells.scale = _scale(cells.X, config, where, notes, check)
-    scale = "raw counts (--lognorm)" if cells.scale == "counts" else "log-normalised values (--counts)"
-    found = [(config.pert_key, f"labels in obs column {labels.key} (--pert-key)"),
-             (config.control_label, f"controls {listed(sorted(labels.rules.seen_controls))} (--control-label)"),
-             (config.counts or config.lognorm, scale)]
-    if not all(said for said, _ in found):
-        notes.insert(0, "found " + ", ".join(guess for said, guess in found if not said))
-    return cells
-
-
-def lacking(path, config):
-    """Those of --pert-key, --dose-key and --gene-key that name no column of this file, as fields of the config."""
-    with _open(path) as file:
-        _check_heaps(path)
-        raw = config.layer == "raw" and "raw/var" in file
-        obs, var = Frame(file["obs"]), Frame(file["raw/var" if raw else "var"])
-        of = {"pert_key": obs, "dose_key": obs, "gene_key": var}
-        return {key for key, frame in of.items()
-                if not {*frame.named(getattr(config, key))} <= {*frame.columns, frame.index, ""}}
-
-
-def covariate_name(values):
-    """The covariates of a cell as one name: 'B,1'. A comma within one that is not the first becomes ';'."""
-    first, *rest = [*values] or [""]
-    return ",".join([first, *(value.replace(",", ";") for value in rest)])
-
-
-def covariate_values(name, n):
-    """The n covariates that a name joins."""
-    return name.rsplit(",", n - 1)
-
-
-def _choose_layer(file, layer, path):
-    """The matrix that --layer names, the var group that belongs to it, and what to call it in messages."""
-    layers = file.get("layers")
-    choices = {name: f"layers/{name}" for name in (_leaves(layers) if isinstance(layers, h5py.Group) else ())}
-    choices |= {name: matrix for name, matrix in (("raw", "raw/X"), ("", "X")) if matrix in file}
-    if layer not in choices:
-        raise DataError(f"{path}: has no {f'layer {layer!r}' if layer else 'X'}; choose another --layer (it has "
-                        f"{listed(sorted(filter(None, choices)), 30)})")
-    matrix = choices[layer]
-    return file[matrix], file["raw/var" if matrix == "raw/X" else "var"], f"{path}: {matrix}"
-
-
-def _expressed(var, notes):
-    """(G,) bool: the features that are genes, where the file says that some are guides or antibodies."""
-    for key in ("feature_types", "feature_type"):
-        kinds = var[key] if key in var.columns else []
-        genes = np.array([kind.lower() == "gene expression" for kind in kinds])
-        if genes.any() and not genes.all():
-            notes.append(f"left out {int((~genes).sum()):,} features that are no genes: "
-                         f"{listed(sorted(set(kinds[~genes])))} in var column {key} (rename it to keep them)")
-            return genes
-    return np.ones(var.n, dtype=bool)
-
-
-# ------------------------------------------------------------------------------------------------ matrices on disk
 
 class StoredRows:
     """A matrix that stays in a file: X[rows] reads some rows as CSR float32, cut to the kept columns and normalised.
@@ -640,7 +482,54 @@ def _spool(blocks, width, where):
     return StoredRows(arrays, indptr, width, where, note)
 
 
-# ------------------------------------------------------------------------------------------------ labels
+def blocks(X, what, rows=None):
+    """A pass over some rows of a matrix, all by default: (rows, CSR of them) of at most BLOCK_NNZ entries, one by one.
+    The borders depend on the number of rows alone. what: for the status line."""
+    rows = np.arange(X.shape[0]) if rows is None else rows
+    step = max(1, BLOCK_NNZ // max(1, X.shape[1]))
+    for i in progress(range(0, len(rows), step), what):
+        yield rows[i:i + step], X[rows[i:i + step]]
+
+
+# ------------------------------------------------------------------------------------------------ names and labels
+
+def order(condition):
+    """Number of perturbations of a canonical condition; 0 for control."""
+    return 0 if condition == CONTROL else condition.count("+") + 1
+
+
+def group_name(condition, covariate):
+    """'A' or 'A@cov1,cov2'."""
+    return f"{condition}@{covariate}" if covariate else condition
+
+
+def split_group(group):
+    """'A@cov1,cov2' -> ('A', 'cov1,cov2'); 'A' -> ('A', ''). No perturbation has an '@' in its name."""
+    condition, _, covariate = group.partition("@")
+    return condition, covariate
+
+
+def split_dose(perturbation):
+    """'DRUG:10' -> ('DRUG', '10'); without a dose ('A', ''). What follows the last colon is the dose."""
+    drug, _, dose = perturbation.rpartition(":")
+    return (drug, dose) if drug else (perturbation, "")
+
+
+def covariate_name(values):
+    """The covariates of a cell as one name: 'B,1'. A comma within one that is not the first becomes ';'."""
+    first, *rest = [*values] or [""]
+    return ",".join([first, *(value.replace(",", ";") for value in rest)])
+
+
+def covariate_values(name, n):
+    """The n covariates that a name joins."""
+    return name.rsplit(",", n - 1)
+
+
+def perturbation_name(token):
+    """'+' joins perturbations and '@' starts the covariates: no name holds them. 1e+05 is 1e05."""
+    return re.sub(r"(?<=\d[eE])\+(?=\d)", "", token).replace("+", "plus").replace("@", "at")
+
 
 # a run of separators, blanks around it: + ; | , and _
 _JOINT = re.compile(r"[\s+;|,_]*[+;|,_][\s+;|,_]*")
@@ -682,11 +571,6 @@ def _cuts(label, joint=_JOINT):
 def _pieces(label):
     """Everything in a label that may be a name."""
     return {label, *_JOINT.split(label), *(side for cut in _cuts(label) for side in cut)} - {""}
-
-
-def perturbation_name(token):
-    """'+' joins perturbations and '@' starts the covariates: no name holds them. 1e+05 is 1e05."""
-    return re.sub(r"(?<=\d[eE])\+(?=\d)", "", token).replace("+", "plus").replace("@", "at")
 
 
 class LabelRules:
@@ -932,6 +816,155 @@ def _mark_controls(obs, asked, required, columns):
     return ""
 
 
+# ------------------------------------------------------------------------------------------------ cells of a file
+
+@dataclass
+class Cells:
+    """The labelled cells of one AnnData file: n cells, G genes. Conditions and covariates are canonical."""
+    path: str
+    X: "sp.csr_matrix | StoredRows"  # (n, G) float32, in the unit that `scale` says
+    genes: list
+    condition: np.ndarray       # (n,) 'A', 'A+B' or 'control'
+    covariate: np.ndarray       # (n,) 'cov1,cov2', or '' without covariates
+    scale: str                  # 'counts' or 'lognorm'
+    uns: dict
+    rules: "LabelRules"         # found for this file: rules.canonical(label) is a condition
+    spelling: dict              # canonical condition -> its first spelling in sorted order
+    pert_key: str
+    kept: np.ndarray            # (n,) rows of the file that these cells are
+    file_shape: tuple           # labelled cells and genes of the file, before anything is filtered
+    notes: list = field(default_factory=list)  # what was dropped or renamed, to be printed
+    totals: "np.ndarray | None" = None         # (n,) counts of each cell, where lognormalise() has found counts
+
+    @property
+    def pairs(self):
+        """{(condition, covariate): rows of its cells}, sorted."""
+        number = {}
+        of_cell = [number.setdefault(pair, len(number)) for pair in zip(self.condition, self.covariate)]
+        rows = np.split(np.argsort(of_cell, kind="stable"), np.cumsum(np.bincount(of_cell))[:-1])
+        return {pair: rows[i] for pair, i in sorted(number.items())}
+
+    def take(self, keep):
+        """Keep only these cells (boolean mask)."""
+        if isinstance(self.X, StoredRows):
+            self.X.take(keep)
+        else:
+            self.X = self.X[keep]
+        self.condition, self.covariate = self.condition[keep], self.covariate[keep]
+        self.kept = self.kept[keep]
+
+    def keep_genes(self, keep):
+        """Keep only these genes (boolean mask), in place."""
+        X, self.genes = self.X, [g for g, k in zip(self.genes, keep) if k]
+        if isinstance(X, StoredRows):
+            X.keep[X.keep] = keep
+        else:
+            kept = (part[:, keep] for _, part in blocks(X, "dropping genes"))   # each is written where it was read
+            self.X = _stacked(kept, (X.shape[0], len(self.genes)), X.data, X.indices)
+
+    def obs(self, column="", flag="--covariates"):
+        """Another obs column of the file, as text, for these cells: (n,); without a column their names, the index."""
+        with _open(self.path) as file:
+            frame = Frame(file["obs"])
+            return frame.column(column or frame.index, flag)[self.kept]
+
+    names = property(obs)
+
+
+def read_cells(path, config=None, control_required=True, perturbed_required=True, check=True, genes=()):
+    """The Cells of an AnnData file, with values as stored; their notes say what was guessed. Raises DataError.
+
+    config: ReadConfig. control_required: an error when the file holds no control cells. perturbed_required: an error
+    when it holds nothing else; if False, a file without labels is all control cells. check: refuse values that measured
+    cells cannot have and a prediction may: below zero, a few far above log1p CP10k, or all lower than it goes. NaN and
+    Inf never pass. genes: names by which to choose the var column of gene names.
+    """
+    config = config or DataConfig()
+    notes = []
+    with _open(path) as file:
+        _check_heaps(path)
+        matrix, var, where = _choose_layer(file, config.layer, path)
+        obs, var = Frame(file["obs"]), Frame(var)
+        if obs.n == 0 or var.n == 0:
+            raise DataError(f"{path}: holds {obs.n} cells and {var.n} genes; check how it was written")
+        expressed = _expressed(var, notes)
+        gene_keys = dict.fromkeys([var.index, *var.usual(GENE_KEYS), config.gene_key or var.index])
+        names = {key: np.where(expressed, var.column(key, "--gene-key"), "") for key in gene_keys}
+        labels = _find_labels(obs, config, set().union(*names.values()), control_required, perturbed_required, notes)
+        covariates = [obs.column(key, "--covariates") for key in config.covariate_keys]
+        wanted = set(genes) or {piece for text in labels.texts for piece in _pieces(text)}
+        genes = _gene_names(names, config.gene_key, wanted, notes)
+        X = _matrix(matrix, (obs.n, var.n), where, -1 if config.backed else config.cache_gb * 2**30)
+        uns = _uns(file.get("uns"))
+    if isinstance(X, StoredRows):
+        notes.append(X.note)
+    labelled = np.all([column != "" for column in [labels.condition, *covariates]], axis=0)
+    values = list(zip(*covariates)) or [()] * obs.n
+    known = {each: covariate_name(each) for each in set(values)}
+    covariate = np.array([known[each] for each in values], dtype=object)
+    cells = Cells(str(path), X, genes, labels.condition, covariate, "", uns, labels.rules, labels.spelling, labels.key,
+                  np.arange(obs.n), (), notes)
+    if not expressed.all():
+        cells.keep_genes(expressed)
+    cells.genes, duplicated = _unique(cells.genes)
+    if duplicated:
+        notes.append(f"made {len(duplicated):,} duplicate gene names unique (NAME-1, NAME-2, ...; --gene-key names "
+                     "another column)")
+    ambiguous = sorted({p for c in labels.spelling for p in c.split("+")} & duplicated)
+    if ambiguous:
+        raise DataError(f"{path}: perturbed gene {ambiguous[0]} names several rows of var; choose a column of unique "
+                        "names with --gene-key, or remove the duplicates")
+    if not labelled.all():
+        notes.append(f"dropped {int((~labelled).sum()):,} cells without a label{' or covariate' if covariates else ''}")
+        cells.take(labelled)
+    cells.file_shape = cells.X.shape
+    if control_required and CONTROL not in cells.condition:
+        raise DataError(f"{path}: no control cell has a value of {config.covariates}; choose other --covariates")
+    cells.scale = _scale(cells.X, config, where, notes, check)
+    scale = "raw counts (--lognorm)" if cells.scale == "counts" else "log-normalised values (--counts)"
+    found = [(config.pert_key, f"labels in obs column {labels.key} (--pert-key)"),
+             (config.control_label, f"controls {listed(sorted(labels.rules.seen_controls))} (--control-label)"),
+             (config.counts or config.lognorm, scale)]
+    if not all(said for said, _ in found):
+        notes.insert(0, "found " + ", ".join(guess for said, guess in found if not said))
+    return cells
+
+
+def lacking(path, config):
+    """Those of --pert-key, --dose-key and --gene-key that name no column of this file, as fields of the config."""
+    with _open(path) as file:
+        _check_heaps(path)
+        raw = config.layer == "raw" and "raw/var" in file
+        obs, var = Frame(file["obs"]), Frame(file["raw/var" if raw else "var"])
+        of = {"pert_key": obs, "dose_key": obs, "gene_key": var}
+        return {key for key, frame in of.items()
+                if not {*frame.named(getattr(config, key))} <= {*frame.columns, frame.index, ""}}
+
+
+def _choose_layer(file, layer, path):
+    """The matrix that --layer names, the var group that belongs to it, and what to call it in messages."""
+    layers = file.get("layers")
+    choices = {name: f"layers/{name}" for name in (_leaves(layers) if isinstance(layers, h5py.Group) else ())}
+    choices |= {name: matrix for name, matrix in (("raw", "raw/X"), ("", "X")) if matrix in file}
+    if layer not in choices:
+        raise DataError(f"{path}: has no {f'layer {layer!r}' if layer else 'X'}; choose another --layer (it has "
+                        f"{listed(sorted(filter(None, choices)), 30)})")
+    matrix = choices[layer]
+    return file[matrix], file["raw/var" if matrix == "raw/X" else "var"], f"{path}: {matrix}"
+
+
+def _expressed(var, notes):
+    """(G,) bool: the features that are genes, where the file says that some are guides or antibodies."""
+    for key in ("feature_types", "feature_type"):
+        kinds = var[key] if key in var.columns else []
+        genes = np.array([kind.lower() == "gene expression" for kind in kinds])
+        if genes.any() and not genes.all():
+            notes.append(f"left out {int((~genes).sum()):,} features that are no genes: "
+                         f"{listed(sorted(set(kinds[~genes])))} in var column {key} (rename it to keep them)")
+            return genes
+    return np.ones(var.n, dtype=bool)
+
+
 def _gene_names(names, gene_key, wanted, notes):
     """Of {column of var: names of the genes}, index first: those of --gene-key, else of the index, unless a column
     holds more of the wanted names (Ensembl index). A gene without a symbol goes by its identifier."""
@@ -958,8 +991,6 @@ def _unique(names):
         out.append(unique)
     return out, {name for name, n in counter.items() if n}
 
-
-# ------------------------------------------------------------------------------------------------ preprocessing
 
 def _scale(X, config, where, notes, check=True):
     """'counts' or 'lognorm', from the declaration or from the values; anything else is a DataError."""
@@ -1000,14 +1031,7 @@ def _scale(X, config, where, notes, check=True):
     return scale
 
 
-def blocks(X, what, rows=None):
-    """A pass over some rows of a matrix, all by default: (rows, CSR of them) of at most BLOCK_NNZ entries, one by one.
-    The borders depend on the number of rows alone. what: for the status line."""
-    rows = np.arange(X.shape[0]) if rows is None else rows
-    step = max(1, BLOCK_NNZ // max(1, X.shape[1]))
-    for i in progress(range(0, len(rows), step), what):
-        yield rows[i:i + step], X[rows[i:i + step]]
-
+# ------------------------------------------------------------------------------------------------ gene statistics
 
 def gene_moments(X, rows, transform=None):
     """Sum and sum of squares of every gene over some rows, (2, G) float64, of transform(values), transform(0) = 0."""
@@ -1123,11 +1147,6 @@ def highly_variable(total, square, n, n_top, bins=20):
 
 # ------------------------------------------------------------------------------------------------ splits
 
-def order(condition):
-    """Number of perturbations of a canonical condition; 0 for control."""
-    return 0 if condition == CONTROL else condition.count("+") + 1
-
-
 def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=None, train_on_val=False):
     """Assign every group to train, val or test. Returns {part: sorted condition or group names}.
 
@@ -1197,23 +1216,6 @@ def _held_out(name, conditions, multiple, fold, folds):
         n_test, n_val = max(1, round(0.25 * len(genes))), round(0.10 * len(genes))
     chosen = set(genes[n_test:n_test + n_val]), set(genes[:n_test])
     return [[c for c in conditions if of & set(c.split("+"))] for of in chosen]
-
-
-def group_name(condition, covariate):
-    """'A' or 'A@cov1,cov2'."""
-    return f"{condition}@{covariate}" if covariate else condition
-
-
-def split_group(group):
-    """'A@cov1,cov2' -> ('A', 'cov1,cov2'); 'A' -> ('A', ''). No perturbation has an '@' in its name."""
-    condition, _, covariate = group.partition("@")
-    return condition, covariate
-
-
-def split_dose(perturbation):
-    """'DRUG:10' -> ('DRUG', '10'); without a dose ('A', ''). What follows the last colon is the dose."""
-    drug, _, dose = perturbation.rpartition(":")
-    return (drug, dose) if drug else (perturbation, "")
 
 
 def _transfer(groups, rng):
@@ -1510,35 +1512,15 @@ class Panel:
         return [p for p, g in zip(self.perturbations, self.pert_gene) if g < 0]
 
 
+def match_genes(have, want):
+    """Where each wanted gene stands in a list of gene names, -1 where it is missing: [G], [E] -> (E,) int64."""
+    where = {gene: i for i, gene in enumerate(have)}
+    return np.array([where.get(gene, -1) for gene in want], dtype=np.int64)
+
+
 def pick_rows(x, n, seed):
     """n rows of x, at random: without replacement while there are enough, else each as often as any other."""
     return x[np.random.default_rng(seed).permutation(max(n, len(x)))[:n] % len(x)]
-
-
-def read_controls(path, config, panel):
-    """predict_controls of a user's file; genes that it lacks are at their training mean. A file without labels is all
-    control cells."""
-    cells = read_cells(path, config, perturbed_required=False, genes=panel.genes)
-    for note in cells.notes:
-        print(f"note: {path}: {note}")
-    lognormalise(cells)
-    column = match_genes(cells.genes, panel.genes)
-    missing = np.flatnonzero(column < 0)
-    if 2 * len(missing) > len(column):
-        raise DataError(f"--controls {path}: lacks {len(missing):,} of the model's {len(column):,} genes "
-                        f"({listed(panel.genes[i] for i in missing)}); genes are matched by name: choose the var "
-                        "column that holds these names with --gene-key")
-    if len(missing):
-        print(f"note: {path} lacks {len(missing):,} of the model's {len(column):,} genes: they are at their training "
-              "mean, and not in the prediction")
-    controls, totals = {}, {}
-    for (condition, covariate), rows in cells.pairs.items():
-        if condition == CONTROL:
-            x = np.tile(np.array(panel.mean, dtype=np.float32), (len(rows), 1))
-            x[:, column >= 0] = cells.X[rows][:, column[column >= 0]].toarray()
-            controls[covariate] = x
-            totals[covariate] = None if cells.totals is None else cells.totals[rows]
-    return controls, missing, totals
 
 
 def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_val=False):
@@ -1618,25 +1600,6 @@ def _choose_panel(dataset, split):
     if silent:
         notes.append(f"{len(silent)} of {len(dataset.perturbations)} perturbations are no gene of the panel "
                      f"({listed(silent, 4)}): each gets an embedding of its own")
-
-
-def path_of(config):
-    """The file of --data. The demo is simulated on first use, with two cell types where covariates are asked for, in
-    runs/, or beside --out where runs/ cannot be written."""
-    if config.data != "demo":
-        return config.data
-    folder = Path("runs")
-    if not os.access(folder if folder.is_dir() else ".", os.W_OK):
-        folder = Path(config.out or "runs/demo").parent
-    path = folder / ("demo-v1-2types.h5ad" if config.covariates else "demo-v1.h5ad")     # v1: change with the simulator
-    if not path.exists():
-        simulate(path, cell_types=2 if config.covariates else 1)
-    return path
-
-
-def load_run(config, device="cpu"):
-    """load() with a method's Config: its data (or the demo), split and fold."""
-    return load(path_of(config), config, config.split, config.fold, config.folds, device, config.train_on_val)
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -1774,35 +1737,6 @@ def write_h5ad(path, X, obs, genes, uns=None, names=None):
         for name in ("layers", "obsm", "varm", "obsp", "varp"):
             _write(file, name, {})
         _write(file, "uns", uns or {})
-
-
-def write_populations(run, path, pred, controls, columns, totals=None):
-    """Predicted cells {group: (n, E)} of columns (E,) of the panel, and real control cells {covariate: (m, G)}, as one
-    AnnData file, log1p CP10k; with totals {covariate: (m,)}, the control cells' counts, as counts. Labels by --as."""
-    column, asked, label = run.config.as_.partition("=")
-    real = {group_name(CONTROL, v): x[np.arange(len(x))][:, columns] for v, x in controls.items()}
-    cells = pred | (real if label or not asked else {})
-    labels = [split_group(group) for group, x in cells.items() for _ in range(len(x))]
-    names = [label if label and condition == CONTROL else condition for condition, _ in labels]
-    obs = {column or "condition": np.array(names, dtype=object)}
-    keys = run.config.covariate_keys
-    for i, key in enumerate(keys):
-        obs[key] = np.array([covariate_values(name, len(keys))[i] for _, name in labels], dtype=object)
-    if totals:
-        cells = {group: _counts(x, totals[split_group(group)[1]], group in pred, seed_of(group, run.config.seed))
-                 for group, x in cells.items()}
-    uns = {"method": run.method, "scale": "counts" if totals else "log1p CP10k"}
-    X = np.concatenate(list(cells.values())).astype(np.float32)
-    write_h5ad(path, X, obs, [run.panel.genes[i] for i in columns], uns)
-
-
-def _counts(x, totals, predicted, seed):
-    """Counts of cells x (n, E) log1p CP10k: of control cells by their own totals (n,), of predicted ones by that of the
-    control cell that predict() made each from, of totals (m,); these are rounded at random, so that means stay."""
-    if not predicted:
-        return np.rint(np.expm1(x) * totals[:, None] / 1e4)
-    mean = np.expm1(x.astype(np.float64)) * pick_rows(totals, len(x), seed)[:, None] / 1e4
-    return np.floor(mean + np.random.default_rng(seed).random(mean.shape))
 
 
 def write_prepared(path, dataset):
@@ -1945,6 +1879,20 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     write_h5ad(path, pieces(), obs, screen.names, uns)
 
 
+def path_of(config):
+    """The file of --data. The demo is simulated on first use, with two cell types where covariates are asked for, in
+    runs/, or beside --out where runs/ cannot be written."""
+    if config.data != "demo":
+        return config.data
+    folder = Path("runs")
+    if not os.access(folder if folder.is_dir() else ".", os.W_OK):
+        folder = Path(config.out or "runs/demo").parent
+    path = folder / ("demo-v1-2types.h5ad" if config.covariates else "demo-v1.h5ad")     # v1: change with the simulator
+    if not path.exists():
+        simulate(path, cell_types=2 if config.covariates else 1)
+    return path
+
+
 # ------------------------------------------------------------------------------------------------ prior knowledge
 
 def _records(path, parse, wanted, header=False):
@@ -2043,6 +1991,14 @@ def read_gmt(path):
     return dict(_records(path, pathway, "a name, a description and genes, separated by tabs"))
 
 
+def gene_sets(path, genes, say):
+    """Which of the genes are in the sets of read_gmt: (Q, G) float32, 0 or 1."""
+    names, sets = [gene.upper() for gene in genes], list(read_gmt(path).values())
+    member = torch.tensor([[name in of for name in names] for of in sets], dtype=torch.float32).view(-1, len(names))
+    coverage(say, path, member.any(0), "genes of the panel")
+    return member
+
+
 def coverage(say, path, known, what):
     """Print how many of the names that are needed a file knows, known (n,) bool; under 20% are an error."""
     found, wanted = int(known.sum()), len(known)
@@ -2052,19 +2008,9 @@ def coverage(say, path, known, what):
                         "naming (STRING's needs its protein.info), or none: a stand-in is made from the data")
 
 
-def gene_sets(path, genes, say):
-    """Which of the genes are in the sets of read_gmt: (Q, G) float32, 0 or 1."""
-    names, sets = [gene.upper() for gene in genes], list(read_gmt(path).values())
-    member = torch.tensor([[name in of for name in names] for of in sets], dtype=torch.float32).view(-1, len(names))
-    coverage(say, path, member.any(0), "genes of the panel")
-    return member
-
-
-# ------------------------------------------------------------------------------------------------ runs of a method
+# ------------------------------------------------------------------------------------------------ a run
 
 CHECKPOINT_VERSION = 5
-CHECKPOINT_SECONDS = 300                                # between two checkpoints
-FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "exact_cells", "compile", "resume", "cache_gb",
                   "backed"}
 PREDICTING = {"ckpt", "predict", "controls", "cells", "all_genes", "as_counts", "as_", "dtype", "seed", "zeros"}
@@ -2147,6 +2093,80 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
         raise DataError("--ckpt: runs in one process; start it with python")
     check_numbers(vars(config), "steps batch_size lr cells eval_cells")
     return config, state
+
+
+def load_run(config, device="cpu"):
+    """load() with a method's Config: its data (or the demo), split and fold."""
+    return load(path_of(config), config, config.split, config.fold, config.folds, device, config.train_on_val)
+
+
+def open_run(run, state):
+    """Give a run its dataset and panel, say what it is, and write what is known before training to its folder, which is
+    claimed; a resumed run must find the genes, conditions and split that it had. A refused run leaves no folder."""
+    config, out = run.config, run.out
+    unfinished = {"config.json", "split.json", "log.jsonl", ".lock"}   # of a run that ended before its checkpoint
+    held = sorted(path.name for path in out.glob("*") if path.name not in unfinished and path.suffix != ".tsv")
+    if run.rank == 0 and held and not state:
+        raise DataError(f"{out}: already holds {listed(held, 3)}; go on with --resume, or choose another --out")
+    dataset = load_run(config, run.device)
+    panel = dataset.panel()
+    if state:
+        for name in ("genes", "eval_genes", "perturbations", "split"):
+            if getattr(dataset if name == "split" else panel, name) != (state | state["panel"])[name]:
+                raise DataError(f"--resume: --data {config.data} --split {config.split} no longer give the {name} of "
+                                f"the run in {out}: a file has changed; restore it, or start another run with --out")
+    dataset.prepare_sampling()
+    run.dataset, run.panel = dataset, panel
+    if run.rank == 0:
+        claim(out)
+        write_json(out / "config.json", asdict(config))
+        write_json(out / "split.json", dataset.split)
+        log = out / "log.jsonl"
+        if log.exists():                        # a last line that was not written whole goes
+            os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
+    precision = "bf16" if run.bf16 else "fp32"
+    run.say(f"{run.method} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
+            f"{config.preset}, {config.steps:,} steps; {run.device}, {precision}{', compiled' if run.compile else ''}; "
+            f"folder {out}")
+    for note in dataset.source.notes:
+        run.say(f"note: {note}")
+    if not dataset.split["test"]:
+        run.say(f"note: no condition is held out: there will be no table and no pred.h5ad; predict with --ckpt {out}/"
+                "ckpt.pt --predict")
+    if config.preset != "demo" and run.device.type == "cpu" and not state:
+        run.say("warning: a paper's configuration on a CPU: steps may take minutes; --preset demo is a recipe for "
+                "laptops. Ctrl-C ends the run after its step, a second one at once")
+
+
+_claims = []        # open lock files of this process: closing one gives its folder up
+
+
+def claim(folder):
+    """Make a run's folder and take it for this process until it ends, whatever the way; one that is taken is an
+    error."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:                    # file systems without locks: nothing is claimed
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise DataError(f"{folder}: another run is using this folder; choose another --out") from None
+    _claims.append(handle)
+
+
+def save_checkpoint(run, step, content):
+    """One dict of tensors and plain types, written beside the old checkpoint and renamed over it."""
+    state = {"method": run.method, "version": CHECKPOINT_VERSION, "config": asdict(run.config), "stage": run.stage,
+             "step": step, "seconds": run.journal.seconds(), "panel": asdict(run.panel), "split": run.dataset.split,
+             "content": {name: part.state_dict() for name, part in content.items()}}
+    with atomic(run.out / "ckpt.pt") as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(path, method, cls):
@@ -2279,187 +2299,21 @@ def load_model(method, path, **changes):
     return run, trained_model(run, state, method.build)
 
 
-_claims = []        # open lock files of this process: closing one gives its folder up
+# ------------------------------------------------------------------------------------------------ training
+
+CHECKPOINT_SECONDS = 300                                # between two checkpoints
 
 
-def claim(folder):
-    """Make a run's folder and take it for this process until it ends, whatever the way; one that is taken is an
-    error."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / ".lock", "w")
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:                    # file systems without locks: nothing is claimed
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise DataError(f"{folder}: another run is using this folder; choose another --out") from None
-    _claims.append(handle)
-
-
-def open_run(run, state):
-    """Give a run its dataset and panel, say what it is, and write what is known before training to its folder, which is
-    claimed; a resumed run must find the genes, conditions and split that it had. A refused run leaves no folder."""
-    config, out = run.config, run.out
-    unfinished = {"config.json", "split.json", "log.jsonl", ".lock"}   # of a run that ended before its checkpoint
-    held = sorted(path.name for path in out.glob("*") if path.name not in unfinished and path.suffix != ".tsv")
-    if run.rank == 0 and held and not state:
-        raise DataError(f"{out}: already holds {listed(held, 3)}; go on with --resume, or choose another --out")
-    dataset = load_run(config, run.device)
-    panel = dataset.panel()
-    if state:
-        for name in ("genes", "eval_genes", "perturbations", "split"):
-            if getattr(dataset if name == "split" else panel, name) != (state | state["panel"])[name]:
-                raise DataError(f"--resume: --data {config.data} --split {config.split} no longer give the {name} of "
-                                f"the run in {out}: a file has changed; restore it, or start another run with --out")
-    dataset.prepare_sampling()
-    run.dataset, run.panel = dataset, panel
-    if run.rank == 0:
-        claim(out)
-        write_json(out / "config.json", asdict(config))
-        write_json(out / "split.json", dataset.split)
-        log = out / "log.jsonl"
-        if log.exists():                        # a last line that was not written whole goes
-            os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
-    precision = "bf16" if run.bf16 else "fp32"
-    run.say(f"{run.method} on {config.data}, split {config.split}, fold {config.fold}, seed {config.seed}; preset "
-            f"{config.preset}, {config.steps:,} steps; {run.device}, {precision}{', compiled' if run.compile else ''}; "
-            f"folder {out}")
-    for note in dataset.source.notes:
-        run.say(f"note: {note}")
-    if not dataset.split["test"]:
-        run.say(f"note: no condition is held out: there will be no table and no pred.h5ad; predict with --ckpt {out}/"
-                "ckpt.pt --predict")
-    if config.preset != "demo" and run.device.type == "cpu" and not state:
-        run.say("warning: a paper's configuration on a CPU: steps may take minutes; --preset demo is a recipe for "
-                "laptops. Ctrl-C ends the run after its step, a second one at once")
-
-
-def predict_controls(run):
-    """Control cells {covariate: (m, G)} to predict from, log1p CP10k: those of --controls, or of the run's data; which
-    genes (M,) of the panel they lack; and their counts {covariate: (m,)}, None of cells that are log-normalised."""
-    config, panel = run.config, run.panel
-    if config.controls:
-        return read_controls(config.controls, config, panel)
-    dataset = load_run(config, run.device)
-    if list(dataset.genes) != panel.genes:
-        raise DataError(f"{config.data}: gives other genes than the model was trained on; name the training file with "
-                        "--data, or your own control cells with --controls")
-    controls, counts = dataset.control_cells("test"), dataset.source.totals
-    return controls, [], {v: None if counts is None else counts[cells.rows] for v, cells in controls.items()}
-
-
-def write_prediction(run, state, model, predict, unseen):
-    """What --predict asks for, generated and written. predict: the method's; unseen: as Panel.known."""
-    config, panel = run.config, run.panel
-    test = config.predict == ("test",)          # the run's test conditions, perhaps of other cells
-    asked = state["split"]["test"] if test else config.predict
-    if test and not asked:
-        raise DataError("--predict test: the run held no condition out; name the conditions")
-    controls, missing, totals = predict_controls(run)
-    if config.as_counts and any(counts is None for counts in totals.values()):
-        raise DataError(f"--as-counts: {config.controls or config.data} holds log-normalised values, and so no library "
-                        "sizes of control cells; give --controls with counts")
-    columns = np.setdiff1d(np.arange(len(panel.genes)) if config.all_genes else panel.eval_genes, missing)
-    sizes = {}
-    for condition, covariate in asked_conditions(asked, panel.known(unseen)):
-        anywhere = not covariate or test and covariate not in controls
-        for value in sorted(controls) if anywhere else [covariate]:
-            sizes[group_name(condition, value)] = config.cells
-    untrained = sorted({p for g in sizes for p in split_group(g)[0].split("+")} - set(panel.trained))
-    if untrained:
-        run.say(f"note: {listed(untrained)}: in no training condition")
-    cells = predict(run, model, sizes, controls, columns)
-    write_populations(run, run.out, cells, controls, columns, totals if config.as_counts else None)
-    run.say(f"wrote {run.out}: {len(cells)} predicted conditions, {'counts' if config.as_counts else 'log1p CP10k'}")
-    if config.as_counts and len(columns) < len(panel.genes):
-        run.say("note: scorers normalise counts over the genes of the file: --all-genes writes all that the model has")
-
-
-def check_groups(panel, groups, controls, unseen):
-    """Raise DataError for groups, CONDITION or CONDITION@COVARIATE, that a model of this panel cannot predict from
-    control cells {covariate: (m, G)}. unseen: as Panel.known."""
-    known, G = panel.known(unseen), len(panel.genes)
-    for group in groups:
-        condition, covariate = split_group(group)
-        strange = sorted(set(condition.split("+")) - known)
-        if strange or covariate not in controls:
-            what = f"perturbation {strange[0]}" if strange else f"control cells of '{covariate}'"
-            raise DataError(f"predict {group}: no {what}; known are {listed(sorted(known))}, with control cells of "
-                            f"{listed(controls)}")
-    for covariate, x in controls.items():
-        if x[:1].shape[1] != G:
-            raise DataError(f"predict: control cells '{covariate}' have {x[:1].shape[1]} genes; the model has {G}, in "
-                            "the order of run.panel.genes")
-
-
-def asked_conditions(texts, names, flag="--predict"):
-    """[(condition, covariate)] of a flag, canonical, in any spelling that files may have: A_B, B|A, (+)-JQ1.
-    names: the perturbations that the model knows. Raises DataError for others, and for controls."""
-    pieces = {piece for text in texts for piece in {text} | _pieces(split_group(text)[0])}
-    known = {piece for piece in pieces if perturbation_name(piece) in names}
-    rules, asked = LabelRules((), known), []
-    for text in texts:
-        label, covariate = split_group(text)
-        if perturbation_name(text) in names:                    # a name with '@' in it
-            label, covariate = text, ""
-        if not label.strip():
-            raise DataError(f"{flag} '{text}': an empty name; give conditions such as A, A+B or A@covariates")
-        tokens = rules.tokens(label.strip())
-        tokens = [t for t in tokens if perturbation_name(t) in names or not rules.is_control(t)]
-        if not tokens:
-            raise DataError(f"{flag} {text}: names no perturbation; control cells are real, not predicted")
-        for token in [token for token in tokens if perturbation_name(token) not in names]:
-            members = [member for member in _JOINT.split(token) if member]
-            strange = [member for member in members if member not in known]
-            if 0 < len(strange) < len(members):                 # of A_B, the one that is not known
-                token = strange[0]
-            lower = {name.lower(): name for name in names}
-            close = difflib.get_close_matches(perturbation_name(token).lower(), lower, 3)
-            advice = f"did you mean {', '.join(lower[name] for name in close)}?" if close else "check its spelling"
-            raise DataError(f"{flag} {text}: the model does not know '{token}', which was not in its training file; "
-                            f"{advice}")
-        asked.append(("+".join(sorted(set(map(perturbation_name, tokens)))), covariate))
-    return asked
-
-
-def match_genes(have, want):
-    """Where each wanted gene stands in a list of gene names, -1 where it is missing: [G], [E] -> (E,) int64."""
-    where = {gene: i for i, gene in enumerate(have)}
-    return np.array([where.get(gene, -1) for gene in want], dtype=np.int64)
-
-
-def as_measured(cells, panel, columns, zeros="clamp", seed=0):
-    """Generated cells (n, E) of one group, for columns (E,) of the panel, as values that a measurement can have: not
-    below 0, nor above the gene's training maximum (log(10001) for a gene that is silent there).
-
-    zeros="detect": expression has an atom at zero, which a flow does not learn. A value x below v, the gene's median
-    detected value in training, becomes v with probability x / v and else 0. Cells are drawn systematically in random
-    order, so a gene's mean moves by v / n at most; a cell then depends on its population. Returns the cells, float32,
-    and how many values were capped. Raises DataError for values that are not finite.
-    """
-    if not np.isfinite(cells).all():
-        raise DataError("the model generates values that are not finite: its training diverged, or its checkpoint is "
-                        "damaged; train again with a lower --lr")
-    highest = np.array(panel.highest, dtype=np.float32)[columns]
-    highest = np.where(highest > 0, highest, np.float32(np.log(10_001)))
-    capped = int((cells > highest).sum())
-    cells = np.clip(cells, 0, highest).astype(np.float32)
-    if zeros == "detect":
-        typical = np.array(panel.typical, dtype=np.float32)[columns]
-        rng = np.random.default_rng(seed)
-        order = np.argsort(rng.random(cells.shape), axis=0)              # of the cells, for every gene
-        x = np.take_along_axis(cells, order, axis=0)
-        low = x < typical
-        share = np.where(low, x / np.maximum(typical, 1e-6), 0).astype(np.float64)
-        mass = np.cumsum(share, axis=0) + rng.random((1, x.shape[1]))
-        detected = np.floor(mass) > np.floor(mass - share)               # where the running mass passes a whole number
-        np.put_along_axis(cells, order, np.where(low, detected * typical, x), axis=0)
-    return cells, capped
+def process():
+    """(rank, world) of this process, as torchrun says; a RANK that is left over in an environment says nothing."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    numbers = [int(text) for text in map(os.environ.get, names) if text and text.isdecimal()]
+    if len(numbers) < len(names) or numbers[0] >= numbers[1] or not os.environ.get("MASTER_ADDR"):
+        raise DataError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment: several processes are started with "
+                        f"torchrun, which sets {', '.join(names)} and MASTER_ADDR; unset it for one process")
+    return numbers[0], numbers[1]
 
 
 def pick_device(name):
@@ -2489,13 +2343,19 @@ def join_processes(device):
     return rank, world
 
 
-def save_checkpoint(run, step, content):
-    """One dict of tensors and plain types, written beside the old checkpoint and renamed over it."""
-    state = {"method": run.method, "version": CHECKPOINT_VERSION, "config": asdict(run.config), "stage": run.stage,
-             "step": step, "seconds": run.journal.seconds(), "panel": asdict(run.panel), "split": run.dataset.split,
-             "content": {name: part.state_dict() for name, part in content.items()}}
-    with atomic(run.out / "ckpt.pt") as temporary:
-        torch.save(state, temporary)
+def peak_memory(device):
+    """Most memory that this process has had, in MB: of the GPU where it ran on one, else resident; None on Windows."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    if os.name == "nt":
+        return None
+    import resource
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def seed_of(*what):
+    """A seed of its own for every purpose: what is drawn beside it, or by whom, changes nothing."""
+    return zlib.crc32(" ".join(map(str, what)).encode())
 
 
 def schedule(optimizer, steps, warmup=0, least=0.0, overlap=""):
@@ -2601,6 +2461,128 @@ class Journal:
                 file.write(json.dumps({"step": step, **stage, "seconds": round(self.seconds(), 4), **values}) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------ prediction
+
+def asked_conditions(texts, names, flag="--predict"):
+    """[(condition, covariate)] of a flag, canonical, in any spelling that files may have: A_B, B|A, (+)-JQ1.
+    names: the perturbations that the model knows. Raises DataError for others, and for controls."""
+    pieces = {piece for text in texts for piece in {text} | _pieces(split_group(text)[0])}
+    known = {piece for piece in pieces if perturbation_name(piece) in names}
+    rules, asked = LabelRules((), known), []
+    for text in texts:
+        label, covariate = split_group(text)
+        if perturbation_name(text) in names:                    # a name with '@' in it
+            label, covariate = text, ""
+        if not label.strip():
+            raise DataError(f"{flag} '{text}': an empty name; give conditions such as A, A+B or A@covariates")
+        tokens = rules.tokens(label.strip())
+        tokens = [t for t in tokens if perturbation_name(t) in names or not rules.is_control(t)]
+        if not tokens:
+            raise DataError(f"{flag} {text}: names no perturbation; control cells are real, not predicted")
+        for token in [token for token in tokens if perturbation_name(token) not in names]:
+            members = [member for member in _JOINT.split(token) if member]
+            strange = [member for member in members if member not in known]
+            if 0 < len(strange) < len(members):                 # of A_B, the one that is not known
+                token = strange[0]
+            lower = {name.lower(): name for name in names}
+            close = difflib.get_close_matches(perturbation_name(token).lower(), lower, 3)
+            advice = f"did you mean {', '.join(lower[name] for name in close)}?" if close else "check its spelling"
+            raise DataError(f"{flag} {text}: the model does not know '{token}', which was not in its training file; "
+                            f"{advice}")
+        asked.append(("+".join(sorted(set(map(perturbation_name, tokens)))), covariate))
+    return asked
+
+
+def read_controls(path, config, panel):
+    """predict_controls of a user's file; genes that it lacks are at their training mean. A file without labels is all
+    control cells."""
+    cells = read_cells(path, config, perturbed_required=False, genes=panel.genes)
+    for note in cells.notes:
+        print(f"note: {path}: {note}")
+    lognormalise(cells)
+    column = match_genes(cells.genes, panel.genes)
+    missing = np.flatnonzero(column < 0)
+    if 2 * len(missing) > len(column):
+        raise DataError(f"--controls {path}: lacks {len(missing):,} of the model's {len(column):,} genes "
+                        f"({listed(panel.genes[i] for i in missing)}); genes are matched by name: choose the var "
+                        "column that holds these names with --gene-key")
+    if len(missing):
+        print(f"note: {path} lacks {len(missing):,} of the model's {len(column):,} genes: they are at their training "
+              "mean, and not in the prediction")
+    controls, totals = {}, {}
+    for (condition, covariate), rows in cells.pairs.items():
+        if condition == CONTROL:
+            x = np.tile(np.array(panel.mean, dtype=np.float32), (len(rows), 1))
+            x[:, column >= 0] = cells.X[rows][:, column[column >= 0]].toarray()
+            controls[covariate] = x
+            totals[covariate] = None if cells.totals is None else cells.totals[rows]
+    return controls, missing, totals
+
+
+def predict_controls(run):
+    """Control cells {covariate: (m, G)} to predict from, log1p CP10k: those of --controls, or of the run's data; which
+    genes (M,) of the panel they lack; and their counts {covariate: (m,)}, None of cells that are log-normalised."""
+    config, panel = run.config, run.panel
+    if config.controls:
+        return read_controls(config.controls, config, panel)
+    dataset = load_run(config, run.device)
+    if list(dataset.genes) != panel.genes:
+        raise DataError(f"{config.data}: gives other genes than the model was trained on; name the training file with "
+                        "--data, or your own control cells with --controls")
+    controls, counts = dataset.control_cells("test"), dataset.source.totals
+    return controls, [], {v: None if counts is None else counts[cells.rows] for v, cells in controls.items()}
+
+
+def write_prediction(run, state, model, predict, unseen):
+    """What --predict asks for, generated and written. predict: the method's; unseen: as Panel.known."""
+    config, panel = run.config, run.panel
+    test = config.predict == ("test",)          # the run's test conditions, perhaps of other cells
+    asked = state["split"]["test"] if test else config.predict
+    if test and not asked:
+        raise DataError("--predict test: the run held no condition out; name the conditions")
+    controls, missing, totals = predict_controls(run)
+    if config.as_counts and any(counts is None for counts in totals.values()):
+        raise DataError(f"--as-counts: {config.controls or config.data} holds log-normalised values, and so no library "
+                        "sizes of control cells; give --controls with counts")
+    columns = np.setdiff1d(np.arange(len(panel.genes)) if config.all_genes else panel.eval_genes, missing)
+    sizes = {}
+    for condition, covariate in asked_conditions(asked, panel.known(unseen)):
+        anywhere = not covariate or test and covariate not in controls
+        for value in sorted(controls) if anywhere else [covariate]:
+            sizes[group_name(condition, value)] = config.cells
+    untrained = sorted({p for g in sizes for p in split_group(g)[0].split("+")} - set(panel.trained))
+    if untrained:
+        run.say(f"note: {listed(untrained)}: in no training condition")
+    cells = predict(run, model, sizes, controls, columns)
+    write_populations(run, run.out, cells, controls, columns, totals if config.as_counts else None)
+    run.say(f"wrote {run.out}: {len(cells)} predicted conditions, {'counts' if config.as_counts else 'log1p CP10k'}")
+    if config.as_counts and len(columns) < len(panel.genes):
+        run.say("note: scorers normalise counts over the genes of the file: --all-genes writes all that the model has")
+
+
+def check_groups(panel, groups, controls, unseen):
+    """Raise DataError for groups, CONDITION or CONDITION@COVARIATE, that a model of this panel cannot predict from
+    control cells {covariate: (m, G)}. unseen: as Panel.known."""
+    known, G = panel.known(unseen), len(panel.genes)
+    for group in groups:
+        condition, covariate = split_group(group)
+        strange = sorted(set(condition.split("+")) - known)
+        if strange or covariate not in controls:
+            what = f"perturbation {strange[0]}" if strange else f"control cells of '{covariate}'"
+            raise DataError(f"predict {group}: no {what}; known are {listed(sorted(known))}, with control cells of "
+                            f"{listed(controls)}")
+    for covariate, x in controls.items():
+        if x[:1].shape[1] != G:
+            raise DataError(f"predict: control cells '{covariate}' have {x[:1].shape[1]} genes; the model has {G}, in "
+                            "the order of run.panel.genes")
+
+
+def cells_at_once(device, size):
+    """How many cells are generated together, where one takes `size` bytes of memory."""
+    room = 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1.2e9
+    return min(1024, max(1, int(room // size)))
+
+
 def of_any_length(args):
     """Arguments of a compiled function, their tensors marked so that it is compiled for any length of the first one's
     first dimension, the number of cells."""
@@ -2611,28 +2593,81 @@ def of_any_length(args):
     return args
 
 
-def cells_at_once(device, size):
-    """How many cells are generated together, where one takes `size` bytes of memory."""
-    room = 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1.2e9
-    return min(1024, max(1, int(room // size)))
+def as_measured(cells, panel, columns, zeros="clamp", seed=0):
+    """Generated cells (n, E) of one group, for columns (E,) of the panel, as values that a measurement can have: not
+    below 0, nor above the gene's training maximum (log(10001) for a gene that is silent there).
+
+    zeros="detect": expression has an atom at zero, which a flow does not learn. A value x below v, the gene's median
+    detected value in training, becomes v with probability x / v and else 0. Cells are drawn systematically in random
+    order, so a gene's mean moves by v / n at most; a cell then depends on its population. Returns the cells, float32,
+    and how many values were capped. Raises DataError for values that are not finite.
+    """
+    if not np.isfinite(cells).all():
+        raise DataError("the model generates values that are not finite: its training diverged, or its checkpoint is "
+                        "damaged; train again with a lower --lr")
+    highest = np.array(panel.highest, dtype=np.float32)[columns]
+    highest = np.where(highest > 0, highest, np.float32(np.log(10_001)))
+    capped = int((cells > highest).sum())
+    cells = np.clip(cells, 0, highest).astype(np.float32)
+    if zeros == "detect":
+        typical = np.array(panel.typical, dtype=np.float32)[columns]
+        rng = np.random.default_rng(seed)
+        order = np.argsort(rng.random(cells.shape), axis=0)              # of the cells, for every gene
+        x = np.take_along_axis(cells, order, axis=0)
+        low = x < typical
+        share = np.where(low, x / np.maximum(typical, 1e-6), 0).astype(np.float64)
+        mass = np.cumsum(share, axis=0) + rng.random((1, x.shape[1]))
+        detected = np.floor(mass) > np.floor(mass - share)               # where the running mass passes a whole number
+        np.put_along_axis(cells, order, np.where(low, detected * typical, x), axis=0)
+    return cells, capped
 
 
-def peak_memory(device):
-    """Most memory that this process has had, in MB: of the GPU where it ran on one, else resident; None on Windows."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    if os.name == "nt":
-        return None
-    import resource
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+def write_populations(run, path, pred, controls, columns, totals=None):
+    """Predicted cells {group: (n, E)} of columns (E,) of the panel, and real control cells {covariate: (m, G)}, as one
+    AnnData file, log1p CP10k; with totals {covariate: (m,)}, the control cells' counts, as counts. Labels by --as."""
+    column, asked, label = run.config.as_.partition("=")
+    real = {group_name(CONTROL, v): x[np.arange(len(x))][:, columns] for v, x in controls.items()}
+    cells = pred | (real if label or not asked else {})
+    labels = [split_group(group) for group, x in cells.items() for _ in range(len(x))]
+    names = [label if label and condition == CONTROL else condition for condition, _ in labels]
+    obs = {column or "condition": np.array(names, dtype=object)}
+    keys = run.config.covariate_keys
+    for i, key in enumerate(keys):
+        obs[key] = np.array([covariate_values(name, len(keys))[i] for _, name in labels], dtype=object)
+    if totals:
+        cells = {group: _counts(x, totals[split_group(group)[1]], group in pred, seed_of(group, run.config.seed))
+                 for group, x in cells.items()}
+    uns = {"method": run.method, "scale": "counts" if totals else "log1p CP10k"}
+    X = np.concatenate(list(cells.values())).astype(np.float32)
+    write_h5ad(path, X, obs, [run.panel.genes[i] for i in columns], uns)
 
 
-def seed_of(*what):
-    """A seed of its own for every purpose: what is drawn beside it, or by whom, changes nothing."""
-    return zlib.crc32(" ".join(map(str, what)).encode())
+def _counts(x, totals, predicted, seed):
+    """Counts of cells x (n, E) log1p CP10k: of control cells by their own totals (n,), of predicted ones by that of the
+    control cell that predict() made each from, of totals (m,); these are rounded at random, so that means stay."""
+    if not predicted:
+        return np.rint(np.expm1(x) * totals[:, None] / 1e4)
+    mean = np.expm1(x.astype(np.float64)) * pick_rows(totals, len(x), seed)[:, None] / 1e4
+    return np.floor(mean + np.random.default_rng(seed).random(mean.shape))
 
 
 # ------------------------------------------------------------------------------------------------ command line
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the project's error style, and without guessing abbreviated flags."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse(self, argv):
+        """{field: value} of the flags that were given; lists as tuples."""
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(self.parse_args(argv)).items()}
+        check_numbers(given)
+        return given
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+
 
 def add_flags(parser, cls, presets=None):
     """One flag per field of a dataclass: name, type and default from the field, help from the comment beside it, in a
@@ -2692,37 +2727,12 @@ def _shown(value):
     return {"True": "on", "False": "off", "None": "auto", "": "''"}.get(str(value), value)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the project's error style, and without guessing abbreviated flags."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def parse(self, argv):
-        """{field: value} of the flags that were given; lists as tuples."""
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(self.parse_args(argv)).items()}
-        check_numbers(given)
-        return given
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+FIRST_LINE, NEXT_LINE = 10, 2 if sys.stdout.isatty() else 60    # seconds of training before a line on the console
 
 
 def clock(seconds):
     """'0:02:03'"""
     return str(datetime.timedelta(seconds=int(seconds)))
-
-
-def process():
-    """(rank, world) of this process, as torchrun says; a RANK that is left over in an environment says nothing."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0, 1
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    numbers = [int(text) for text in map(os.environ.get, names) if text and text.isdecimal()]
-    if len(numbers) < len(names) or numbers[0] >= numbers[1] or not os.environ.get("MASTER_ADDR"):
-        raise DataError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment: several processes are started with "
-                        f"torchrun, which sets {', '.join(names)} and MASTER_ADDR; unset it for one process")
-    return numbers[0], numbers[1]
 
 
 def status_line(text, last=False):
