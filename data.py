@@ -459,17 +459,17 @@ class _FlatArray:
         return out
 
 
-def _spool(blocks, width, where):
+def _spool(parts, width, where):
     """StoredRows of a temporary uncompressed copy, for files whose rows cannot be read one by one: compressed, dense,
     stored by column. The copy has no name and is gone when the program ends, however it ends."""
     folder, indptr = tempfile.gettempdir(), [np.zeros(1, dtype=np.int64)]
     try:
         files = [tempfile.TemporaryFile() for _ in range(2)]
-        for block in blocks:
-            for file, values in zip(files, (block.data, block.indices)):
+        for part in parts:
+            for file, values in zip(files, (part.data, part.indices)):
                 file.write(values)
                 file.flush()
-            indptr.append(indptr[-1][-1] + block.indptr[1:].astype(np.int64))
+            indptr.append(indptr[-1][-1] + part.indptr[1:].astype(np.int64))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -492,11 +492,6 @@ def blocks(X, what, rows=None):
 
 
 # ------------------------------------------------------------------------------------------------ names and labels
-
-def order(condition):
-    """Number of perturbations of a canonical condition; 0 for control."""
-    return 0 if condition == CONTROL else condition.count("+") + 1
-
 
 def group_name(condition, covariate):
     """'A' or 'A@cov1,cov2'."""
@@ -930,7 +925,7 @@ def read_cells(path, config=None, control_required=True, perturbed_required=True
     return cells
 
 
-def lacking(path, config):
+def missing_columns(path, config):
     """Those of --pert-key, --dose-key and --gene-key that name no column of this file, as fields of the config."""
     with _open(path) as file:
         _check_heaps(path)
@@ -1158,7 +1153,7 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
     if fold < 0:
         raise DataError(f"--fold {fold}: folds are numbered from 0")
     conditions = sorted({c for c, _ in groups})
-    multiple = sorted((c for c in conditions if order(c) > 1), key=lambda c: spelling.get(c, c))
+    multiple = sorted((c for c in conditions if "+" in c), key=lambda c: spelling.get(c, c))
     val, test = [], []                  # conditions or groups; what is in both is test
     if given is not None:
         val, test = _given_split(name, groups, canonical, given)
@@ -1206,7 +1201,7 @@ def _held_out(name, conditions, multiple, fold, folds):
     if name not in ("holdout", "unseen"):
         raise DataError(f"--split {name}: unknown; choose additive, holdout, cv, combo, transfer, unseen, all, "
                         "combosciplex, FILE.json or obs:COLUMN")
-    pool = multiple if name == "holdout" else [c for c in conditions if order(c) == 1]
+    pool = multiple if name == "holdout" else [c for c in conditions if "+" not in c]
     genes = sorted({g for c in pool for g in c.split("+")})
     rng.shuffle(genes)
     if name == "holdout":
@@ -2011,9 +2006,10 @@ def coverage(say, path, known, what):
 # ------------------------------------------------------------------------------------------------ a run
 
 CHECKPOINT_VERSION = 5
+PREDICTING = {"controls", "cells", "all_genes", "as_counts", "as_"}         # flags of --ckpt --predict alone
 FREE_ON_RESUME = {"device", "out", "data", "eval_every", "eval_cells", "exact_cells", "compile", "resume", "cache_gb",
                   "backed"}
-PREDICTING = {"ckpt", "predict", "controls", "cells", "all_genes", "as_counts", "as_", "dtype", "seed", "zeros"}
+FREE_WITH_CKPT = {"ckpt", "predict", "dtype", "seed", "zeros"} | PREDICTING
 
 
 @dataclass
@@ -2071,7 +2067,7 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
         if config.ckpt:
             reading = {f.name: f.default for f in fields(ReadConfig) if f.name not in ("covariates", "dose_key")}
             kept = {"out": "pred.h5ad"} | (reading if config.controls else {})      # another file, other columns
-            free |= PREDICTING | set(sampling) | {f.name for f in fields(DataConfig)}
+            free |= FREE_WITH_CKPT | set(sampling) | {f.name for f in fields(DataConfig)}
         for name in sorted(set(typed) - free):
             if typed[name] != getattr(stored, name):
                 raise DataError(f"{_flag(name)} {typed[name]}: this run was started with {getattr(stored, name)}; drop "
@@ -2081,9 +2077,8 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
     if bool(config.ckpt) != sum(bool(getattr(config, name)) for name in uses):
         raise DataError(f"--ckpt FILE and {' or '.join(map(_flag, uses))} belong together; to go on with a run use "
                         "--resume")
-    for name in ("controls", "cells", "all_genes", "as_counts", "as_"):
-        if name in typed and not config.ckpt:
-            raise DataError(f"{_flag(name)}: belongs to --ckpt FILE --predict; remove it")
+    for name in [] if config.ckpt else sorted(PREDICTING & set(typed)):
+        raise DataError(f"{_flag(name)}: belongs to --ckpt FILE --predict; remove it")
     if config.eval_every and (config.train_on_val or config.split == "all"):
         raise DataError(f"--eval-every {config.eval_every}: --split all and --train-on-val leave no validation "
                         "conditions to score; drop one of the two (--no-train-on-val)")
@@ -2277,28 +2272,6 @@ def axis_names(panel, size):
     return [names if len(names) == size else None for names in lists]
 
 
-def trained_model(run, state, build):
-    """The model that predicts, of a checkpoint; build (config, panel, weights) -> model, to be given these weights."""
-    if "ema" not in state["content"]:
-        raise DataError(f"{run.config.ckpt}: the run is still in an early stage, {state['stage']}; go on with --resume")
-    with same_version(run.config.ckpt):
-        run.panel = Panel(**state["panel"])
-        weights = state["content"]["ema"]
-        model = build(run.config, run.panel, weights)
-        model.load_state_dict(weights)
-    if state["step"] < run.config.steps:
-        run.say(f"note: {run.config.ckpt}: training has done {state['step']} of {run.config.steps} steps")
-    return model.to(run.device).eval()
-
-
-def load_model(method, path, **changes):
-    """(run, model) of a checkpoint, for method.predict() in a script of yours. method: the imported file; changes:
-    fields of its Config, as device="cpu" or seed=1."""
-    config, state = load_checkpoint(path, method.METHOD, method.Config)
-    run = method.Run(replace(config, **{"ckpt": str(path), "device": ""} | changes))
-    return run, trained_model(run, state, method.build)
-
-
 # ------------------------------------------------------------------------------------------------ training
 
 CHECKPOINT_SECONDS = 300                                # between two checkpoints
@@ -2462,6 +2435,28 @@ class Journal:
 
 
 # ------------------------------------------------------------------------------------------------ prediction
+
+def trained_model(run, state, build):
+    """The model that predicts, of a checkpoint; build (config, panel, weights) -> model, to be given these weights."""
+    if "ema" not in state["content"]:
+        raise DataError(f"{run.config.ckpt}: the run is still in an early stage, {state['stage']}; go on with --resume")
+    with same_version(run.config.ckpt):
+        run.panel = Panel(**state["panel"])
+        weights = state["content"]["ema"]
+        model = build(run.config, run.panel, weights)
+        model.load_state_dict(weights)
+    if state["step"] < run.config.steps:
+        run.say(f"note: {run.config.ckpt}: training has done {state['step']} of {run.config.steps} steps")
+    return model.to(run.device).eval()
+
+
+def load_model(method, path, **changes):
+    """(run, model) of a checkpoint, for method.predict() in a script of yours. method: the imported file; changes:
+    fields of its Config, as device="cpu" or seed=1."""
+    config, state = load_checkpoint(path, method.METHOD, method.Config)
+    run = method.Run(replace(config, **{"ckpt": str(path), "device": ""} | changes))
+    return run, trained_model(run, state, method.build)
+
 
 def asked_conditions(texts, names, flag="--predict"):
     """[(condition, covariate)] of a flag, canonical, in any spelling that files may have: A_B, B|A, (+)-JQ1.
@@ -2802,7 +2797,7 @@ def describe(dataset, split=""):
     for group, condition in zip(dataset.groups, dataset.condition):
         size[condition] += len(dataset.rows[group])
     controls = size.pop(CONTROL)
-    orders, sizes = Counter(map(order, size)), list(size.values())
+    orders, sizes = Counter(c.count("+") + 1 for c in size), list(size.values())
     facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1],
              "scale": dataset.file_scale, "conditions": len(size), "singles": orders[1], "doubles": orders[2],
              "more": len(size) - orders[1] - orders[2], "pert_key": cells.pert_key, "controls": controls,

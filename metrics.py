@@ -1256,7 +1256,7 @@ def read_prediction(path, config):
     config: data.ReadConfig, whose columns are used as far as the file has them, else searched for. Counts are
     normalised; other values are taken as they are, even those that log1p CP10k does not have, which a note says."""
     config = dataclasses.replace(config, layer="", counts=False, lognorm=False)
-    config = dataclasses.replace(config, **dict.fromkeys(data.lacking(path, config), ""))
+    config = dataclasses.replace(config, **dict.fromkeys(data.missing_columns(path, config), ""))
     cells = data.read_cells(path, config, control_required=False, check=False)
     return list(cells.genes), _Groups(cells)
 
@@ -1274,7 +1274,7 @@ class ScoreConfig(data.ReadConfig):
 def _configs(config, paths):
     """How to read each file: by the flags that name columns, but for those columns that it lacks and another file has;
     they are searched for."""
-    lacks = [data.lacking(path, config) for path in paths]
+    lacks = [data.missing_columns(path, config) for path in paths]
     nowhere = set.intersection(*lacks)
     return [dataclasses.replace(config, **dict.fromkeys(keys - nowhere, "")) for keys in lacks]
 
