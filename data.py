@@ -929,8 +929,7 @@ def missing_columns(path, config):
     """Those of --pert-key, --dose-key and --gene-key that name no column of this file, as fields of the config."""
     with _open(path) as file:
         _check_heaps(path)
-        raw = config.layer == "raw" and "raw/var" in file
-        obs, var = Frame(file["obs"]), Frame(file["raw/var" if raw else "var"])
+        obs, var = Frame(file["obs"]), Frame(_choose_layer(file, config.layer, path)[1])
         of = {"pert_key": obs, "dose_key": obs, "gene_key": var}
         return {key for key, frame in of.items()
                 if not {*frame.named(getattr(config, key))} <= {*frame.columns, frame.index, ""}}
@@ -1150,8 +1149,6 @@ def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=N
     'all' trains on every condition. fold: seed 42 + fold, except cv where it picks the test fold; it tests each double
     once, or each single where there are no doubles. train_on_val: the validation conditions train too.
     """
-    if fold < 0:
-        raise DataError(f"--fold {fold}: folds are numbered from 0")
     conditions = sorted({c for c, _ in groups})
     multiple = sorted((c for c in conditions if "+" in c), key=lambda c: spelling.get(c, c))
     val, test = [], []                  # conditions or groups; what is in both is test
@@ -2295,13 +2292,11 @@ def pick_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK'] if process()[1] > 1 else 0}"
-    number = re.fullmatch(r"cuda:(\d+)", name)
-    if name != "cpu" and not number:
-        raise DataError(f"--device {name}: unknown; use cpu, cuda or cuda:N")
-    if number and int(number[1]) >= torch.cuda.device_count():
-        raise DataError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in ["cpu", *gpus]:
+        raise DataError(f"--device {name}: is not here; use --device cpu, or a GPU that is visible: {listed(gpus, 9)}")
     device = torch.device(name)
-    if number:
+    if name in gpus:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     return device
@@ -2717,8 +2712,6 @@ def _shown(value):
     """A default as it would be typed."""
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
-    if isinstance(value, float):
-        return f"{value:g}"
     return {"True": "on", "False": "off", "None": "auto", "": "''"}.get(str(value), value)
 
 
