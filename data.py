@@ -63,12 +63,7 @@ CONTROL_MARKERS = ("is_control=True", "is_control=1", "control=True", "control=1
 GENE_KEYS = ("gene_name", "gene_names", "gene_symbol", "gene_symbols", "feature_name", "symbol", "symbols")
 MISSING = {"", "nan", "NaN", "<NA>", "NA", "None"}
 PARTS = ("train", "val", "test")
-# test conditions of scDFM's table 3 (official code); two are single drugs, though the paper says that all of them train
-COMBOSCIPLEX = ["Panobinostat+Crizotinib", "Panobinostat+Curcumin", "Panobinostat+SRT1720", "Panobinostat+Sorafenib",
-                "SRT2104+Alvespimycin", "Alvespimycin", "Dacinostat"]
 LOG_MAX = 15.0         # log1p CP10k cannot exceed log(10001) = 9.2; other target sums reach 14
-LOG_LOG_MAX = 2.33     # log1p(log1p(10,000)): what a log taken twice cannot exceed
-MOST_OUTSIDE = 0.005   # share of a prediction's values above LOG_MAX: more are no logarithms
 BLOCK_NNZ = 4_000_000  # values touched at once: bounds temporary memory to about 100 MB
 
 
@@ -1009,10 +1004,10 @@ def _scale(X, config, where, notes, check=True):
         problem = "holds NaN or infinite values"
     elif low < 0 and (check or scale == "counts"):
         problem = f"holds negative values (lowest {low:.3g}), as scaled or centred data do"
-    elif not declared and not integer and outside > (0 if check else MOST_OUTSIDE * stored):
+    elif not declared and not integer and outside > (0 if check else 0.005 * stored):   # a prediction may have a few
         problem = (f"{outside:,} of {stored:,} values are above {LOG_MAX:g}, the highest {high:.6g}, and not all are "
                    "integers: neither counts nor log-normalised; declare --counts or --lognorm")
-    elif not declared and not integer and high < LOG_LOG_MAX and check:
+    elif not declared and not integer and high < 2.33 and check:        # log1p(log1p(10,000))
         problem = f"values end at {high:.3g}: log1p was applied twice, or data are scaled; declare --lognorm if not"
     if problem:
         raise DataError(f"{where}: {problem}; choose another --layer, of raw counts or log-normalised values")
@@ -1023,6 +1018,29 @@ def _scale(X, config, where, notes, check=True):
         notes.append(f"integers up to {high:.3g}, taken for counts, which seldom end so low; --lognorm if they are "
                      "logarithms that were cast to integers")
     return scale
+
+
+def lognormalise(cells, rows=()):
+    """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay.
+    Returns gene_moments of the counts per 10,000 of some rows, (2, G), which the same pass adds up."""
+    X, sums = cells.X, np.zeros((2, cells.X.shape[1]))
+    if cells.scale == "lognorm":
+        return gene_moments(X, rows, torch.expm1) if len(rows) else sums
+    n, G = X.shape
+    cells.totals, factor = np.zeros(n), np.zeros(n, dtype=np.float32)
+    chosen = np.isin(np.arange(n), rows)
+    for block, part in blocks(X, "normalising"):
+        cells.totals[block] = total = part @ np.ones(G)
+        factor[block] = np.divide(1e4, total, out=np.zeros_like(total), where=total > 0)
+        part.data *= np.repeat(factor[block], np.diff(part.indptr))
+        if len(rows):
+            _add(sums, part, chosen[block])
+        if not isinstance(X, StoredRows):
+            X.data[X.indptr[block[0]]:X.indptr[block[-1] + 1]] = torch.from_numpy(part.data).log1p_()
+    if isinstance(X, StoredRows):
+        X.factor = factor
+    cells.scale = "lognorm"
+    return sums
 
 
 # ------------------------------------------------------------------------------------------------ gene statistics
@@ -1089,29 +1107,6 @@ def detected_medians(X, rows, most=20_000):
     return [float(np.median(by_gene.data[i:j])) if j > i else 0.0 for i, j in zip(ends[:-1], ends[1:])]
 
 
-def lognormalise(cells, rows=()):
-    """In place: counts -> log1p(counts per 10,000), over all genes that the matrix has; log-normalised data stay.
-    Returns gene_moments of the counts per 10,000 of some rows, (2, G), which the same pass adds up."""
-    X, sums = cells.X, np.zeros((2, cells.X.shape[1]))
-    if cells.scale == "lognorm":
-        return gene_moments(X, rows, torch.expm1) if len(rows) else sums
-    n, G = X.shape
-    cells.totals, factor = np.zeros(n), np.zeros(n, dtype=np.float32)
-    chosen = np.isin(np.arange(n), rows)
-    for block, part in blocks(X, "normalising"):
-        cells.totals[block] = total = part @ np.ones(G)
-        factor[block] = np.divide(1e4, total, out=np.zeros_like(total), where=total > 0)
-        part.data *= np.repeat(factor[block], np.diff(part.indptr))
-        if len(rows):
-            _add(sums, part, chosen[block])
-        if not isinstance(X, StoredRows):
-            X.data[X.indptr[block[0]]:X.indptr[block[-1] + 1]] = torch.from_numpy(part.data).log1p_()
-    if isinstance(X, StoredRows):
-        X.factor = factor
-    cells.scale = "lognorm"
-    return sums
-
-
 def highly_variable(total, square, n, n_top, bins=20):
     """Boolean (G,): the n_top highly variable genes by scanpy's 'seurat' flavour, from the sum and the sum of squares
     of counts per 10,000 over n cells.
@@ -1140,6 +1135,11 @@ def highly_variable(total, square, n, n_top, bins=20):
 
 
 # ------------------------------------------------------------------------------------------------ splits
+
+# test conditions of scDFM's table 3 (official code); two are single drugs, though the paper says that all of them train
+COMBOSCIPLEX = ["Panobinostat+Crizotinib", "Panobinostat+Curcumin", "Panobinostat+SRT1720", "Panobinostat+Sorafenib",
+                "SRT2104+Alvespimycin", "Alvespimycin", "Dacinostat"]
+
 
 def make_split(name, groups, spelling, fold=0, folds=10, canonical=None, given=None, train_on_val=False):
     """Assign every group to train, val or test. Returns {part: sorted condition or group names}.
@@ -2550,6 +2550,35 @@ def write_prediction(run, state, model, predict, unseen):
         run.say("note: scorers normalise counts over the genes of the file: --all-genes writes all that the model has")
 
 
+def write_populations(run, path, pred, controls, columns, totals=None):
+    """Predicted cells {group: (n, E)} of columns (E,) of the panel, and real control cells {covariate: (m, G)}, as one
+    AnnData file, log1p CP10k; with totals {covariate: (m,)}, the control cells' counts, as counts. Labels by --as."""
+    column, asked, label = run.config.as_.partition("=")
+    real = {group_name(CONTROL, v): x[:][:, columns] for v, x in controls.items()}
+    cells = pred | (real if label or not asked else {})
+    labels = [split_group(group) for group, x in cells.items() for _ in range(len(x))]
+    names = [label if label and condition == CONTROL else condition for condition, _ in labels]
+    obs = {column or "condition": np.array(names, dtype=object)}
+    keys = run.config.covariate_keys
+    for i, key in enumerate(keys):
+        obs[key] = np.array([covariate_values(name, len(keys))[i] for _, name in labels], dtype=object)
+    if totals:
+        cells = {group: _counts(x, totals[split_group(group)[1]], group in pred, seed_of(group, run.config.seed))
+                 for group, x in cells.items()}
+    uns = {"method": run.method, "scale": "counts" if totals else "log1p CP10k"}
+    X = np.concatenate(list(cells.values())).astype(np.float32)
+    write_h5ad(path, X, obs, [run.panel.genes[i] for i in columns], uns)
+
+
+def _counts(x, totals, predicted, seed):
+    """Counts of cells x (n, E) log1p CP10k: of control cells by their own totals (n,), of predicted ones by that of the
+    control cell that predict() made each from, of totals (m,); these are rounded at random, so that means stay."""
+    if not predicted:
+        return np.rint(np.expm1(x) * totals[:, None] / 1e4)
+    mean = np.expm1(x.astype(np.float64)) * pick_rows(totals, len(x), seed)[:, None] / 1e4
+    return np.floor(mean + np.random.default_rng(seed).random(mean.shape))
+
+
 def check_groups(panel, groups, controls, unseen):
     """Raise DataError for groups, CONDITION or CONDITION@COVARIATE, that a model of this panel cannot predict from
     control cells {covariate: (m, G)}. unseen: as Panel.known."""
@@ -2610,35 +2639,6 @@ def as_measured(cells, panel, columns, zeros="clamp", seed=0):
         detected = np.floor(mass) > np.floor(mass - share)               # where the running mass passes a whole number
         np.put_along_axis(cells, order, np.where(low, detected * typical, x), axis=0)
     return cells, capped
-
-
-def write_populations(run, path, pred, controls, columns, totals=None):
-    """Predicted cells {group: (n, E)} of columns (E,) of the panel, and real control cells {covariate: (m, G)}, as one
-    AnnData file, log1p CP10k; with totals {covariate: (m,)}, the control cells' counts, as counts. Labels by --as."""
-    column, asked, label = run.config.as_.partition("=")
-    real = {group_name(CONTROL, v): x[np.arange(len(x))][:, columns] for v, x in controls.items()}
-    cells = pred | (real if label or not asked else {})
-    labels = [split_group(group) for group, x in cells.items() for _ in range(len(x))]
-    names = [label if label and condition == CONTROL else condition for condition, _ in labels]
-    obs = {column or "condition": np.array(names, dtype=object)}
-    keys = run.config.covariate_keys
-    for i, key in enumerate(keys):
-        obs[key] = np.array([covariate_values(name, len(keys))[i] for _, name in labels], dtype=object)
-    if totals:
-        cells = {group: _counts(x, totals[split_group(group)[1]], group in pred, seed_of(group, run.config.seed))
-                 for group, x in cells.items()}
-    uns = {"method": run.method, "scale": "counts" if totals else "log1p CP10k"}
-    X = np.concatenate(list(cells.values())).astype(np.float32)
-    write_h5ad(path, X, obs, [run.panel.genes[i] for i in columns], uns)
-
-
-def _counts(x, totals, predicted, seed):
-    """Counts of cells x (n, E) log1p CP10k: of control cells by their own totals (n,), of predicted ones by that of the
-    control cell that predict() made each from, of totals (m,); these are rounded at random, so that means stay."""
-    if not predicted:
-        return np.rint(np.expm1(x) * totals[:, None] / 1e4)
-    mean = np.expm1(x.astype(np.float64)) * pick_rows(totals, len(x), seed)[:, None] / 1e4
-    return np.floor(mean + np.random.default_rng(seed).random(mean.shape))
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -2786,9 +2786,7 @@ def _fail(*words):
 def describe(dataset, split=""):
     """What `python data.py FILE` prints, as one JSON-serialisable object. cells and genes are those of the file, before
     quality control; conditions, controls and parts are counted after it."""
-    cells, size = dataset.source, Counter()
-    for group, condition in zip(dataset.groups, dataset.condition):
-        size[condition] += len(dataset.rows[group])
+    cells, size = dataset.source, Counter(dataset.source.condition)
     controls = size.pop(CONTROL)
     orders, sizes = Counter(c.count("+") + 1 for c in size), list(size.values())
     facts = {"file": cells.path, "cells": cells.file_shape[0], "genes": cells.file_shape[1],
