@@ -1838,9 +1838,8 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     cells: total, a part in eleven of it controls; 0 for 400 controls and 100 of each condition, per cell type, which
     obs.cell_type names if there are several.
     """
-    if genes < 40 or cell_types < 1 or min(cells, seed) < 0:
-        raise DataError(f"demo: --genes {genes} --cell-types {cell_types} --cells {cells} --seed {seed}: at least 40 "
-                        "genes and one cell type are needed, and nothing below 0")
+    if genes < 40 or cell_types < 1:
+        raise DataError(f"demo: --genes {genes} --cell-types {cell_types}: give 40 genes and one cell type, at least")
     screen = Screen(genes, cell_types, seed)
     rng, conditions = screen.rng, np.array(screen.conditions, dtype=object)
     n_conditions = len(conditions) - 1
@@ -2586,10 +2585,11 @@ def check_groups(panel, groups, controls, unseen):
     for group in groups:
         condition, covariate = split_group(group)
         strange = sorted(set(condition.split("+")) - known)
-        if strange or covariate not in controls:
-            what = f"perturbation {strange[0]}" if strange else f"control cells of '{covariate}'"
-            raise DataError(f"predict {group}: no {what}; known are {listed(sorted(known))}, with control cells of "
-                            f"{listed(controls)}")
+        if strange:
+            raise DataError(f"predict {group}: no perturbation {strange[0]}; known are {listed(sorted(known))}")
+        if covariate not in controls:
+            raise DataError(f"predict {group}: no control cells of '{covariate}'; choose from {listed(controls, 20)}, "
+                            "or leave it out")
     for covariate, x in controls.items():
         if x[:1].shape[1] != G:
             raise DataError(f"predict: control cells '{covariate}' have {x[:1].shape[1]} genes; the model has {G}, in "
