@@ -1838,8 +1838,9 @@ def simulate(path, cells=0, genes=120, cell_types=1, seed=0):
     cells: total, a part in eleven of it controls; 0 for 400 controls and 100 of each condition, per cell type, which
     obs.cell_type names if there are several.
     """
-    if genes < 40 or cell_types < 1:
-        raise DataError(f"demo: --genes {genes} --cell-types {cell_types}: give 40 genes and one cell type, at least")
+    if genes < 40 or cell_types < 1 or min(cells, seed) < 0:
+        raise DataError(f"demo: --genes {genes} --cell-types {cell_types} --cells {cells} --seed {seed}: at least 40 "
+                        "genes and one cell type are needed, and nothing below 0")
     screen = Screen(genes, cell_types, seed)
     rng, conditions = screen.rng, np.array(screen.conditions, dtype=object)
     n_conditions = len(conditions) - 1
