@@ -428,9 +428,12 @@ def read_cells(file, dataset):
 # -------------------------------------------------------------------------------- scores
 
 def read_pred(text, dataset, config):
-    """Name and {group: (n, E)} of one --pred NAME=FILE: the test conditions and the evaluation genes, by name."""
+    """Name and {group: (n, E)} of one --pred NAME=FILE: the test conditions and the evaluation genes, by name. Prints
+    what was guessed."""
     name, file = text.split("=", 1)
     genes, cells = metrics.read_prediction(file, config)
+    for note in cells.notes:
+        print(f"note: {note}")
     names = [dataset.genes[i] for i in dataset.eval_genes]
     columns = data.match_genes(genes, names)
     missing = [gene for gene, column in zip(names, columns) if column < 0]
@@ -497,6 +500,8 @@ def score_fold(config, fold):
                 rows = np.arange(of[group].shape[0])
                 cells[group] = of[group][data.pick_rows(rows, min(n, len(rows)), data.seed_of(name, group, seed))]
             runs.append((name, "prediction", score(cells, floors=False)))
+            for note in runs[-1][2]["info"]["notes"]:
+                print(f"note: {name}: {note}")
         for name, cells in ceilings(dataset, sizes, seed).items():
             runs.append((name, "ceiling", score(cells, floors=False)))
         again = {"aggregate": first["replicate"], "per_condition": first["replicate_per_condition"]}

@@ -729,6 +729,8 @@ class Labels:
         guessed |= rules.seen_controls & rules.control_genes
         notes = [
             (guessed, "taken for controls", "--control-label NAME takes that label alone, 'NAME*' all that begin so"),
+            (rules.seen_controls & ({CONTROL} if rules.declared and not rules.is_asked(CONTROL) else set()),
+             "taken for controls too", "no perturbation can have this name; rename it"),
             (rules.short, "not taken for numbered controls", "another is there; --control-label A,B names all of them"),
             (rules.unlabelled, "taken for cells without a label", "--control-label, if one is the control")]
         if not rules.separator:
@@ -746,7 +748,15 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
     path = obs.node.file.filename
     keys = [config.pert_key] if config.pert_key else obs.usual(PERT_KEYS)
     columns = {key: [obs.column(name, "--pert-key") for name in obs.named(key)] for key in keys}
-    if not columns and not perturbed_required:
+
+    def hints():
+        """Advice for each other column that holds a usual control beside other labels."""
+        for key in obs.columns[:12]:
+            labels = sorted(set(obs[key]))
+            for label in labels if key not in columns and len(labels) > 1 else ():
+                if is_control_label(label):
+                    yield f", perhaps --pert-key {key}, which holds {label}"
+    if not columns and not perturbed_required and not any(hints()):
         columns["(no label column)"] = [np.full(obs.n, CONTROL, dtype=object)]
         notes.append("took every cell for a control, since there is no label column (--pert-key)")
     doses = [obs.column(name, "--dose-key") for name in obs.named(config.dose_key)] if config.dose_key else []
@@ -765,15 +775,12 @@ def _find_labels(obs, config, symbols, control_required, perturbed_required, not
             notes.append(marked)
             lacks = read(CONTROL)
     found = [labels for labels, problem in lacks.items() if not problem]
-    how = ("Name the column of the perturbations with --pert-key, and their controls with --control-label LABEL or "
-           "COLUMN=VALUE")
+    how = ("Name the column of the perturbations with --pert-key (or rename it to condition), and their controls with "
+           "--control-label LABEL or COLUMN=VALUE")
     if not found:
         problem = next(iter(lacks.values()), f"no perturbation column (looked for {', '.join(PERT_KEYS)})")
-        values = {key: sorted(set(obs[key])) for key in obs.columns[:12]}
-        listing = "; ".join(f"{key} ({listed(of_key, 4)})" for key, of_key in values.items())
-        hints = [f", perhaps --pert-key {key}, which holds {label}" for key, of_key in values.items()
-                 if key not in columns for label in of_key if is_control_label(label)]
-        raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. {how}{''.join(hints[:1])}")
+        listing = "; ".join(f"{key} ({listed(sorted(set(obs[key])), 4)})" for key in obs.columns[:12])
+        raise DataError(f"{path}: {problem}; obs has {listing or 'no columns'}. {how}{next(hints(), '')}")
     chosen = found[0]
     for other, problem in lacks.items():
         if not problem and np.any(other.condition != chosen.condition):
@@ -1014,6 +1021,8 @@ def _scale(X, config, where, notes, check=True):
     if scale == "lognorm" and (low < 0 or high > math.log1p(1e4)):
         notes.append(f"values from {min(low, 0):.3g} to {high:.4g}, while log1p CP10k lies between 0 and 9.21; they "
                      "are taken as they are (--counts if they are counts)")
+    if config.counts and not integer and high < LOG_MAX:
+        notes.append(f"values end at {high:.3g} and are no integers, as if they were logarithms; counts, as declared")
     if integer and not declared and high < 10:
         notes.append(f"integers up to {high:.3g}, taken for counts, which seldom end so low; --lognorm if they are "
                      "logarithms that were cast to integers")
@@ -1039,6 +1048,9 @@ def lognormalise(cells, rows=()):
             X.data[X.indptr[block[0]]:X.indptr[block[-1] + 1]] = torch.from_numpy(part.data).log1p_()
     if isinstance(X, StoredRows):
         X.factor = factor
+    if not cells.totals.all():
+        cells.notes.append(f"{int((cells.totals == 0).sum()):,} cells have no counts in these genes (--min-genes 1 "
+                           "drops them)")
     cells.scale = "lognorm"
     return sums
 
@@ -1619,8 +1631,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as error:        # h5py and torch report a full disk as the one or the other
-        raise DataError(f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space, or choose another "
-                        "folder with --out") from None
+        raise DataError(f"{path}: cannot be written ({' '.join(str(error).split())[:200]}); free some space, or choose "
+                        "another folder with --out") from None
 
 
 def write_json(path, content):
@@ -1916,7 +1928,7 @@ def aligned_vectors(path, names):
     length = []
 
     def vector(line):
-        name, *values = line.split("," if ".csv" in path else "\t")
+        name, *values = line.split("," if ".csv" in Path(path).name else "\t")
         row = np.array(values, dtype=np.float32)
         if len(row) != (length or [len(row)])[0]:
             raise ValueError
@@ -1938,9 +1950,9 @@ def aligned_vectors(path, names):
     except DataError:
         raise
     except Exception as error:                  # np.load and torch.load raise many types on other content
-        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}); it needs arrays 'names' and 'emb' "
-                        "(.npz), a dict {name: 1-d tensor} (.pt), no pickled objects, or lines of a name and numbers "
-                        "(.tsv, .csv)") from None
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: cannot be read ({reason}); it needs arrays 'names' and 'emb' (.npz), a dict {{name: 1-d "
+                        "tensor} (.pt), no pickled objects, or lines of a name and numbers (.tsv, .csv)") from None
     table = {str(name).upper(): row for name, row in zip(found, rows) if row.any()}
     nothing = np.zeros(rows.shape[1], dtype=np.float32)
     known = torch.tensor([name.upper() in table for name in names])
@@ -2067,8 +2079,8 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
             free |= FREE_WITH_CKPT | set(sampling) | {f.name for f in fields(DataConfig)}
         for name in sorted(set(typed) - free):
             if typed[name] != getattr(stored, name):
-                raise DataError(f"{_flag(name)} {typed[name]}: this run was started with {getattr(stored, name)}; drop "
-                                "the flag, or start another run with --out")
+                raise DataError(f"{_flag(name)} {typed[name]}: this run was started with "
+                                f"{_shown(getattr(stored, name))}; drop the flag, or start another run with --out")
         config = replace(stored, **kept | typed)
     uses = ["predict", *uses]
     if bool(config.ckpt) != sum(bool(getattr(config, name)) for name in uses):
@@ -2079,6 +2091,9 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
     if config.eval_every and (config.train_on_val or config.split == "all"):
         raise DataError(f"--eval-every {config.eval_every}: --split all and --train-on-val leave no validation "
                         "conditions to score; drop one of the two (--no-train-on-val)")
+    column, _, label = config.as_.partition("=")
+    if "/" in column or column in ["_index", *config.covariate_keys] or label and label in config.predict:
+        raise DataError(f"--as {config.as_}: give COLUMN, or COLUMN=LABEL of the controls; neither may be in use")
     if config.ckpt and Path(config.out).exists():
         raise DataError(f"--out {config.out}: exists; choose another name, or remove it")
     if config.ckpt and process()[1] > 1:
@@ -2165,6 +2180,8 @@ def load_checkpoint(path, method, cls):
     """(Config, stored dict) of a checkpoint of this method, whose Config is cls; without cls, of any method, (None,
     dict). DataError for anything else."""
     try:
+        if zipfile.ZipFile(path).testzip():     # torch does not look whether its bytes are those that were written
+            raise ValueError
         state = torch.load(path, map_location="cpu", weights_only=True)
         found, version = state["method"], state["version"]
     except FileNotFoundError:
@@ -2182,8 +2199,9 @@ def load_checkpoint(path, method, cls):
         columns = {-1, *panel.pert_gene, *panel.eval_genes}
         sound = lengths == [G, G, G, P] and columns <= set(range(-1, G)) and set(split) == set(PARTS)
         sound = sound and all(type(name) is str for names in split.values() for name in names)
+        sound = sound and all(isinstance(state["content"].get(name, {}), dict) for name in ("model", "ema"))
         if not sound or not np.isfinite([panel.mean, panel.highest, panel.typical]).all():
-            raise ValueError("its panel or split is no such")
+            raise ValueError("its panel, split or content is no such")
         if not cls:
             return None, state
         kinds = typing.get_type_hints(cls) | {"stage": str, "step": int, "seconds": float, "content": dict}
@@ -2193,6 +2211,8 @@ def load_checkpoint(path, method, cls):
         for name, value in held.items():
             if not _fits(value, kinds[name]):
                 raise ValueError(f"its {name} is {value!r}")
+        if "model" not in state["content"] or not 0 <= state["seconds"] < 1e9:
+            raise ValueError("it has no model, or impossible seconds")
         return cls(**state["config"]), state
 
 

@@ -37,6 +37,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import h5py
@@ -1307,6 +1308,8 @@ def main(argv=None):
         args = parser.parse(argv)
         paths = args.pop("pred"), args.pop("real")
         config = ScoreConfig(**args)
+        if config.out and Path(config.out).resolve() in [Path(p).resolve() for p in (*paths, config.reference) if p]:
+            raise data.DataError(f"--out {config.out}: is an input and would be lost; choose another name")
         asked = [k.strip() for k in config.keys.split(",") if k.strip()]
         keys = {"all": list(KEYS), "vcc": list(VCC)}.get(config.keys, asked)
         of = _configs(config, [*paths, config.reference] if config.reference else paths)

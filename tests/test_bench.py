@@ -636,7 +636,8 @@ def test_other_tools_predictions_and_two_folds(demo, capsys, tmp_path):
     for name, (cells, labels, genes) in files.items():
         data.write_h5ad(tmp_path / f"{name}.h5ad", cells, {"condition": labels}, genes)
     flags = [*flags_of(demo, tmp_path / "b", "none"), "--no-baselines", "--pred", f"ORACLE={tmp_path / 'oracle.h5ad'}"]
-    ok(main(capsys, *flags, "--eval-cells", 99, "--folds", 0, 1))
+    out = ok(main(capsys, *flags, "--eval-cells", 99, "--folds", 0, 1))
+    assert f"note: {tmp_path / 'oracle.h5ad'}: found labels" in out
     found = written(tmp_path / "b")["ORACLE"]
     assert found["mean"]["l2"] < 1e-5 and found["runs"] == 2 and found["mean"]["pds"] == 1
     ok(main(capsys, *flags, "--seeds", 0, 1))

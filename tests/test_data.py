@@ -1124,6 +1124,19 @@ def test_bad_flags(tmp_path, capsys, flags, message):
         assert part in error
 
 
+def test_doubtful_counts_are_noted(tmp_path):
+    """Logarithms that are declared counts, and cells without a count."""
+    counts = make_counts(60)
+    counts[5] = 0
+    X = np.log1p(counts)
+    cells = data.read_cells(write_file(tmp_path / "log.h5ad", X, LABELS), data.DataConfig(counts=True))
+    assert any("are no integers, as if they were logarithms" in note for note in cells.notes)
+    cells = data.read_cells(write_file(tmp_path / "counts.h5ad", counts, LABELS), data.DataConfig(counts=True))
+    data.lognormalise(cells)
+    assert any(note.startswith("1 cells have no counts") for note in cells.notes)
+    assert not any("logarithms" in note for note in cells.notes)
+
+
 def test_the_demo_takes_no_flag_of_a_file(tmp_path, capsys):
     assert "--covariates: belongs to 'python data.py FILE'" in refused(capsys, tmp_path, "demo", "--covariates", "x")
 

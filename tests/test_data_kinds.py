@@ -254,6 +254,14 @@ def test_guides_of_genes_need_not_stand_alone(tmp_path, label, wanted):
     assert list(cells.condition) == ["control", "KLF1-3", wanted]
 
 
+def test_another_cell_named_control_is_one_too_with_a_note(tmp_path):
+    path = column_file(tmp_path / "file.h5ad", {"condition": ["NT", "control", "KLF1"]})
+    cells = read(path, control_label="NT")
+    assert list(cells.condition) == ["control", "control", "KLF1"]
+    noted(cells, "1 label taken for controls too: control")
+    assert not any("too" in note for note in read(path).notes)
+
+
 def test_a_pair_that_is_taken_whole_is_noted(tmp_path):
     path = column_file(tmp_path / "file.h5ad", {"condition": ["NT-1", "KLF1-3", "one-1|two-2"]})
     cells = read(path)

@@ -1094,6 +1094,16 @@ def score(capsys, tmp_path):
     return score
 
 
+def test_the_scores_replace_no_input(files, capsys):
+    for name in ("pred.h5ad", "real.h5ad", "train.h5ad"):
+        before = (files / name).read_bytes()
+        with pytest.raises(SystemExit) as end:
+            metrics.main([str(files / "pred.h5ad"), str(files / "real.h5ad"), "--reference", str(files / "train.h5ad"),
+                          "--out", str(files / ".." / files.name / name)])
+        assert end.value.code == 2 and "is an input" in capsys.readouterr().err
+        assert (files / name).read_bytes() == before
+
+
 def test_command_line_scores_two_files(files, result, score, tmp_path):
     done = score(files / "pred.h5ad", files / "real.h5ad", "--reference", files / "train.h5ad")
     assert done.code == 0 and not done.error

@@ -627,7 +627,7 @@ def test_a_script_generates_cells_from_an_array_of_controls(all_trained):
     np.testing.assert_allclose(cells, own.X[own.condition == test].toarray(), rtol=1e-5)    # as the run predicted
 
 
-def test_predict_refuses_what_it_cannot_do(all_trained, call, tmp_path):
+def test_predict_refuses_what_it_cannot_do(all_trained, demo, call, tmp_path):
     folder, script = all_trained[CHEAP][0], f"{CHEAP}.py"
     ckpt = ["--ckpt", folder / "ckpt.pt", "--out", tmp_path / "p.h5ad"]
     error(call(script, *ckpt, "--predict", "TF1+NOGENE"), "NOGENE", "does not know")
@@ -643,8 +643,16 @@ def test_predict_refuses_what_it_cannot_do(all_trained, call, tmp_path):
     error(call(script, *ckpt, "--predict", "TF1", "--controls", tmp_path / "no.h5ad"), "no such file")
     data.write_h5ad(tmp_path / "few.h5ad", np.ones((5, 3), np.float32), {}, ["TF1", "TF2", "TF3"])
     error(call(script, *ckpt, "--predict", "TF1", "--controls", tmp_path / "few.h5ad"), "few.h5ad", "lacks 37 of the")
+    odd = {"KO_target": ["NegCtrl", "TF1", "TF2", "NegCtrl"]}
+    data.write_h5ad(tmp_path / "odd.h5ad", np.ones((4, 40), np.float32), odd, data.read_cells(demo).genes)
+    error(call(script, *ckpt, "--predict", "TF1", "--controls", tmp_path / "odd.h5ad"), "perhaps --pert-key KO_target")
+    for flag in ("a/b=NT", "_index", "pert=TF1"):                   # no column of its own, and a predicted condition
+        error(call(script, *ckpt, "--predict", "TF1", "--as", flag), f"--as {flag}")
     error(call(script, "--out", tmp_path / "none", "--resume"), "no such checkpoint")
-    for name, content in (("text.pt", b"hello"), ("half.pt", (folder / "ckpt.pt").read_bytes()[:5000])):
+    whole = (folder / "ckpt.pt").read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]
+    for name, content in (("text.pt", b"hello"), ("half.pt", whole[:5000]), ("bit.pt", flipped)):
         (tmp_path / name).write_bytes(content)
         error(call(script, "--ckpt", tmp_path / name, "--predict", "TF1"), name, "damaged")
     error(call("scdfm.py", "--ckpt", folder / "ckpt.pt", "--predict", "TF1"), "checkpoint of celltarnet")
@@ -710,6 +718,9 @@ def test_two_models_in_one_process_are_two_compiled_functions(method, all_traine
     (lambda state: state["config"].update(width="wide"), "its width is 'wide'"),
     (lambda state: state["config"].update(width=32), "size mismatch"),
     (lambda state: state["content"]["ema"].popitem(), "Missing key"),
+    (lambda state: state.update(seconds=-1e30), "impossible seconds"),
+    (lambda state: state["content"].pop("model"), "it has no model"),
+    (lambda state: state["content"].update(ema=[]), "its panel, split or content"),
     (lambda state: state["panel"]["mean"].pop(), "its panel")])
 def test_a_checkpoint_of_another_version_of_the_file_is_one_line(change, words, all_trained, call, tmp_path):
     """Forkers change the architecture every day."""

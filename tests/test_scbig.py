@@ -614,6 +614,7 @@ NAMES = [f"TF{i}" for i in range(1, 17)] + [f"GENE{i}" for i in range(1, 25)]   
     ("--gene-embeddings", "v.tsv", "\n", ["v.tsv", "cannot be read"]),
     ("--gene-embeddings", "v.npz", "text", ["v.npz", "cannot be read", "names"]),
     ("--pert-embeddings", "v.pt", "text", ["v.pt", "cannot be read"]),
+    ("--pert-embeddings", "v.pt", "", ["v.pt", "cannot be read"]),
     ("--ppi", "p.txt", "A B 900\nA\n", ["p.txt", "line 2"]),
     ("--ppi", "p.txt", "a b score\nA B high\n", ["line 2"]),
     ("--pathways", "p.gmt", "One\tR-1\tA\nTwo\tR-2\n", ["p.gmt", "line 2"]),
