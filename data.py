@@ -1951,8 +1951,8 @@ def aligned_vectors(path, names):
         raise
     except Exception as error:                  # np.load and torch.load raise many types on other content
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: cannot be read ({reason}); it needs arrays 'names' and 'emb' (.npz), a dict {{name: 1-d "
-                        "tensor} (.pt), no pickled objects, or lines of a name and numbers (.tsv, .csv)") from None
+        raise DataError(f"{path}: cannot be read ({reason}); it needs arrays 'names' and 'emb' (.npz), a dict {{name: "
+                        "1-d tensor} (.pt), no pickled objects, or lines of a name and numbers (.tsv, .csv)") from None
     table = {str(name).upper(): row for name, row in zip(found, rows) if row.any()}
     nothing = np.zeros(rows.shape[1], dtype=np.float32)
     known = torch.tensor([name.upper() in table for name in names])
