@@ -674,7 +674,10 @@ class Run:
 
     def start(self, step):
         """Before a step: its random numbers follow from (seed, stage, step, process); a checkpoint needs none."""
-        torch.manual_seed(data.seed_of(self.config.seed, self.stage, step, self.rank))
+        seed = data.seed_of(self.config.seed, self.stage, step, self.rank)
+        torch.default_generator.manual_seed(seed)       # torch.manual_seed looks for every kind of device, each time
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def finish(self, step, content, **losses):
         """After a step: now and then a log line, a line on the console and a checkpoint; all three at the end of the
