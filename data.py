@@ -2099,6 +2099,8 @@ def parse_run(method, doc, cls, presets, sampling, uses, argv=None):
     if config.ckpt and process()[1] > 1:
         raise DataError("--ckpt: runs in one process; start it with python")
     check_numbers(vars(config), "steps batch_size lr cells eval_cells")
+    if config.init and not state:
+        load_checkpoint(config.init, method, None)      # refused before the data are read and a folder is made
     return config, state
 
 

@@ -248,8 +248,9 @@ def test_a_weight_is_taken_over_only_where_its_axes_can_be_told(width, taken):
 
 def test_init_refuses_what_has_nothing_in_common(all_trained, demo, call, tmp_path):
     flags = ["--data", demo, *FLAGS, "--out", tmp_path / "run", "--init"]
-    error(call(f"{CHEAP}.py", *flags, all_trained["scbig"][0] / "ckpt.pt"), "--init", "no weight")
     error(call(f"{CHEAP}.py", *flags, tmp_path / "none.pt"), "no such checkpoint")
+    assert not (tmp_path / "run").exists()
+    error(call(f"{CHEAP}.py", *flags, all_trained["scbig"][0] / "ckpt.pt"), "--init", "no weight")
     state = torch.load(all_trained[CHEAP][0] / "ckpt.pt", weights_only=True)
     torch.save(state | {"content": {}}, tmp_path / "empty.pt")
     error(call(f"{CHEAP}.py", *flags, tmp_path / "empty.pt"), "--init", "no weight")
