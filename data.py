@@ -2712,13 +2712,13 @@ def add_flags(parser, cls, presets=None):
 
 
 def check_numbers(values, positive="", below_one=""):
-    """Refuse numbers that mean nothing in flags {field: value}: negative, infinite or NaN; 0, and more than any machine
+    """Refuse numbers that mean nothing in flags {field: value}: negative, huge or NaN; 0, and more than any machine
     holds, in fields that are positive; 1 in shares and decays. Names of fields are separated by blanks."""
     for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
             problem = ""
-            if isinstance(number, (int, float)) and not 0 <= number < math.inf:
-                problem = "must be a number, and at least 0"
+            if isinstance(number, (int, float)) and not 0 <= number < 2 ** 31:      # what seeds may be
+                problem = "must be a number, and at least 0 (and below 2 ** 31)"
             elif name in positive.split() and not 0 < number <= 1e6:
                 problem = "must be positive, and at most a million"
             elif name in below_one.split() and number >= 1:

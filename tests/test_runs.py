@@ -788,6 +788,8 @@ def test_a_cell_alone_is_detected_as_often_as_its_values_say():
     (["--as-counts"], ["--as-counts", "--predict"]),
     (["--layers", "1000000000"], ["--layers", "at most"]),
     (["--seed", "-1"], ["--seed"]),
+    (["--seed", "9" * 20], ["--seed"]),
+    (["--fold", "9" * 20], ["--fold"]),
     (["--preset", "big"], ["--preset big", "paper"]),
     (["--device", "meta"], ["--device meta"]),
     (["--device", "tpu9"], ["--device tpu9"]),
