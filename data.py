@@ -1612,9 +1612,9 @@ def _choose_panel(dataset, split):
 def atomic(path):
     """Write to a temporary file beside `path` and rename: a reader, a crash or a full disk never sees half a file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     if path.exists() and not path.is_file():            # renaming would put a file in the place of /dev/null
         raise DataError(f"{path}: cannot be written (it is a folder or a device); name a file with --out")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -894,7 +894,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, failure):
 
 def test_a_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("old")
-    for path in (tmp_path / "file" / "x.h5ad", tmp_path):                   # below a file; a directory
+    for path in (tmp_path / "file" / "x.h5ad", tmp_path, "."):              # below a file; directories
         with pytest.raises(data.DataError, match="cannot be written .*--out"):
             data.write_h5ad(path, make_counts(60), {"condition": LABELS}, GENES)
     os.mkfifo(tmp_path / "pipe")                                            # stands for /dev/null: not to be replaced
