@@ -300,7 +300,8 @@ class FlowBlock(nn.Module):
         slot sees more than `most`: so many are gathered from the cache, which would otherwise be read as a whole."""
         v, (label, cross) = self.slots(x), self.context(H)
         caches = [torch.zeros_like(kv[:, 2:]) for kv in cross]           # of self-attention: (B, T, 2 d)
-        layers, mask, seen = copy.deepcopy(self.layers), self.mask.to(cross[0]), [None] * len(self.mask)
+        layers, mask = copy.deepcopy(self.layers), self.mask.to(cross[0])
+        seen = [None] * len(mask)
         if 3 * most < len(mask):                                         # gathering reads, writes and reads again
             mask, seen = mask.sort(dim=1, descending=True, stable=True)  # 0 before -inf
             mask, seen = mask[:, :most], seen[:, :most].split(1)

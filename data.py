@@ -1565,7 +1565,8 @@ def load(path, config=None, split="", fold=0, folds=10, device="cpu", train_on_v
 def _choose_panel(dataset, split):
     """Genes of a data set: enough detections or perturbed, then --hvg of the log-normalised, the evaluation genes. The
     cells of the panel move into memory where they fit. Nothing after this sees another gene."""
-    cells, config, notes = dataset.source, dataset.config, dataset.source.notes
+    cells, config = dataset.source, dataset.config
+    notes = cells.notes
     drugs = [split_dose(p)[0] for p in dataset.perturbations]
     perturbed = dataset.perturbations + drugs
     detected = sum(part.getnnz(axis=0) for _, part in blocks(cells.X, "counting the genes' cells", dataset.fit_rows))
@@ -2756,8 +2757,8 @@ def status_line(text, last=False):
 def progress(items, what):
     """The items one by one, as in `for block in progress(blocks, "reading")`. Where they take more than ten seconds a
     status line says what is done, how far it is and how long it will take."""
-    began, shown, total = time.perf_counter(), False, len(items)
-    due = began + FIRST_LINE
+    began, total = time.perf_counter(), len(items)
+    shown, due = False, began + FIRST_LINE
     for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
