@@ -1049,7 +1049,7 @@ def lognormalise(cells, rows=()):
     if isinstance(X, StoredRows):
         X.factor = factor
     if not cells.totals.all():
-        cells.notes.append(f"{int((cells.totals == 0).sum()):,} cells have no counts in these genes (--min-genes 1 "
+        cells.notes.append(f"cells without a count in these genes: {int((cells.totals == 0).sum()):,} (--min-genes 1 "
                            "drops them)")
     cells.scale = "lognorm"
     return sums
@@ -2510,9 +2510,9 @@ def read_controls(path, config, panel):
     """predict_controls of a user's file; genes that it lacks are at their training mean. A file without labels is all
     control cells."""
     cells = read_cells(path, config, perturbed_required=False, genes=panel.genes)
+    lognormalise(cells)
     for note in cells.notes:
         print(f"note: {path}: {note}")
-    lognormalise(cells)
     column = match_genes(cells.genes, panel.genes)
     missing = np.flatnonzero(column < 0)
     if 2 * len(missing) > len(column):

@@ -1037,23 +1037,28 @@ def evaluate(pred, real, control, genes, train=None, keys=None, seed=0, floors=T
     result |= {"floors": {}, "floors_per_condition": {}, "replicate": {}, "replicate_per_condition": {},
                "score_vs_floor": {}, "can_tell": {}}
     if floors:
-        possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
-        partial = set()
-        no_ranks = [k for k in keys if not k.endswith("_rank")]
-        for name in FLOORS:
-            values = _score(_floor(name, world, training, sizes), truth, world, no_ranks) if possible[name] else {}
-            summary = _summary(values, keys)
-            result["floors"][name] = summary["aggregate"] if values else None
-            result["floors_per_condition"][name] = summary["per_condition"]
-            if 0 < len(values) < len(groups):
-                partial.add(name)
-                notes.append(f"the {name} floor exists for {len(values)} of {len(groups)} conditions and averages over "
-                             "these; score_vs_floor leaves it out")
-        replicate = _summary(_replicate(truth, world, keys), keys)
-        result["replicate"], result["replicate_per_condition"] = replicate["aggregate"], replicate["per_condition"]
-        for k in keys:
-            result["score_vs_floor"][k], result["can_tell"][k] = _against_floor(k, result, partial)
+        _add_references(result, world, training, truth, sizes, keys)
     return result
+
+
+def _add_references(result, world, training, truth, sizes, keys):
+    """The floors, the replicate and how a prediction stands between them, into an evaluate() result."""
+    possible = {"control": True, "mean": world.reference, "mean_cells": training, "additive": training}
+    partial = set()
+    no_ranks = [k for k in keys if not k.endswith("_rank")]
+    for name in FLOORS:
+        values = _score(_floor(name, world, training, sizes), truth, world, no_ranks) if possible[name] else {}
+        summary = _summary(values, keys)
+        result["floors"][name] = summary["aggregate"] if values else None
+        result["floors_per_condition"][name] = summary["per_condition"]
+        if 0 < len(values) < len(truth):
+            partial.add(name)
+            result["info"]["notes"].append(f"the {name} floor exists for {len(values)} of {len(truth)} conditions and "
+                                           "averages over these; score_vs_floor leaves it out")
+    replicate = _summary(_replicate(truth, world, keys), keys)
+    result["replicate"], result["replicate_per_condition"] = replicate["aggregate"], replicate["per_condition"]
+    for k in keys:
+        result["score_vs_floor"][k], result["can_tell"][k] = _against_floor(k, result, partial)
 
 
 def _summary(scores, keys):
@@ -1220,8 +1225,8 @@ class _Groups(data.Lazy):
         super().__init__({}, lambda group: cut(self.names[group]))   # the rows of each group
         self.cells, self.columns = cells, columns
         self.controls, self.totals = {}, {}
-        self.notes = [f"{cells.path}: {note}" for note in cells.notes]
         data.lognormalise(cells)
+        self.notes = [f"{cells.path}: {note}" for note in cells.notes]
         if cells.totals is not None:
             self.notes.append(f"{cells.path}: counts, normalised to log1p CP10k over its {len(cells.genes):,} genes, "
                               "which should be all that were measured")

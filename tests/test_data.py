@@ -1133,7 +1133,7 @@ def test_doubtful_counts_are_noted(tmp_path):
     assert any("are no integers, as if they were logarithms" in note for note in cells.notes)
     cells = data.read_cells(write_file(tmp_path / "counts.h5ad", counts, LABELS), data.DataConfig(counts=True))
     data.lognormalise(cells)
-    assert any(note.startswith("1 cells have no counts") for note in cells.notes)
+    assert any(note.startswith("cells without a count in these genes: 1 ") for note in cells.notes)
     assert not any("logarithms" in note for note in cells.notes)
 
 

@@ -1094,6 +1094,15 @@ def score(capsys, tmp_path):
     return score
 
 
+def test_cells_without_a_count_are_noted(tmp_path):
+    counts = np.ones((6, 3), np.float32)
+    counts[4] = 0
+    labels = {"condition": ["control", "control", "a", "a", "a", "a"]}
+    data.write_h5ad(tmp_path / "pred.h5ad", counts, labels, ["a", "b", "c"])
+    _, cells = metrics.read_prediction(tmp_path / "pred.h5ad", data.ReadConfig(counts=True))
+    assert any("cells without a count in these genes: 1 " in note for note in cells.notes), cells.notes
+
+
 def test_the_scores_replace_no_input(files, capsys):
     for name in ("pred.h5ad", "real.h5ad", "train.h5ad"):
         before = (files / name).read_bytes()
