@@ -449,7 +449,7 @@ def ceilings(dataset, sizes, seed):
     """{row name: {group: (n, E) fresh cells}} of simulated data, {} of others: of the truth, and of an oracle that
     knows every single effect and takes the interaction of two for that of any two."""
     uns, of = dataset.source.uns, dataset.config.covariates
-    if "simulator" not in uns or of not in ("", "cell_type"):
+    if not {"simulator", "seed", "truth_means", "truth_conditions"} <= set(uns) or of not in ("", "cell_type"):
         return {}
     kind = {v: int(v.removeprefix("type") or 1) - 1 for v in dataset.covariate}      # of cells
     screen = data.Screen(uns["truth_means"].shape[1], max(kind.values()) + 1, int(uns["seed"]))
